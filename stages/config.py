@@ -1,0 +1,220 @@
+"""Structured configuration: the dataclasses behind ``conf/``, how defaults are derived, and what is refused.
+
+No torch here. Sizes are pixels unless a name starts with ``latent_``; memory is bytes once parsed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("text_encode", "lowres", "guide", "denoise", "decode", "stitch")
+BLENDS = ("gaussian", "cosine", "quartic", "constant")
+GUIDE_MODES = ("sdedit", "hold", "skip_residual", "none")
+DECODE_MODES = ("independent", "shared", "exact")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+
+
+class ConfigError(ValueError):
+    """A value that cannot work: names the key, what was got and what is allowed."""
+
+    def __init__(self, key: str, got: Any, expected: str, hint: str = "") -> None:
+        self.key = key
+        text = f"{key}: got {got!r}, expected {expected}."
+        super().__init__(f"{text} {hint}" if hint else text)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which checkpoint, and what cannot be read from it."""
+
+    name: str = MISSING
+    family: str = MISSING  # sd
+    path: str = MISSING  # diffusers folder, hub id, or a single .safetensors file
+    revision: str | None = None  # of a hub id
+    native_size: int = MISSING  # pixels a side that the denoiser was trained at
+    vae_scale_factor: int = 8
+    latent_channels: int = 4
+    size_multiple: int = 8  # low-res sides are rounded to this many pixels
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """A diffusers scheduler class, made from the checkpoint's scheduler config plus ``options``."""
+
+    name: str = MISSING
+    class_name: str | None = None  # None: the class named in the checkpoint
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """The declared budget and how it is kept."""
+
+    budget: str = "800MB"  # peak RES of runner + stage
+    enforce: str = "auto"  # auto | cgroup | watchdog | off
+    device_budget: str | None = None  # what the GPU allocator may reserve; None: no limit
+    host: str = "pinned"  # pinned | disk: where a GPU run keeps the weights
+    prepared: bool = True  # keep a copy of streamed weights in compute layout in the store
+
+
+@dataclass(kw_only=True)
+class TechniqueConfig:
+    """Numeric switches that can be compared."""
+
+    dtype: str = "auto"  # auto | fp32 | bf16 | fp16: of the computation
+    channels_last: bool = True
+    tf32: bool = False
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How stage processes are started and watched."""
+
+    threads: int | None = None  # torch threads; None: all cores
+    sample_seconds: float = 0.02  # memory sampling period
+
+
+@dataclass(kw_only=True)
+class TextEncodeConfig:
+    """Prompt to embeddings."""
+
+    clip_skip: int | None = None  # as in diffusers: layers skipped from the end
+
+
+@dataclass(kw_only=True)
+class LowresConfig:
+    """The low-resolution picture that guides the canvas."""
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    width: int | None = None  # derived: the canvas' shape at the native area
+    height: int | None = None
+
+
+@dataclass(kw_only=True)
+class GuideConfig:
+    """How the low-res picture (or the user's own) guides the canvas."""
+
+    mode: str = "sdedit"
+    image: str | None = None
+    upscale: str = "lanczos"  # lanczos | latent
+    tile_size: int | None = None  # of the tiled encode, pixels; derived
+    hold_steps: float = 0.3  # hold: share of the steps that are overwritten with the noised guide
+    skip_residual_power: float = 3.0  # skip_residual: exponent a of DemoFusion's cosine weight
+
+
+@dataclass(kw_only=True)
+class DenoiseConfig:
+    """Mixture of Diffusers over the canvas."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    strength: float = 0.4
+    tile_size: int | None = None  # pixels; derived: native size
+    overlap: int | None = None  # pixels; derived: a quarter of the tile
+    blend: str = "gaussian"
+
+
+@dataclass(kw_only=True)
+class DecodeConfig:
+    """Latents to pixels, tile by tile."""
+
+    mode: str = "shared"
+    tile_size: int | None = None  # pixels of a decoded tile without its halo; derived
+    overlap: int | None = None  # pixels that neighbours share and stitch blends; derived
+    halo: int | None = None  # pixels of context decoded around a tile and thrown away; derived
+
+
+@dataclass(kw_only=True)
+class StitchConfig:
+    """Pixel tiles to one file."""
+
+    format: str = "png"  # png | tiff | deepzoom: what is written beside image.png
+    compression: int = 6  # zlib level of the PNG
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run is made from."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    prompt_file: str | None = None
+    width: int = 2048
+    height: int = 2048
+    seed: int = 0
+    run: str | None = None  # folder under output_dir; derived from prompt and parameters
+    stage: Any = "all"  # all | plan | NAME | [NAME, NAME]
+    force: bool = False
+    progress: bool = True
+    output_dir: str = "outputs"
+    regions: Any = field(default_factory=list)
+    reroll: list[Any] = field(default_factory=list)
+    device: str = "cpu"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    technique: TechniqueConfig = field(default_factory=TechniqueConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    text_encode: TextEncodeConfig = field(default_factory=TextEncodeConfig)
+    lowres: LowresConfig = field(default_factory=LowresConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    stitch: StitchConfig = field(default_factory=StitchConfig)
+
+
+def lowres_size(width: int, height: int, native: int, multiple: int) -> tuple[int, int]:
+    """(width, height) of the low-res picture: the canvas' shape, scaled to the native area.
+
+    The short side never falls under half the native size (very long canvases are then denoised in
+    tiles at low resolution too), and the picture is never larger than the canvas.
+    """
+    scale = native / math.sqrt(width * height)
+    scale = min(1.0, max(scale, native / 2 / min(width, height)))
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (width, height))  # type: ignore[return-value]
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Fill derived defaults in, so that the saved ``config.yaml`` names every value that is used."""
+    c = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(c, dict)
+    native, factor = c["model"]["native_size"], c["model"]["vae_scale_factor"]
+    denoise, decode, guide, lowres = c["denoise"], c["decode"], c["guide"], c["lowres"]
+    if lowres["width"] is None or lowres["height"] is None:
+        size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"])
+        lowres["width"], lowres["height"] = lowres["width"] or size[0], lowres["height"] or size[1]
+    if denoise["tile_size"] is None:
+        denoise["tile_size"] = native
+    if denoise["overlap"] is None:
+        denoise["overlap"] = denoise["tile_size"] // 4 // factor * factor
+    # 32 + 2*2 latents of tile and overlap and an 8-latent halo: the decoder sees 52x52 latents
+    if decode["tile_size"] is None:
+        decode["tile_size"] = 36 * factor
+    if decode["overlap"] is None:
+        decode["overlap"] = min(4 * factor, decode["tile_size"] // 2 // factor * factor)
+    if decode["halo"] is None:
+        decode["halo"] = 8 * factor
+    if guide["tile_size"] is None:
+        guide["tile_size"] = 32 * factor
+    return OmegaConf.merge(config, c)  # type: ignore[return-value]
+
+
+_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int, key: str = "memory.budget") -> int:
+    """``"800MB"`` -> 800_000_000, ``"1GiB"`` -> 1073741824; a bare number is bytes."""
+    match = _BYTES.match(str(text))
+    if not match:
+        raise ConfigError(key, text, "a size such as 800MB, 1.5GB, 600MiB")
+    unit = match[2].lower().rstrip("b")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
