@@ -1,0 +1,241 @@
+"""Checkpoints: where the weights of each component lie and which stock class they belong to. Nothing is loaded here.
+
+A checkpoint is a diffusers folder, a repository of the hub, or a single ``.safetensors`` file in the original layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stages.memory.tensors import TensorRef, pread_into, read_header
+from stages.models.locate import (
+    CheckpointError,
+    choose_weights,
+    fetch,
+    is_hub_id,
+    local_path,
+    names_in,
+    refuse_pickle,
+)
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from stages.models.single_file import SingleFile
+
+__all__ = ["Checkpoint", "CheckpointError", "Component", "read_tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One model of a checkpoint. ``tensors`` are named as ``build()``'s ``state_dict()`` names them."""
+
+    name: str
+    class_name: str
+    config: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
+
+    def build(self, *, optional: Iterable[str] = ()) -> nn.Module:
+        """The stock diffusers or transformers model, parameters on ``meta``, buffers real; eval, no gradients.
+
+        ``optional``: name prefixes that may be missing from the file (``("encoder.",)`` of a VAE that only decodes).
+        CheckpointError when names or shapes differ from the file's.
+        """
+        model = construct(self.class_name, self.config)
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        missing = [name for name in wanted if name not in self.tensors and not name.startswith(tuple(optional))]
+        unexpected = [name for name in self.tensors if name not in wanted]
+        shapes = [
+            f"{name}: file {list(self.tensors[name].shape)}, model {list(shape)}"
+            for name, shape in wanted.items()
+            if name in self.tensors and self.tensors[name].shape != shape
+        ]
+        wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        if any(wrong.values()):
+            text = "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in wrong.items() if v)
+            raise CheckpointError(
+                f"{self.name}: the weights do not fit the config of its {self.class_name}: {text}. If the model is not "
+                "of a stock size, give a diffusers folder with its configs (weights are not needed): model.config=DIR."
+            )
+        for name, buffer in model.named_buffers():  # persistent ones (few and small) come from the file
+            if name in self.tensors:
+                buffer.copy_(read_tensor(self.tensors[name]))
+        return model.eval().requires_grad_(False)
+
+
+class Checkpoint:
+    """An opened checkpoint; see :meth:`open`. ``folder`` holds configs, scheduler, tokenizer."""
+
+    def __init__(self, folder: Path, *, single: SingleFile | None = None, variant: str | None = None) -> None:
+        self.folder = folder
+        self._single = single
+        self._variant = variant
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        revision: str | None = None,
+        components: Iterable[str] = ("text_encoder", "unet", "vae"),
+        config: str | None = None,
+        prediction_type: str | None = None,
+        variant: str | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Checkpoint:
+        """Open ``path``: a diffusers folder, a hub id (of which only ``components`` are downloaded), or one file.
+
+        ``config``: for a single file, a diffusers folder with its configs (and tokenizer), where they are not those of
+        Stable Diffusion 1.5 or 2.1; ``prediction_type``: overrides the scheduler config's (a single file does not say
+        whether it predicts ``epsilon`` or ``v_prediction``). ``variant``: ``fp16``, or ``""`` for the plain files;
+        None takes fp16 where it exists. ``note``: gets lines about a download.
+        """
+        refuse_pickle(path)
+        found = local_path(path)
+        if found is None and is_hub_id(path):
+            found = fetch(path, components, revision=revision, variant=variant, note=note)
+        if found is None:
+            raise CheckpointError(
+                f"model.path: got {path!r}, which does not exist; expected a diffusers folder, a hub id such as "
+                "stable-diffusion-v1-5/stable-diffusion-v1-5, or a .safetensors file."
+            )
+        if found.is_dir():
+            checkpoint = cls(found, variant=variant)
+            if not any((found / name).is_dir() for name in components):
+                raise CheckpointError(
+                    f"{found}: not a diffusers folder: expected one of {', '.join(components)} in it, got "
+                    f"{', '.join(sorted(p.name for p in found.iterdir())[:8]) or 'an empty folder'}."
+                )
+        else:
+            if found.suffix != ".safetensors":
+                raise CheckpointError(f"{found}: expected a folder or a .safetensors file.")
+            from stages.models.single_file import SingleFile
+
+            single = SingleFile.open(found, config=config)
+            checkpoint = cls(single.config_folder, single=single)
+        checkpoint.prediction_type = prediction_type
+        return checkpoint
+
+    prediction_type: str | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """The resolved revision of a hub repository; None for a folder or a file."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The config of component ``name``."""
+        return _json(self.folder / name / "config.json")
+
+    def component(self, name: str) -> Component:
+        """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
+        config = self.config(name)
+        class_name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        if name == "unet" and config.get("in_channels", 4) != 4:
+            raise CheckpointError(
+                f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), expected "
+                "4: give a text-to-image checkpoint as model.path."
+            )
+        if self._single is not None:
+            tensors = self._single.tensors(name, config)
+        else:
+            tensors = self._folder_tensors(name)
+        return Component(
+            name=name,
+            class_name=class_name,
+            config=config,
+            tensors=_rename(construct(class_name, config), tensors),
+        )
+
+    def _folder_tensors(self, name: str) -> dict[str, TensorRef]:
+        weights = choose_weights(names_in(self.folder), name, self._variant)
+        if not weights.main.endswith(".json"):
+            return read_header(self.folder / weights.main)
+        placed: dict[str, str] = _json(self.folder / weights.main)["weight_map"]
+        refs: dict[str, TensorRef] = {}
+        for shard in sorted(set(placed.values())):
+            path = self.folder / name / shard
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing, but named by {weights.main}. Download it again.")
+            refs |= read_header(path)
+        return {key: refs[key] for key in placed}
+
+    def scheduler_config(self) -> tuple[str, dict[str, Any]]:
+        """(class name, config) of the checkpoint's scheduler, with ``prediction_type`` where ``open`` was given one."""
+        config = _json(self.folder / "scheduler" / "scheduler_config.json")
+        if self.prediction_type:
+            config["prediction_type"] = self.prediction_type
+        return config["_class_name"], config
+
+    def tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
+        """The CLIP tokenizer; for a single file, from ``config`` or the hub's cache. CheckpointError if it is nowhere."""
+        from transformers import CLIPTokenizer
+
+        if (self.folder / name).is_dir():
+            return CLIPTokenizer.from_pretrained(self.folder / name)
+        if self._single is not None:
+            return self._single.tokenizer()
+        raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
+
+
+def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
+    """An instance of a stock class, its parameters on ``meta``. The class is looked up by name in its library."""
+    from accelerate import init_empty_weights
+
+    library = importlib.import_module("diffusers" if "_class_name" in config else "transformers")
+    model_class = getattr(library, class_name, None)
+    if model_class is None:
+        raise CheckpointError(f"{library.__name__} has no class {class_name}, which the checkpoint's config names.")
+    with init_empty_weights():
+        if "_class_name" in config:
+            return model_class.from_config(config)
+        return model_class(model_class.config_class.from_dict(config))
+
+
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """One tensor from disk (for small ones and for tests: the memory engine reads into its own buffers)."""
+    data = torch.empty(ref.nbytes, dtype=torch.uint8)
+    with ref.file.open("rb") as file:
+        pread_into(file.fileno(), ref.offset, memoryview(data.numpy()))
+    return data.view(ref.dtype).view(ref.shape)
+
+
+def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Names of older files to those of the installed classes, as the libraries themselves do when they load.
+
+    diffusers: VAE attention ``query/key/value/proj_attn``. transformers: the ``text_model.`` prefix, which came and
+    went, and ``position_ids``, once saved and now made.
+    """
+    names = model.state_dict().keys()
+    prefix = "text_model."
+    renamed: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        if name.endswith("position_ids") and name not in names:
+            continue
+        others = (name, name.removeprefix(prefix), prefix + name)
+        renamed[next((other for other in others if other in names), name)] = ref
+    fix = getattr(model, "_fix_state_dict_keys_on_load", None)
+    if fix is not None:  # moves keys only, so it works on references as on tensors
+        fix(renamed)
+    return renamed
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing. Expected a diffusers folder with it; download it again.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}). Download it again.") from None
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
