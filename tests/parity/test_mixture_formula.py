@@ -60,9 +60,10 @@ def test_a_step_equals_the_formula_in_any_order(unet, kind):
         denominator[tile.top : tile.bottom, tile.left : tile.right] += weight
     expected = numerator / denominator
 
-    def denoise(batch):
-        embeddings = torch.cat([nothing if negative else text for negative in batch.unconditional])
-        return unet(batch.samples, 500, encoder_hidden_states=embeddings).sample
+    def denoise(batch):  # sample by sample, so that only the mixing can differ
+        embeddings = [nothing if negative else text for negative in batch.unconditional]
+        samples = zip(batch.samples.split(1), embeddings, strict=True)
+        return torch.cat([unet(sample, 500, encoder_hidden_states=e).sample for sample, e in samples])
 
     views = grid_views(tiles, SIZE, blend=kind, guidance_scale=GUIDANCE)
     for order in range(3):

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.canvas.tiles import Size, Tile, grid, latent_grid, needed, spread, whole
@@ -12,9 +12,10 @@ from stages.canvas.tiles import Size, Tile, grid, latent_grid, needed, spread, w
 @st.composite
 def axes(draw):
     tile = draw(st.integers(1, 64))
-    return draw(st.integers(1, 700)), tile, draw(st.integers(0, tile - 1))
+    return draw(st.integers(1, 30 * tile)), tile, draw(st.integers(0, tile - 1))
 
 
+@settings(deadline=None)
 @given(axes())
 def test_an_axis_is_covered_by_even_full_tiles(axis):
     length, tile, overlap = axis
@@ -30,6 +31,7 @@ def test_an_axis_is_covered_by_even_full_tiles(axis):
         assert (len(spans) - 1) * (tile - overlap) + overlap < length
 
 
+@settings(deadline=None)
 @given(axes(), axes())
 def test_a_grid_is_the_product_of_its_axes(rows, cols):
     size, side = Size(rows[0], cols[0]), Size(rows[1], cols[1])

@@ -10,6 +10,7 @@ from stages.canvas.weights import grid_weights, profile, shares, tile_weights, w
 from stages.config import BLENDS
 
 
+@settings(deadline=None)
 @given(st.sampled_from(BLENDS), st.integers(1, 200))
 def test_profiles_are_symmetric_and_positive_and_highest_in_the_middle(kind, length):
     p = profile(kind, length)
