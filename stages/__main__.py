@@ -1,0 +1,171 @@
+"""The child process: one stage, then the end. ``python -m stages <stage> <run-dir>`` also works by hand."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from stages.config import ConfigError, load
+from stages.context import MARK_BYTES, Progress, StageContext
+from stages.workflow.plan import StageState, build
+from stages.workflow.store import Store, read_json
+
+_PR_SET_PDEATHSIG = 1
+
+
+def tie_to_parent(parent: int) -> None:
+    """End this process when ``parent`` does, however it ends: results are atomic, so nothing is lost by it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+    if os.getppid() != parent:  # it ended before the line above took effect
+        os._exit(1)
+
+
+class Events:
+    """Sends a stage's events to the runner as JSON lines, or prints them when the stage was started by hand."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self.pipe = None if descriptor is None else os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
+        self.total, self.done, self.unit, self.printed = 0, 0, "", 0.0
+        self.lock = threading.Lock()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        with self.lock:
+            if self.pipe is not None:
+                self.pipe.write(json.dumps(event, ensure_ascii=True) + "\n")
+            else:
+                self.print(event)
+
+    def print(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "start":
+            self.total, self.done, self.unit = event["total"], event["done"], event["unit"]
+        elif kind == "advance":
+            self.done += event["n"]
+            if time.monotonic() - self.printed > 2 or self.done == self.total:
+                self.printed = time.monotonic()
+                print(f"{self.done}/{self.total} {self.unit}", flush=True)
+        elif kind == "error":
+            print(event["message"], file=sys.stderr)
+        elif kind != "done":
+            print(event.get("text") or event.get("reason") or event, flush=True)
+
+
+def peak_rss() -> int:
+    """Bytes: this process' VmHWM (Linux), else the peak that the system accounts for it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_vram() -> int:
+    """Bytes that the CUDA allocator reserved at most; 0 if the stage used no GPU. Imports nothing."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.max_memory_reserved())
+
+
+def compute(state: StageState, context: StageContext, module: str, force: bool) -> str:
+    """Run the stage under its lock unless another process did meanwhile; returns ran | resumed | reused."""
+    lock = state.entry.lock()
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError:
+        context.progress.note(f"{state.name}: waits, another process computes the same result")
+        lock.acquire()
+    try:
+        if not force and state.entry.manifest() is not None:
+            return "reused"
+        state.entry.prepare(force=force)
+        info = importlib.import_module(f"{module}.{state.name}").run(context)
+        context.progress.flush()
+        state.entry.commit(info)
+        return "resumed" if context.progress.resumed_because else "ran"
+    finally:
+        lock.release()
+
+
+def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool) -> str:
+    """Find the stage in the run's config, check its inputs, compute it."""
+    run_dir = run_dir.resolve()
+    config = load(run_dir / "config.yaml")
+    pipeline = importlib.import_module(module).PIPELINE
+    plan = build(config, Store(Path(config.output_dir) / ".store"), pipeline=pipeline, verify=False)
+    states = {state.name: state for state in plan}
+    if stage not in states:
+        raise ConfigError("stage", stage, f"one of {', '.join(states)} in this run")
+    state = states[stage]
+    for name in state.needs:
+        if why := states[name].entry.why_invalid():
+            hint = f"Make them: python -m stages {name} {run_dir}"
+            raise ConfigError("stage", stage, f"the results of {name} ({why})", hint)
+    context = StageContext(
+        config=config,
+        run_dir=run_dir,
+        output=state.entry.path,
+        inputs={name: states[name].entry.path for name in state.needs},
+        plan=(read_json(run_dir / "plan.json") or {}).get(stage, {}),
+        progress=progress,
+    )
+    return compute(state, context, module, force)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, run, report; returns the exit code: 0 done, 1 failed, 2 bad usage."""
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("stage", help="a stage of the pipeline, for example denoise")
+    parser.add_argument("run_dir", type=Path, help="outputs/<run>, with the config.yaml that runner.py wrote")
+    parser.add_argument("--force", action="store_true", help="compute although the result is there")
+    parser.add_argument("--pipeline", default="stages", help="the package that holds PIPELINE and the stage modules")
+    parser.add_argument("--events", type=int, help="descriptor for events (given by runner.py)")
+    parser.add_argument("--marks", type=int, help="descriptor of the module mark (given by runner.py)")
+    parser.add_argument("--parent", type=int, help="process to live and die with (given by runner.py)")
+    arguments = parser.parse_args(argv)
+    if arguments.parent:
+        tie_to_parent(arguments.parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+    events = Events(arguments.events)
+    mark = None if arguments.marks is None else mmap.mmap(arguments.marks, MARK_BYTES)
+    progress = Progress(events, mark)
+    try:
+        status = run(arguments.stage, arguments.run_dir, arguments.pipeline, progress, arguments.force)
+    except BrokenPipeError:
+        return 1  # the runner is gone
+    except Exception as error:
+        message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, ConfigError)
+        if not expected:
+            traceback.print_exc()
+        events({"event": "error", "message": message, "expected": expected, "errno": getattr(error, "errno", None)})
+        return 1
+    events({"event": "done", "status": status, "peak_rss_bytes": peak_rss(), "peak_vram_bytes": peak_vram()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What a stage is handed: its config, where its inputs lie, where its output goes, and how it reports progress."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+MARK_BYTES = 256
+_PERIOD = 0.1  # seconds between two 'advance' events: a stage may call advance() as often as it likes
+
+
+class Progress:
+    """A stage's voice. Events go to ``emit`` as small dicts; ``mark`` writes to a shared 256-byte map only."""
+
+    def __init__(self, emit: Callable[[dict[str, Any]], None] | None = None, mark: mmap.mmap | None = None) -> None:
+        self._emit = emit or (lambda event: None)
+        self._mark = mark
+        self._pending, self._sent = 0, 0.0
+        self.resumed_because = ""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None:
+        """Announce ``total`` pieces of work named ``unit`` ('steps', 'tiles'), ``done`` of them finished before."""
+        self.flush()
+        self._emit({"event": "start", "total": int(total), "unit": unit, "done": int(done)})
+
+    def advance(self, n: int = 1) -> None:
+        """``n`` more pieces are finished."""
+        self._pending += n
+        if time.monotonic() - self._sent >= _PERIOD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what ``advance`` held back."""
+        if self._pending:
+            self._emit({"event": "advance", "n": self._pending})
+            self._pending, self._sent = 0, time.monotonic()
+
+    def note(self, text: str) -> None:
+        """A line that the person sees: a warning, or 'preview: PATH'."""
+        self._emit({"event": "note", "text": str(text)})
+
+    def resumed(self, reason: str) -> None:
+        """The stage goes on from a checkpoint; ``reason`` says from where ('step 7 of 20')."""
+        self.resumed_because = reason
+        self._emit({"event": "resumed", "reason": reason})
+
+    def mark(self, module: str) -> None:
+        """Name the module that runs now, for the memory timeline. One memory write: fit for every block of a pass."""
+        if self._mark is not None:
+            name = module.encode("utf-8", "replace")[: MARK_BYTES - 1]
+            self._mark[0 : len(name) + 1] = bytes((len(name),)) + name
+
+
+def read_mark(view: mmap.mmap) -> str:
+    """The module that ``Progress.mark`` named last; '' before the first."""
+    length = view[0]
+    return bytes(view[1 : 1 + length]).decode("utf-8", "replace")
+
+
+@dataclass(kw_only=True)
+class StageContext:
+    """The argument of every stage's ``run``; the dict that ``run`` returns goes into the manifest's ``info``.
+
+    ``output`` is this result's folder in the store; partial results of an earlier, killed try may lie in it (whole
+    files: everything is written through ``workflow.store.atomic_path``). ``inputs`` maps each upstream stage to its
+    folder. ``plan`` is the stage's part of ``<run_dir>/plan.json``, {} without one.
+    """
+
+    config: DictConfig
+    run_dir: Path
+    output: Path
+    inputs: dict[str, Path] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)

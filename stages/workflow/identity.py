@@ -1,0 +1,90 @@
+"""Which model a stage opens, as a hash: of a folder's files, of a single file, or the revision of a hub id.
+
+Hashes are remembered in the store by path, size, time and inode, so that gigabytes are read once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from stages.config import ConfigError
+from stages.workflow.store import digest, fingerprint, read_json, write_json
+
+_IGNORED = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
+_REMOTE = """
+import sys
+from huggingface_hub import HfApi
+print(HfApi().model_info(sys.argv[1], revision=sys.argv[2]).sha)
+"""
+
+
+def file_hash(path: Path, cache: Path) -> str:
+    """sha256 of a file, remembered under ``cache`` until its path, size, mtime or inode changes."""
+    path = path.resolve()
+    stat = path.stat()
+    key = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    note = cache / f"{fingerprint({'path': key[0]})[:32]}.json"
+    known = read_json(note)
+    if isinstance(known, dict) and known.get("key") == key:
+        return known["sha256"]
+    found = digest(path)
+    write_json(note, {"key": key, "sha256": found})
+    return found
+
+
+def is_hub_id(path: str) -> bool:
+    """True for ``org/name`` that is not something on disk."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
+def resolve_revision(repository: str, revision: str | None = None) -> str:
+    """The commit that a hub id stands for: from the hub cache on disk if it is there, else asked of the hub.
+
+    Raises:
+        ConfigError: neither cached nor reachable.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    wanted = revision or "main"
+    if len(wanted) == 40 and set(wanted) <= set("0123456789abcdef"):
+        return wanted
+    reference = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / wanted
+    if reference.is_file():
+        return reference.read_text(encoding="utf-8").strip()
+    # in a process of its own: the hub client costs the runner more memory than all the rest of it
+    asked = subprocess.run([sys.executable, "-c", _REMOTE, repository, wanted], capture_output=True, text=True)
+    if asked.returncode:
+        why = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+        hint = f"The hub says: {why[:200]}. Give a folder with model.path=FOLDER, or download it once while online."
+        raise ConfigError("model.path", repository, f"a folder on disk or a hub id with revision {wanted}", hint)
+    return asked.stdout.strip()
+
+
+def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path) -> dict[str, str]:
+    """{component: hash} of those components that the checkpoint has; {} if the stage opens none.
+
+    A single file or a hub revision holds every component: one entry, under ``file`` or ``revision``.
+    """
+    if not components:
+        return {}
+    path = str(config.model.path)
+    if is_hub_id(path):
+        return {"revision": f"{path}@{resolve_revision(path, config.model.revision)}"}
+    root = Path(path)
+    if root.is_file():
+        return {"file": file_hash(root, cache)}
+    found = {}
+    for component in components:
+        files = sorted(file for file in (root / component).rglob("*") if _counts(file))
+        if files:
+            hashes = {file.relative_to(root).as_posix(): file_hash(file, cache) for file in files}
+            found[component] = fingerprint(hashes)
+    return found
+
+
+def _counts(file: Path) -> bool:
+    return file.is_file() and file.suffix not in _IGNORED and not file.name.startswith(".")

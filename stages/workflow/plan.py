@@ -1,0 +1,203 @@
+"""What a run has to do: fingerprints down the pipeline, what can be reused, and the reason for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from stages import PIPELINE, Stage
+from stages.config import ConfigError, close_match, resolve_dtype
+from stages.workflow.identity import file_hash, model_identity
+from stages.workflow.store import Entry, Store, fingerprint
+
+
+class MissingInput(RuntimeError):
+    """A stage was asked for whose upstream result is not there; the message names the command that makes it."""
+
+
+@dataclass(kw_only=True)
+class StageState:
+    """One stage of this run: its key in the store, and what is going to happen to it.
+
+    ``status``: ``reuse`` (valid result), ``resume`` (partial work lies there), ``run``, or ``skip`` (not asked for and
+    not there). ``reason`` says why.
+    """
+
+    stage: Stage
+    needs: tuple[str, ...]
+    payload: dict[str, Any]
+    fingerprint: str
+    entry: Entry
+    status: str = "skip"
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+
+def active(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[Stage]:
+    """The stages that the last one needs, directly or not, in order; the others have no part in this picture."""
+    wanted = {pipeline[-1].name}
+    for stage in reversed(pipeline):
+        if stage.name in wanted:
+            wanted.update(stage.needs(config))
+    return [stage for stage in pipeline if stage.name in wanted]
+
+
+def asked(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[str]:
+    """Names of the stages that ``stage=`` asks for, in pipeline order; ``plan`` stands for all of them.
+
+    Raises:
+        ConfigError: an unknown name (with the close match), or a stage that has no part in this picture.
+    """
+    value = config.stage
+    names = [str(name) for name in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
+    if names in (["all"], ["plan"]):
+        return [stage.name for stage in active(config, pipeline)]
+    known, possible = [stage.name for stage in pipeline], {stage.name for stage in active(config, pipeline)}
+    for name in names:
+        if name not in known:
+            hint = close_match(name, [*known, "all", "plan"])
+            raise ConfigError("stage", name, f"all, plan, or some of {', '.join(known)}", hint)
+        if name not in possible:
+            raise ConfigError("stage", name, f"one of {', '.join(possible)} with this guide", "It is not used here.")
+    return [name for name in known if name in names]
+
+
+def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
+    """The stage's declared parameters, flat: dotted key -> plain value. A file enters by its hash, regions by text."""
+    found: dict[str, Any] = {}
+    for key in stage.parameters:
+        value = OmegaConf.select(config, key)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        if key == "guide.image" and value:
+            value = file_hash(Path(value), cache)
+        if key == "regions" and stage.name == "text_encode":
+            value = region_texts(value)
+        _flatten(key, value, found)
+    return found
+
+
+def region_texts(regions: Any) -> Any:
+    """Of the regions, only what the text encoder reads: prompts, in their structure."""
+    if isinstance(regions, Mapping):
+        texts = {key: value for key, value in regions.items() if "prompt" in key or key in ("negative", "grid")}
+        nested = {key: region_texts(value) for key, value in regions.items() if key == "regions"}
+        return {**texts, **nested}
+    if isinstance(regions, list | tuple):
+        return [region_texts(region) for region in regions]
+    return regions
+
+
+def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, Mapping) and value:
+        for name, below in value.items():
+            _flatten(f"{key}.{name}", below, into)
+    else:
+        into[key] = value
+
+
+def build(
+    config: DictConfig,
+    store: Store,
+    *,
+    pipeline: Sequence[Stage] = PIPELINE,
+    previous: Mapping[str, Any] | None = None,
+    verify: bool = True,
+) -> list[StageState]:
+    """The active stages in order, with fingerprints; with ``verify`` also what is valid on disk and what will run.
+
+    Args:
+        config: resolved and validated.
+        previous: the run's payloads of last time (``payloads.json``), for reasons such as 'seed changed (0 -> 1)'.
+        verify: False computes fingerprints only and reads no result (a stage process does not need more).
+    """
+    states: dict[str, StageState] = {}
+    cache, dtype, device = store.root / ".identity", resolve_dtype(config), str(config.device).split(":")[0]
+    for stage in active(config, pipeline):
+        needs = stage.needs(config)
+        payload: dict[str, Any] = {
+            "stage": stage.name,
+            "version": stage.version,
+            "parameters": parameters(config, stage, cache),
+            "upstream": {name: states[name].fingerprint for name in needs},
+        }
+        if stage.components:
+            identity = model_identity(config, stage.components, cache)
+            payload |= {"model": identity, "dtype": dtype, "device": device}
+        print_ = fingerprint(payload)
+        entry = store.entry(stage.name, print_, payload)
+        states[stage.name] = StageState(stage=stage, needs=needs, payload=payload, fingerprint=print_, entry=entry)
+    if verify:
+        _decide(config, states, asked(config, pipeline), previous or {})
+    return list(states.values())
+
+
+def _decide(config: DictConfig, states: dict[str, StageState], wanted: list[str], previous: Mapping[str, Any]) -> None:
+    for name, state in states.items():
+        invalid = state.entry.why_invalid()
+        if name in wanted and config.force:
+            state.status, state.reason = "run", "force=true"
+        elif not invalid:
+            same = previous.get(name) in (None, state.payload)
+            state.status, state.reason = "reuse", "nothing changed" if same else "computed before with these values"
+        else:
+            begun = invalid == "no result yet" and state.entry.begun()
+            changes = differences(previous.get(name), state.payload) if invalid == "no result yet" else ""
+            state.reason = changes or ("an earlier try was interrupted" if begun else invalid)
+            state.status = "skip" if name not in wanted else "resume" if begun else "run"
+
+
+def differences(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> str:
+    """What changed between two payloads, in words; '' where nothing did or there is no old one."""
+    if not isinstance(old, Mapping):
+        return ""
+    found = []
+    before, after = old.get("parameters", {}), new["parameters"]
+    for key in dict.fromkeys([*after, *before]):
+        if before.get(key) != after.get(key):
+            found.append(f"{key} changed ({_short(before.get(key))} -> {_short(after.get(key))})")
+    for key in ("dtype", "device"):
+        if old.get(key) != new.get(key):
+            found.append(f"{key} changed ({_short(old.get(key))} -> {_short(new.get(key))})")
+    if old.get("model") != new.get("model"):
+        found.append("the model changed")
+    if old.get("version") != new.get("version"):
+        found.append(f"the stage's code changed (version {old.get('version')} -> {new.get('version')})")
+    if not found and old.get("upstream") != new.get("upstream"):
+        earlier, now = old.get("upstream", {}), new["upstream"]
+        changed = [name for name in dict.fromkeys([*now, *earlier]) if earlier.get(name) != now.get(name)]
+        found.append(f"{' and '.join(changed)} changed")
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def check_inputs(states: Iterable[StageState], command: str) -> None:
+    """Refuse a stage whose upstream is neither done nor asked for.
+
+    Raises:
+        MissingInput: with the command that makes it (``command`` is the run's, without ``stage=``).
+    """
+    by_name = {state.name: state for state in states}
+    for state in by_name.values():
+        missing = [name for name in state.needs if by_name[name].status == "skip"]
+        if missing and state.status in ("run", "resume"):
+            why = "; ".join(f"{name}: {by_name[name].reason}" for name in missing)
+            absent = [name for name in by_name if by_name[name].status == "skip" and _above(name, state, by_name)]
+            stage = absent[0] if len(absent) == 1 else f"[{','.join(absent)}]"
+            text = f"{state.name} needs {' and '.join(missing)} ({why})."
+            raise MissingInput(f"{text}\nMake it: {command} stage={stage}")
+
+
+def _above(name: str, state: StageState, by_name: Mapping[str, StageState]) -> bool:
+    return any(need == name or _above(name, by_name[need], by_name) for need in state.needs)

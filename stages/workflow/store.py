@@ -1,0 +1,200 @@
+"""The content-addressed store of stage results, and the one place where a file is written.
+
+``<root>/<stage>/<fingerprint>/`` holds one result: its files, and last of all ``manifest.json`` with a digest per file.
+Without a manifest whose digests match, a result is not done; what lies there is partial work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"  # files so named are a stage's own and vanish when it commits
+TEMPORARY = ".tmp-"
+_numbers = count()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` (same suffix); on success it is synced and renamed to ``path``.
+
+    On an error the temporary file is removed and ``path`` is as it was: a reader sees the old file or the new one.
+
+    Raises:
+        FileNotFoundError: nothing was written under the temporary name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; NaN and infinity are refused (``ValueError``), as JSON has neither."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in ``path``, or None where there is no file or no valid JSON in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def fingerprint(payload: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the payload as canonical JSON: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, read in pieces of 1 MiB."""
+    sha, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            sha.update(buffer[:size])
+    return sha.hexdigest()
+
+
+class Check(NamedTuple):
+    """What a look at an entry found: its manifest if all is well, else the reason and the files that are intact."""
+
+    manifest: dict[str, Any] | None
+    reason: str
+    intact: frozenset[str] = frozenset()
+
+
+class Entry:
+    """One stage result in the store; cheap to make, nothing is read before it is asked for."""
+
+    def __init__(self, root: Path, stage: str, print_: str, payload: Mapping[str, Any] | None = None) -> None:
+        self.stage, self.fingerprint, self.payload = stage, print_, payload
+        self.path = root / stage / print_
+        self._lock_path = root / ".locks" / f"{stage}-{print_}.lock"
+        self._stats_path = root / ".stats" / f"{stage}-{print_}.json"
+
+    def _check(self) -> Check:
+        manifest = read_json(self.path / MANIFEST)
+        if manifest is None:
+            torn = (self.path / MANIFEST).exists()
+            return Check(None, f"{self.stage}/{MANIFEST} is not readable" if torn else "no result yet")
+        if not isinstance(manifest, dict) or manifest.get("fingerprint") != self.fingerprint:
+            return Check(None, f"{self.stage}/{MANIFEST} belongs to another result")
+        intact, reason = set(), ""
+        for name, file in manifest.get("files", {}).items():
+            path = self.path / name
+            if not path.is_file():
+                reason = reason or f"{self.stage}/{name} is missing on disk"
+            elif path.stat().st_size != file["bytes"] or digest(path) != file["sha256"]:
+                reason = reason or f"{self.stage}/{name} changed on disk"
+            else:
+                intact.add(name)
+        return Check(None if reason else manifest, reason, frozenset(intact))
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest if the result is done and every file has the digest it names, else None."""
+        return self._check().manifest
+
+    def why_invalid(self) -> str:
+        """Why the result cannot be used ('no result yet', 'guide/x.safetensors changed on disk'); '' if it can."""
+        return self._check().reason
+
+    def begun(self) -> bool:
+        """True where partial work of an earlier, interrupted try lies: files, but no manifest."""
+        if not self.path.is_dir() or (self.path / MANIFEST).exists():
+            return False
+        return any(path.is_file() and not path.name.startswith(TEMPORARY) for path in self.path.rglob("*"))
+
+    def lock(self) -> BaseFileLock:
+        """The lock that a process holds while it computes this result; it falls with the process."""
+        from filelock import FileLock
+
+        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._lock_path, thread_local=False)
+
+    def prepare(self, *, force: bool = False) -> None:
+        """Make the folder fit to compute in (the lock is held): only intact files of earlier tries stay, or none.
+
+        Files that a manifest names with another digest go, as do temporary files of killed processes.
+        """
+        if force and self.path.exists():
+            shutil.rmtree(self.path)
+        elif (self.path / MANIFEST).exists():
+            intact = self._check().intact
+            (self.path / MANIFEST).unlink()
+            for path in list(self.path.rglob("*")):
+                if path.is_file() and path.relative_to(self.path).as_posix() not in intact:
+                    path.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in list(self.path.rglob(f"{TEMPORARY}*")):
+            path.unlink()
+
+    def commit(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Declare the result done: checkpoints go, every other file's digest enters the manifest, written last."""
+        for path in list(self.path.rglob(f"{CHECKPOINT}*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        files = {
+            path.relative_to(self.path).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.name != MANIFEST and not path.name.startswith(TEMPORARY)
+        }
+        manifest = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "payload": dict(self.payload or {}),
+            "files": files,
+            "info": dict(info or {}),
+        }
+        write_json(self.path / MANIFEST, manifest)
+        return manifest
+
+    def stats(self) -> dict[str, Any]:
+        """Seconds and peaks measured when the result was computed; {} if nobody measured."""
+        return read_json(self._stats_path) or {}
+
+    def write_stats(self, stats: Mapping[str, Any]) -> None:
+        """Remember what the computation took; it is not part of the result."""
+        write_json(self._stats_path, dict(stats))
+
+
+class Store:
+    """All results under one folder, shared by runs and sweep jobs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def entry(self, stage: str, print_: str, payload: Mapping[str, Any] | None = None) -> Entry:
+        """The (present or future) result of ``stage`` with this fingerprint; ``payload`` is kept in its manifest."""
+        return Entry(self.root, stage, print_, payload)
