@@ -1,0 +1,141 @@
+"""The VAE tile by tile: stock ``AutoencoderKL`` calls on crops with a halo, and GroupNorm statistics for all tiles.
+
+A tile that is normalised by its own statistics (``independent``, as diffusers tiles) drifts in colour from its
+neighbour. ``shared`` takes the statistics of every GroupNorm from one small pass over the whole picture, so that all
+tiles are normalised alike. ``stages.canvas.exact`` computes the true statistics of the whole canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.canvas.groupnorm import GroupNormStatistics
+from stages.canvas.tiles import Size, Tile
+from stages.canvas.weights import grid_weights
+
+
+def to_vae(vae: Any, latents: Tensor) -> Tensor:
+    """Latents of the denoiser's space as the VAE's decoder takes them, float32 (as the diffusers pipelines do)."""
+    config = vae.config
+    latents = latents.float()
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+        return latents * std / config.scaling_factor + mean
+    return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+def from_vae(vae: Any, latents: Tensor) -> Tensor:
+    """The reverse of ``to_vae``: what the encoder gives, in the denoiser's space, float32."""
+    config = vae.config
+    latents = latents.float()
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+        return (latents - mean) * config.scaling_factor / std
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
+def factor(vae: Any) -> int:
+    """Pixels to a latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[-1, 1] to 0..255 as diffusers' ``VaeImageProcessor`` does."""
+    return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def decode_tile(vae: Any, latents: Tensor, keep: Tile) -> Tensor:
+    """Decode crops and cut their halo off.
+
+    Args:
+        vae: stock ``AutoencoderKL``.
+        latents: ``[N, C, h, w]`` of the denoiser, halo included.
+        keep: what is kept, in latents of the crop (``tile.within(tile.grown(halo, canvas))``).
+
+    Returns:
+        Pixels ``[N, 3, keep.height * f, keep.width * f]`` in [-1, 1] and in the VAE's dtype.
+    """
+    decoded = vae.decode(to_vae(vae, latents).to(vae.dtype), return_dict=False)[0]
+    return decoded[keep.scaled(factor(vae)).index]
+
+
+def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:
+    """Encode crops to the posterior's mode and cut their halo off.
+
+    Args:
+        vae: stock ``AutoencoderKL``.
+        pixels: ``[N, 3, h * f, w * f]`` in [-1, 1], halo included.
+        keep: what is kept, in latents of the crop.
+
+    Returns:
+        ``[N, C, keep.height, keep.width]`` float32, in the denoiser's space.
+    """
+    posterior = vae.encode(pixels.to(vae.dtype), return_dict=False)[0]
+    return from_vae(vae, posterior.mode()[keep.index])
+
+
+def encode_tiled(
+    vae: Any,
+    read: Callable[[Tile], Tensor],
+    size: Size,
+    tiles: Sequence[Tile],
+    halo: int,
+    *,
+    done: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """A picture's latents, one crop at a time.
+
+    Args:
+        vae: stock ``AutoencoderKL``.
+        read: gives the pixels ``[1, 3, h, w]`` in [-1, 1] of a box in pixels.
+        size: of the canvas in latents; ``tiles`` is a grid of it, whose overlaps are blended.
+        halo: latents of context around each tile.
+        done: called after each tile.
+
+    Returns:
+        ``[1, C, H, W]`` float32, in the denoiser's space.
+    """
+    latents = torch.zeros((1, vae.config.latent_channels, *size))
+    for tile, weight in zip(tiles, grid_weights(tiles, size, "cosine"), strict=True):
+        crop = tile.grown(halo, size)
+        encoded = encode_tile(vae, read(crop.scaled(factor(vae))), tile.within(crop)).to(latents.device)
+        latents[tile.index] += encoded * weight.map()
+        done()
+    return latents
+
+
+def small_canvas(latents: Tensor, side: int) -> Tensor:
+    """The canvas at most ``side`` latents long, each channel with the canvas' own mean and deviation.
+
+    Picked (nearest-exact), not averaged: averaging would make latents that no picture has.
+    """
+    height, width = latents.shape[-2:]
+    scale = min(1.0, side / max(height, width))
+    if scale == 1.0:
+        return latents
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = F.interpolate(latents, size=size, mode="nearest-exact")
+    std, mean = torch.std_mean(latents, dim=(-2, -1), keepdim=True)
+    small_std, small_mean = torch.std_mean(small, dim=(-2, -1), keepdim=True)
+    return (small - small_mean) / small_std.clamp_min(1e-6) * std + mean
+
+
+def decoder_statistics(vae: Any, latents: Tensor, side: int) -> GroupNormStatistics:
+    """Statistics for ``shared`` decoding: of one decode of the canvas ``latents [1, C, H, W]`` at ``side`` latents."""
+    statistics = GroupNormStatistics()
+    with statistics.collect(vae):
+        vae.decode(to_vae(vae, small_canvas(latents.float(), side)).to(vae.dtype), return_dict=False)
+    return statistics
+
+
+def encoder_statistics(vae: Any, pixels: Tensor) -> GroupNormStatistics:
+    """Statistics for ``shared`` encoding: of the picture at a small size, ``[1, 3, h, w]`` in [-1, 1]."""
+    statistics = GroupNormStatistics()
+    with statistics.collect(vae):
+        vae.encode(pixels.to(vae.dtype), return_dict=False)
+    return statistics
