@@ -1,0 +1,53 @@
+"""Import diffusers' models without what they pull in but these stages never call: the graph compiler, transformers.
+
+``torch.compiler.disable`` imports ``torch._dynamo`` (and with it sympy, fsdp and symbolic shapes) at class definition,
+and diffusers imports transformers wherever it is installed: together about 100 MB of RES and 2 s per process. While
+diffusers is imported, decorators meet an identity instead and transformers looks as if it were not installed (which
+diffusers supports); afterwards both can be imported as ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+
+def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
+    return fn if callable(fn) else lambda decorated: decorated
+
+
+class _CompilerStandIn(ModuleType):
+    """What decorators at import time ask ``torch._dynamo`` for."""
+
+    disable = allow_in_graph = assume_constant_result = disallow_in_graph = mark_static_address = staticmethod(_identity)
+    __path__: list[str] = []
+
+    @staticmethod
+    def is_compiling() -> bool:
+        return False
+
+
+@contextmanager
+def light_imports() -> Iterator[None]:
+    """Import diffusers classes inside; what is loaded already stays as it is."""
+    import torch
+
+    name = "torch._dynamo"
+    stand_in = None if name in sys.modules else _CompilerStandIn(name)
+    hidden = "transformers" not in sys.modules
+    if stand_in is not None:
+        sys.modules[name] = stand_in
+        torch._dynamo = stand_in  # type: ignore[attr-defined]
+    if hidden:
+        sys.modules["transformers"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["transformers"]
+        if stand_in is not None:
+            del sys.modules[name]
+            del torch._dynamo  # type: ignore[attr-defined]

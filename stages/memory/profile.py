@@ -1,0 +1,185 @@
+"""One pass on the meta device: what a model needs, before any weight is read.
+
+Live bytes are followed storage by storage through every operation, with only the first micro-batch of each unit run.
+Two group sizes give every operation's live bytes as a straight line in the number of micro-batches, so the peak of any
+group size is known from one profile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from stages.memory import stream
+from stages.memory.layout import Unit
+
+_aten = torch.ops.aten
+# Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight).
+_REORDERS = {_aten.convolution: 1, _aten.addmm: 2, _aten.mm: 1, _aten.linear: 1}
+
+
+@dataclass(kw_only=True)
+class Event:
+    """One operation: the unit it ran in, bytes of activations alive after it, bytes its kernel needs besides."""
+
+    unit: str
+    live: int
+    workspace: int
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """A pass: its operations in order, the units in order of use, and floating-point operations per sample pass."""
+
+    events: list[Event] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    flops: dict[str, int] = field(default_factory=dict)  # per unit, for one micro-batch
+
+
+class _AttentionOnMeta(TorchFunctionMode):
+    """The CPU and GPU kernels are linear in memory; the meta device would fall back to the quadratic formula."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attention_shape(*args, **{k: v for k, v in (kwargs or {}).items() if k in ("query", "key", "value")})
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    # stands for two products of [.., L, E] x [.., E, S]; written so that the flop counter sees one of them twice
+    mode = _current
+    if mode is not None:
+        *batch, length, width = query.shape
+        mode.add_flops(4 * int(torch.Size(batch).numel()) * length * key.shape[-2] * width)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+_current: _Follower | None = None
+
+
+class _Follower(TorchDispatchMode):
+    """Counts live bytes of storages made while it is on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace, self.unit, self.live = Trace(), "", 0
+        self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+
+    def enter_unit(self, name: str) -> None:
+        self.unit = name
+        self.trace.order.append(name)
+
+    def add_flops(self, count: int) -> None:
+        self.trace.flops[self.unit] = self.trace.flops.get(self.unit, 0) + count
+
+    def _gone(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+    def _follow(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            key = storage._cdata
+            if key not in self._known and key not in self._weights:
+                self._known[key] = storage
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self._follow(item)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._follow(result)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.add_flops(int(flop_registry[packet](*args, **(kwargs or {}), out_val=result)))
+        workspace = 0
+        if packet in _REORDERS:
+            weight = args[_REORDERS[packet]]
+            workspace = weight.numel() * weight.element_size()
+        self.trace.events.append(Event(unit=self.unit, live=self.live, workspace=workspace))
+        return result
+
+
+def trace(model: nn.Module, units: Sequence[Unit], call: Callable[[], Any], micro_batch: int) -> Trace:
+    """Run ``call`` (a forward of ``model`` on meta tensors made inside it) and follow it.
+
+    Units run their first micro-batch only; what they return has the size of the whole group.
+    """
+    global _current
+    follower = _Follower(model)
+    originals = {unit.name: unit.module.forward for unit in units}
+    inside = False
+
+    def wrap(unit: Unit) -> None:
+        forward = originals[unit.name]
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            outer = follower.unit
+            follower.enter_unit(unit.name)
+            try:
+                if inside or not micro_batch:
+                    return forward(*args, **kwargs)
+                inside = True
+                try:
+                    return stream.micro_batched(forward, args, kwargs, micro_batch, only_first=True)
+                finally:
+                    inside = False
+            finally:
+                follower.unit = outer
+
+        unit.module.forward = followed  # type: ignore[method-assign]
+
+    for unit in units:
+        wrap(unit)
+    _current = follower
+    try:
+        with torch.no_grad(), _AttentionOnMeta(), follower:  # inference mode would hide convolutions and products
+            call()
+    finally:
+        _current = None
+        for unit in units:
+            unit.module.forward = originals[unit.name]  # type: ignore[method-assign]
+    return follower.trace
+
+
+@dataclass(kw_only=True)
+class Segment:
+    """A unit's peak as a straight line: ``fixed + slope * micro_batches`` bytes of activations, plus workspace."""
+
+    unit: str
+    fixed: int
+    slope: int
+    workspace: int
+
+    def peak(self, micro_batches: int) -> int:
+        return self.fixed + self.slope * micro_batches + self.workspace
+
+
+def segments(two: Trace, three: Trace) -> list[Segment]:
+    """Lines through the traces of two and of three micro-batches; dominated lines of a unit are left out."""
+    if len(two.events) != len(three.events):
+        raise RuntimeError(f"traces differ: {len(two.events)} and {len(three.events)} operations")
+    best: dict[tuple[str, int, int], int] = {}
+    for a, b in zip(two.events, three.events, strict=True):
+        slope = b.live - a.live
+        key = (a.unit, a.live - 2 * slope, slope)
+        best[key] = max(best.get(key, 0), a.workspace)
+    lines = [Segment(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
+    kept = []
+    for unit in dict.fromkeys(line.unit for line in lines):
+        mine = [line for line in lines if line.unit == unit]
+        tops = {max(mine, key=lambda line, n=n: line.peak(n)).peak(n): n for n in (1, 2, 4, 8, 16, 32, 64)}
+        chosen = {id(max(mine, key=lambda line, n=n: line.peak(n))) for n in tops.values()}
+        kept += [line for line in mine if id(line) in chosen]
+    return kept

@@ -1,0 +1,298 @@
+"""Block-major weight streaming: a stock model on the meta device runs with only a few blocks' weights in memory.
+
+Each unit's ``forward`` is wrapped: wait for its weights, run all samples of the group through it in micro-batches,
+give the buffer back, while a thread reads the units that come next into a ring of reused bytes. The model's own
+``forward`` is stock code and sees the whole group as one batch, so weights are read once per pass, not once per tile.
+
+The micro-batch never depends on the budget: the same samples meet the same kernels whatever the group size is, and
+so the picture is the same at every budget.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.memory.layout import Layout, Unit
+from stages.memory.source import WeightSource
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, name = path.split(".")
+    for parent in parents:
+        module = getattr(module, parent)
+    return module, name
+
+
+class _Ring:
+    """First-in first-out allocation of contiguous ranges in a fixed number of bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.used = nbytes, deque[tuple[int, int]]()
+
+    def allocate(self, size: int) -> int | None:
+        """Start of ``size`` free bytes, or None while there is no room."""
+        if not self.used:
+            start = 0
+        else:
+            first, last = self.used[0][0], self.used[-1][1]
+            if last >= first and self.nbytes - last >= size:
+                start = last
+            elif last >= first:
+                start = 0 if first >= size else -1
+            else:
+                start = last if first - last >= size else -1
+        if start < 0 or start + size > self.nbytes:
+            return None
+        self.used.append((start, start + size))
+        return start
+
+    def release(self) -> None:
+        self.used.popleft()
+
+
+class WeightStreamer:
+    """Keeps the weights of ``units`` in memory only while they are needed.
+
+    Args:
+        model: stock module on the meta device; buffers are real.
+        layout: its packed layout, in the compute dtype.
+        units: in the order in which one pass calls them.
+        source: where the bytes come from.
+        resident: names of units that are loaded once and stay.
+        ring_bytes: size of the ring for all others; at least the largest of them.
+        micro_batch: samples that go through a unit at a time; 0 runs the whole batch.
+        mark: told the name of the unit that runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layout: Layout,
+        units: Sequence[Unit],
+        source: WeightSource,
+        resident: frozenset[str] = frozenset(),
+        ring_bytes: int = 0,
+        micro_batch: int = 0,
+        mark: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.model, self.layout, self.source = model, layout, source
+        self.micro_batch, self._mark = micro_batch, mark
+        resident |= {unit.name for unit in units if unit.nested}
+        self._streamed = [unit for unit in units if unit.name not in resident]
+        largest = max((unit.nbytes for unit in self._streamed), default=0)
+        if self._streamed and ring_bytes < largest:
+            raise ValueError(f"the ring holds {ring_bytes} bytes, but the largest unit has {largest}")
+        self._targets = {
+            unit.name: [(*_owner(model, slot.name), slot) for slot in unit.slots] for unit in units
+        }
+        self._held: dict[str, int] = {}
+        self._private: dict[str, torch.Tensor] = {}
+        self._inside = False
+        self._load_resident([unit for unit in units if unit.name in resident])
+        self._ring = _Ring(ring_bytes)
+        self._arena = torch.empty(ring_bytes if self._streamed else 0, dtype=torch.uint8)
+        self._ready: deque[tuple[int, int]] = deque()  # (index in _streamed, start in the arena)
+        self._next = 0  # index that the reader takes next
+        self._reading: int | None = None
+        self._condition = threading.Condition()
+        self._error: BaseException | None = None
+        self._closing = False
+        self._position = {unit.name: i for i, unit in enumerate(self._streamed)}
+        for unit in units:
+            self._wrap(unit)
+        self._thread: threading.Thread | None = None
+        if self._streamed:
+            threads = torch.get_num_threads()
+            started = threading.Event()
+            self._thread = threading.Thread(target=self._read_ahead, args=(started,), daemon=True, name="weights")
+            self._thread.start()
+            started.wait()
+            torch.set_num_threads(threads)  # the reader has set its own to one, which reaches MKL's global setting
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    def _assign(self, unit: Unit, packed: torch.Tensor) -> None:
+        for owner, name, slot in self._targets[unit.name]:
+            view = slot.view(packed, unit.start, self.layout.dtype)
+            owner._parameters[name] = nn.Parameter(view, requires_grad=False)
+
+    def _drop(self, unit: Unit) -> None:
+        for owner, name, slot in self._targets[unit.name]:
+            empty = torch.empty(slot.shape, dtype=self.layout.dtype, device="meta")
+            owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def _load_resident(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            packed = torch.empty(unit.nbytes, dtype=torch.uint8)
+            self.source.read(unit.slots, unit.start, packed)
+            self._assign(unit, packed)
+
+    def _read_ahead(self, started: threading.Event) -> None:
+        torch.set_num_threads(1)
+        started.set()
+        while True:
+            with self._condition:
+                start = None
+                while not self._closing:
+                    unit = self._streamed[self._next]
+                    start = self._ring.allocate(unit.nbytes)
+                    if start is not None:
+                        break
+                    self._condition.wait()
+                if self._closing:
+                    return
+                index = self._reading = self._next
+                self._next = (self._next + 1) % len(self._streamed)
+            assert start is not None
+            try:
+                self.source.read(unit.slots, unit.start, self._arena[start : start + unit.nbytes])
+            except BaseException as error:  # handed to the thread that waits for these weights
+                with self._condition:
+                    self._error = error
+                    self._condition.notify_all()
+                return
+            with self._condition:
+                self._reading = None
+                self._ready.append((index, start))
+                self._condition.notify_all()
+
+    def _acquire(self, unit: Unit) -> None:
+        """Wait until the weights of ``unit`` are in the ring and give them to its module."""
+        wanted = self._position[unit.name]
+        with self._condition:
+            while True:
+                while self._ready and self._ready[0][0] != wanted:
+                    self._ready.popleft()
+                    self._ring.release()
+                    self._condition.notify_all()
+                if self._ready:
+                    _, start = self._ready.popleft()
+                    break
+                if self._error is not None:
+                    raise RuntimeError(f"reading the weights of {unit.name} failed: {self._error}") from self._error
+                if wanted not in (self._reading, self._next):
+                    self._next = wanted  # called out of order: go on reading from here
+                    self._condition.notify_all()
+                self._condition.wait()
+        self._assign(unit, self._arena[start : start + unit.nbytes])
+
+    def _release(self, unit: Unit) -> None:
+        self._drop(unit)
+        with self._condition:
+            self._ring.release()
+            self._condition.notify_all()
+
+    @contextmanager
+    def _loaded(self, unit: Unit) -> Iterator[None]:
+        if unit.name not in self._position or self._held.get(unit.name):
+            yield
+            return
+        self._acquire(unit)
+        try:
+            yield
+        finally:
+            self._release(unit)
+
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Keep the weights of all units inside ``module`` in memory: one read for many calls."""
+        inside = {id(m) for m in module.modules()}
+        units = [unit for unit in self._streamed if id(unit.module) in inside and not self._held.get(unit.name)]
+        for unit in units:
+            packed = torch.empty(unit.nbytes, dtype=torch.uint8)
+            self.source.read(unit.slots, unit.start, packed)
+            self._assign(unit, packed)
+            self._held[unit.name] = 1
+        try:
+            yield
+        finally:
+            for unit in units:
+                self._held.pop(unit.name)
+                self._drop(unit)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _wrap(self, unit: Unit) -> None:
+        forward = unit.module.forward
+
+        def streamed(*args: Any, **kwargs: Any) -> Any:
+            self._mark(unit.name)
+            with self._loaded(unit):
+                if self._inside or not self.micro_batch:
+                    return forward(*args, **kwargs)
+                self._inside = True
+                try:
+                    return micro_batched(forward, args, kwargs, self.micro_batch)
+                finally:
+                    self._inside = False
+
+        unit.module.forward = streamed  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Stop reading and free the ring."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self.source.close()
+
+    def __enter__(self) -> WeightStreamer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(RuntimeError):
+            self.close()
+
+
+def micro_batched(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], size: int, *, only_first: bool = False
+) -> Any:
+    """``forward`` over slices of at most ``size`` samples; results are gathered in one tensor made once.
+
+    The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, all else
+    (flags, sizes, a time embedding of one row) is passed on whole. ``only_first`` leaves the other slices of the
+    result as they are: enough for a pass on the meta device.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() > 0]
+    count = tensors[0].shape[0] if tensors else 0
+    if count <= size:
+        return forward(*args, **kwargs)
+
+    def cut(value: Any, start: int, stop: int) -> Any:
+        sliced = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count
+        return value[start:stop] if sliced else value
+
+    gathered: list[torch.Tensor] | None = None
+    single = True
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        part = forward(*(cut(a, start, stop) for a in args), **{k: cut(v, start, stop) for k, v in kwargs.items()})
+        single = isinstance(part, torch.Tensor)
+        parts = (part,) if single else tuple(part)
+        if gathered is None:
+            gathered = [_empty_like(tensor, count) for tensor in parts]
+        for whole, tensor in zip(gathered, parts, strict=True):
+            whole[start:stop].copy_(tensor)
+        del part, parts
+        if only_first:
+            break
+    assert gathered is not None
+    return gathered[0] if single else tuple(gathered)
+
+
+def _empty_like(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (count, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
+    )

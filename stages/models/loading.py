@@ -1,0 +1,100 @@
+"""Open one component of a checkpoint as a running model: stock class, weights resident or streamed as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from stages.config import resolve_dtype
+from stages.memory.imports import light_imports
+from stages.memory.layout import Layout, split_units
+from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, write_prepared
+from stages.memory.stream import WeightStreamer
+from stages.models.checkpoint import Checkpoint, Component
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def open_checkpoint(config: DictConfig, components: Iterable[str], note: Callable[[str], None]) -> Checkpoint:
+    """The run's checkpoint; a hub id is downloaded first (only ``components``)."""
+    return Checkpoint.open(
+        config.model.path,
+        revision=config.model.revision,
+        components=tuple(components),
+        config=config.model.get("config"),
+        prediction_type=config.model.get("prediction_type"),
+        note=note,
+    )
+
+
+def compute_dtype(config: DictConfig) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return DTYPES[resolve_dtype(config)]
+
+
+@contextmanager
+def open_model(
+    component: Component,
+    *,
+    dtype: torch.dtype,
+    channels_last: bool,
+    plan: Mapping[str, Any],
+    micro_batch: int = 0,
+    mark: Callable[[str], None] = lambda _: None,
+    optional: Iterable[str] = (),
+    drop: Iterable[str] = (),
+) -> Iterator[WeightStreamer]:
+    """Build ``component`` on ``meta`` and give it its weights as ``plan`` says.
+
+    ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit`` and ``ring_bytes`` (bytes), ``order`` (names
+    of units as one pass calls them), ``prepared`` (path of the packed copy, or None). Without a plan all weights are
+    resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only decodes).
+
+    Yields the streamer; its ``.model`` is the stock model.
+    """
+    with light_imports():
+        model = component.build(optional=optional)
+    for name in drop:
+        delattr(model, name)
+    layout = Layout(model, dtype, channels_last=channels_last)
+    units = split_units(model, layout, plan.get("unit_limit", layout.nbytes))
+    order = {name: index for index, name in enumerate(plan.get("order", ()))}
+    units.sort(key=lambda unit: order.get(unit.name, len(order)))
+    chosen = plan.get("resident", "all")
+    resident = frozenset(unit.name for unit in units) if chosen == "all" else frozenset(chosen)
+    source: WeightSource
+    if plan.get("prepared"):
+        source = PreparedSource(Path(plan["prepared"]), layout)
+    else:
+        source = CheckpointSource(component.tensors, layout)
+    streamer = WeightStreamer(
+        model,
+        layout=layout,
+        units=units,
+        source=source,
+        resident=resident,
+        ring_bytes=plan.get("ring_bytes", 0),
+        micro_batch=micro_batch,
+        mark=mark,
+    )
+    with streamer, torch.inference_mode():
+        yield streamer
+
+
+def prepare(component: Component, file: Path, *, dtype: torch.dtype, channels_last: bool, drop: Iterable[str] = ()) -> None:
+    """Write the packed copy of ``component`` to ``file`` (its name while it is written is the caller's business)."""
+    with light_imports():
+        model = component.build()
+    for name in drop:
+        delattr(model, name)
+    layout = Layout(model, dtype, channels_last=channels_last)
+    source = CheckpointSource(component.tensors, layout)
+    try:
+        write_prepared(file, source, layout)
+    finally:
+        source.close()

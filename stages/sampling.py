@@ -1,0 +1,83 @@
+"""What ``lowres`` and ``denoise`` share: open the denoiser, run the sampler, keep a checkpoint after every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.canvas.mixture import Mixture, View
+from stages.canvas.noise import Reroll, canvas_noise
+from stages.canvas.sampler import Sampler
+from stages.canvas.tiles import Size
+from stages.context import StageContext
+from stages.memory.tensors import read_tensors, write_tensors
+from stages.models.loading import compute_dtype, open_checkpoint, open_model
+from stages.models.schedulers import make_scheduler
+from stages.models.sd import UNetDenoiser, micro_batch
+from stages.workflow.store import atomic_path
+
+
+def sample(
+    context: StageContext,
+    *,
+    size: Size,
+    views: list[View],
+    num_inference_steps: int,
+    rerolls: tuple[Reroll, ...] = (),
+    **guide: Any,
+) -> Tensor:
+    """Denoise a canvas of ``size`` latents; returns ``[1, C, H, W]`` float32.
+
+    A killed stage goes on after the last finished step, with the same result to the bit. ``guide``: the guide's
+    arguments of :class:`stages.canvas.sampler.Sampler`.
+    """
+    config, progress = context.config, context.progress
+    checkpoint = open_checkpoint(config, ("unet", "scheduler"), progress.note)
+    component = checkpoint.component("unet")
+    scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)
+    noise, generator = canvas_noise(size, config.model.latent_channels, config.seed, rerolls)
+    sampler = Sampler(
+        scheduler=scheduler,
+        mixture=Mixture(views, size, config.model.latent_channels),
+        num_inference_steps=num_inference_steps,
+        noise=noise,
+        generator=generator,
+        **guide,
+    )
+    file = context.output / "checkpoint.safetensors"
+    if file.is_file():
+        sampler.restore(read_tensors(file))
+        progress.resumed(f"step {sampler.step} of {len(sampler.timesteps)}")
+    progress.start(len(sampler.timesteps), "steps", sampler.step)
+    if sampler.finished:
+        return sampler.latents
+
+    embeddings = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
+    dtype, tile = compute_dtype(config), views[0].tile.size
+    batch = context.plan.get("micro_batch") or micro_batch(component.config, *tile)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.technique.tf32
+    with open_model(
+        component,
+        dtype=dtype,
+        channels_last=config.technique.channels_last,
+        plan=context.plan,
+        micro_batch=batch,
+        mark=progress.mark,
+    ) as streamer:
+        denoiser = UNetDenoiser(
+            streamer.model,
+            embeddings["prompt_embeds"],
+            embeddings["negative_prompt_embeds"],
+            dtype=dtype,
+            device=config.device,
+            channels_last=config.technique.channels_last,
+        )
+        group_size = context.plan.get("group_size") or max(1, batch // 2)
+        while not sampler.finished:
+            sampler.advance(denoiser, group_size)
+            with atomic_path(file) as temporary:
+                write_tensors(temporary, sampler.state())
+            progress.advance()
+    return sampler.latents

@@ -1,0 +1,45 @@
+"""Prompts to embeddings: ``embeddings.safetensors`` with one row a region, the whole picture's prompt first."""
+
+from __future__ import annotations
+
+import torch
+
+from stages.context import StageContext
+from stages.memory.tensors import write_tensors
+from stages.models.loading import compute_dtype, open_checkpoint, open_model
+from stages.models.sd import encode, tokenize, unknown_words
+from stages.workflow.store import atomic_path
+
+
+def run(context: StageContext) -> None:
+    """Write ``prompt_embeds [R, S, D]`` and ``negative_prompt_embeds [R, S, D]``, float32."""
+    config, progress = context.config, context.progress
+    checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer"), progress.note)
+    tokenizer = checkpoint.tokenizer()
+    texts = [config.prompt, config.negative_prompt]
+    ids = []
+    for text in texts:
+        tokens = tokenize(tokenizer, text)
+        ids.append(tokens.ids)
+        if tokens.truncated:
+            progress.note(
+                f"warning: the prompt is longer than {tokenizer.model_max_length} tokens; not used: {tokens.truncated!r}"
+            )
+    if unknown := unknown_words(" ".join(texts), checkpoint.folder / "tokenizer"):
+        progress.note(
+            f"warning: the {config.model.name} model does not know: {', '.join(unknown)}. It was trained on a few hundred "
+            "words; for any prompt use a real checkpoint: model=sd15 model.path=FOLDER_OR_FILE_OR_HUB_ID"
+        )
+    progress.start(2, "prompts")
+    with open_model(
+        checkpoint.component("text_encoder"),
+        dtype=compute_dtype(config),
+        channels_last=False,
+        plan=context.plan,
+        mark=progress.mark,
+    ) as streamer:
+        embeds = encode(streamer.model, torch.cat(ids), config.text_encode.clip_skip).float()
+    progress.advance(2)
+    count = len(ids) // 2
+    with atomic_path(context.output / "embeddings.safetensors") as temporary:
+        write_tensors(temporary, {"prompt_embeds": embeds[:count], "negative_prompt_embeds": embeds[count:]})
