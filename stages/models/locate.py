@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.config import ROOT
 
@@ -130,18 +131,21 @@ def names_in(folder: Path) -> set[str]:
 
 
 def _bar(repo_id: str, note: Callable[[str], None], seconds: float = 5.0) -> type:
-    from huggingface_hub.utils import tqdm
+    from tqdm.std import tqdm
 
     class Bar(tqdm):
-        """The hub's byte counter, told as one line every few seconds."""
+        """The hub's byte counters, told as one line every few seconds instead of drawn."""
 
         told = time.monotonic()
 
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"file": io.StringIO(), "disable": False}))
+
         def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self.unit == "B" and self.n and time.monotonic() - Bar.told > seconds:
+            shown = super().update(n or 0)
+            if self.unit == "B" and self.total and time.monotonic() - Bar.told > seconds:
                 Bar.told = time.monotonic()
-                note(f"downloading {repo_id}: {self.n / 1e9:.2f} of {(self.total or 0) / 1e9:.2f} GB")
+                note(f"downloading {repo_id}: {self.n / 1e9:.2f} of {self.total / 1e9:.2f} GB")
             return shown
 
     return Bar

@@ -1,0 +1,205 @@
+"""What a checkpoint refuses, and which of its files it takes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import random_checkpoint
+from stages.models import locate
+from stages.models.checkpoint import Checkpoint, CheckpointError, read_tensor
+from stages.models.locate import Weights, choose_weights
+from stages.models.single_file import relocate
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made")
+    random_checkpoint.main(["sd15", str(path), "--layout", "both", "--small"])
+    return path
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(made, tmp_path / "checkpoint")
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_one_file_goes_before_shards_and_fp16_before_both() -> None:
+    plain, shard = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-00001-of-00001.safetensors"
+    index, half = f"{plain}.index.json", "unet/diffusion_pytorch_model.fp16.safetensors"
+    half_shard = "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+    half_index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    names = {"unet/config.json", plain, shard, index, half, half_index, half_shard}
+    assert choose_weights(names, "unet") == Weights(half)
+    assert choose_weights(names, "unet", "") == Weights(plain)
+    assert choose_weights(names - {half}, "unet") == Weights(half_index, (half_shard,))
+    assert choose_weights({index, shard, half_shard}, "unet") == Weights(index, (shard,))
+
+
+def test_weights_of_another_component_are_not_taken() -> None:
+    with pytest.raises(CheckpointError, match=r"text_encoder: no weights; expected text_encoder/model\[.fp16\]"):
+        choose_weights({"text_encoder_2/model.safetensors", "unet/model.safetensors"}, "text_encoder")
+
+
+def test_pickles_are_refused_with_the_way_out() -> None:
+    for name in ("model.ckpt", "org/model.PT", "x.bin", "x.pth"):
+        with pytest.raises(CheckpointError, match=r"can run code(.|\n)*save_pretrained\('converted'\)"):
+            Checkpoint.open(name)
+    with pytest.raises(CheckpointError, match=r"only pickle files \(unet/diffusion_pytorch_model.bin\)"):
+        choose_weights({"unet/diffusion_pytorch_model.bin"}, "unet")
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist; expected a diffusers folder, a hub id"):
+        Checkpoint.open(str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=r"not a diffusers folder: .* got an empty folder"):
+        Checkpoint.open(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"expected a folder or a \.safetensors file"):
+        Checkpoint.open(str(tmp_path / "notes.txt"))
+
+
+def test_inpainting_is_refused(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", in_channels=9)
+    with pytest.raises(CheckpointError, match=r"in_channels=9 .*inpainting"):
+        Checkpoint.open(str(folder)).component("unet")
+    weights = load_file(folder / "sd15.safetensors")
+    weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
+    save_file(weights, folder / "inpainting.safetensors")
+    with pytest.raises(CheckpointError, match=r"takes 9 channels .*inpainting"):
+        Checkpoint.open(str(folder / "inpainting.safetensors"))
+
+
+def test_names_and_shapes_that_do_not_fit_are_listed(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.bias"]
+    weights |= {"extra.weight": torch.zeros(1), "conv_out.bias": torch.zeros(7)}
+    save_file(weights, path)
+    component = Checkpoint.open(str(folder)).component("unet")
+    with pytest.raises(CheckpointError) as error:
+        component.build()
+    for part in ("1 missing (conv_in.bias)", "1 unexpected (extra.weight)", "conv_out.bias: file [7], model [4]"):
+        assert part in str(error.value)
+
+
+def test_a_part_that_is_not_needed_may_be_missing(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith(("encoder.", "quant_conv."))}, path)
+    component = Checkpoint.open(str(folder)).component("vae")
+    component.build(optional=("encoder.", "quant_conv."))
+    with pytest.raises(CheckpointError, match=r"missing \(encoder\.conv_in\.weight"):
+        component.build()
+
+
+def test_built_models_hold_no_memory(made: Path) -> None:
+    for name in ("unet", "vae", "text_encoder"):
+        model = Checkpoint.open(str(made)).component(name).build()
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+        assert all(buffer.device.type == "cpu" for buffer in model.buffers())
+
+
+def test_small_single_file_needs_its_configs(made: Path) -> None:
+    checkpoint = Checkpoint.open(str(made / "sd15.safetensors"))
+    with pytest.raises(CheckpointError, match=r"of another shape(.|\n)*model\.config=DIR"):
+        checkpoint.component("unet").build()
+
+
+def test_single_file_of_another_kind(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no UNet, VAE, text encoder in it"):
+        Checkpoint.open(str(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    with pytest.raises(CheckpointError, match=r"model\.config: got 'nowhere'"):
+        Checkpoint.open(str(folder / "sd15.safetensors"), config="nowhere")
+
+
+def test_prediction_type_can_be_given(made: Path) -> None:
+    assert Checkpoint.open(str(made)).scheduler_config()[1]["prediction_type"] == "epsilon"
+    given = Checkpoint.open(str(made / "sd15.safetensors"), prediction_type="v_prediction").scheduler_config()
+    assert given[0] == "PNDMScheduler"
+    assert given[1]["prediction_type"] == "v_prediction"
+
+
+def test_torn_file(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"torn|not a whole"):
+        Checkpoint.open(str(folder)).component("unet")
+
+
+def test_missing_shard(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    index = {"weight_map": {"decoder.conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"00001-of-00002.safetensors: missing, but named by vae/"):
+        Checkpoint.open(str(folder)).component("vae")
+
+
+def test_a_tensor_that_is_no_piece_of_the_file_is_refused(made: Path) -> None:
+    refs = Checkpoint.open(str(made)).component("unet").tensors
+    name = "time_embedding.linear_1.weight"
+    for change in (torch.t, lambda tensor: tensor + 1, lambda tensor: tensor[:, 1:]):
+        with pytest.raises(CheckpointError, match="not a contiguous piece"):
+            relocate(refs, lambda tensors, change=change: {"x": change(tensors[name])}, made)
+    rows = relocate(refs, lambda tensors: {"x": tensors[name][3:5].clone()}, made)["x"]
+    assert torch.equal(read_tensor(rows), read_tensor(refs[name])[3:5])
+
+
+def test_hub_id_from_the_cache(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot in the cache that has the asked components is used without the network; its revision is known."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    shutil.copytree(made, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("vae"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    checkpoint = Checkpoint.open("some/model", components=("unet",))
+    assert checkpoint.revision == commit
+    checkpoint.component("unet").build()
+    with pytest.raises(CheckpointError, match="model.path=some/model: not in the local cache"):
+        Checkpoint.open("some/model", components=("unet", "vae"))
+
+
+def test_a_folder_is_never_taken_for_a_hub_id(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.parent)
+    (made.parent / "org").mkdir(exist_ok=True)
+    assert locate.is_hub_id("org/name")
+    (made.parent / "org" / "name").mkdir(exist_ok=True)
+    assert not locate.is_hub_id("org/name")
+    assert not locate.is_hub_id("a/b/c")
+    assert Checkpoint.open(str(made)).revision is None
+
+
+def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import DryRunFileInfo
+
+    there = ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model.fp16", "vae/diffusion_pytorch_model.fp16")
+    asked: list[dict[str, object]] = []
+
+    def snapshot_download(repo_id: str, **options: object) -> object:
+        if options.get("local_files_only"):
+            raise LocalEntryNotFoundError("empty cache")
+        if options.get("dry_run"):
+            names = [f"{name}.{kind}" for name in there for kind in ("safetensors", "bin")]
+            return [DryRunFileInfo("c", 2_000_000_000, name, "", False, True) for name in names]
+        asked.append(options)
+        return "folder"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    notes: list[str] = []
+    assert locate.fetch("some/model", ["unet"], revision="v1", note=notes.append) == Path("folder")
+    assert notes == ["downloading some/model: 1 files, 2.00 GB"]
+    patterns = ["*.json", "*.txt", "*.model", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert [(options["allow_patterns"], options["revision"]) for options in asked] == [(patterns, "v1")]
