@@ -1,0 +1,118 @@
+"""Pixel tiles to one file: PNG always, tiled BigTIFF or Deep Zoom beside it when asked. No torch, no whole picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stages import PIPELINE
+from stages.canvas.bands import Bands
+from stages.canvas.png import PngWriter
+from stages.canvas.tiles import latent_grid
+from stages.context import StageContext
+from stages.workflow.store import atomic_path
+
+PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
+
+
+def settings(config: DictConfig) -> dict[str, Any]:
+    """What decided the picture, as nested plain values: the parameters of every stage that took part. No paths."""
+    stages = {stage.name: stage for stage in PIPELINE}
+    waiting, found = ["stitch"], {}
+    while waiting:
+        stage = stages[waiting.pop()]
+        found[stage.name] = stage
+        waiting += stage.needs(config)
+    chosen = OmegaConf.create({})
+    for key in sorted({key for stage in found.values() for key in stage.parameters} - set(PATHS)):
+        OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
+    return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
+
+
+def parameters(config: DictConfig) -> str:
+    """The settings as AUTOMATIC1111's web UI writes them and many programs read them."""
+    denoise = config.denoise
+    lines = [config.prompt or ""]
+    if config.negative_prompt:
+        lines.append(f"Negative prompt: {config.negative_prompt}")
+    values = {
+        "Steps": denoise.num_inference_steps,
+        "Sampler": config.scheduler.name,
+        "CFG scale": denoise.guidance_scale,
+        "Seed": config.seed,
+        "Size": f"{config.width}x{config.height}",
+        "Model": config.model.name,
+        "Denoising strength": 1.0 if config.guide.mode == "none" else denoise.strength,
+        "Tile size": denoise.tile_size,
+        "Tile overlap": denoise.overlap,
+    }
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in values.items())])
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Blend ``decode/tiles`` into ``image.png``.
+
+    Raises:
+        ValueError: a tile is missing or is no tile of this canvas.
+    """
+    config = context.config
+    factor = config.model.vae_scale_factor
+    grid = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
+    tiles = [tile.scaled(factor) for tile in grid]
+    texts = {
+        "parameters": parameters(config),
+        "highres_lowram": json.dumps(settings(config), ensure_ascii=False, sort_keys=True),
+    }
+    image = context.output / "image.png"
+    threads = config.launch.threads or os.cpu_count() or 1
+    try:
+        with Bands(context.inputs["decode"] / "tiles", tiles) as bands, atomic_path(image) as temporary:
+            context.progress.start(len(bands), "bands")
+            with (
+                open(temporary, "wb") as file,
+                PngWriter(
+                    file, config.width, config.height, texts=texts, level=config.stitch.compression, threads=threads
+                ) as png,
+            ):
+                for band in bands:
+                    context.progress.mark("blend")
+                    png.write(band)
+                    context.progress.advance()
+    except ValueError as error:
+        hint = f"Make the tiles again: python runner.py run={config.run} stage=decode force=true"
+        raise ValueError(f"stitch: {error}. {hint}") from error
+    if config.stitch.format != "png":
+        context.progress.mark(config.stitch.format)
+        convert(image, config.stitch.format)
+    return {"width": config.width, "height": config.height, "tiles": len(tiles)}
+
+
+def convert(image: Path, kind: str) -> None:
+    """Write ``image.tiff`` (BigTIFF, tiled) or ``image.dzi`` + ``image_files/`` beside a PNG, row band by row band."""
+    os.environ.setdefault("VIPS_CONCURRENCY", "1")  # every libvips thread keeps bands of its own
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    source = pyvips.Image.new_from_file(str(image), access="sequential")
+    if kind == "tiff":
+        with atomic_path(image.with_suffix(".tiff")) as temporary:
+            source.tiffsave(
+                str(temporary), bigtiff=True, tile=True, tile_width=256, tile_height=256, compression="deflate"
+            )
+    elif kind == "deepzoom":
+        work = image.with_name("checkpoint-deepzoom")  # a tree of files: moved into place when whole
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        source.dzsave(str(work / "image"), suffix=".png", overlap=1, tile_size=254)
+        (work / "image_files" / "vips-properties.xml").unlink(missing_ok=True)  # holds the date
+        shutil.rmtree(image.with_name("image_files"), ignore_errors=True)
+        os.replace(work / "image_files", image.with_name("image_files"))
+        os.replace(work / "image.dzi", image.with_suffix(".dzi"))
+        work.rmdir()
+    else:
+        raise ValueError(f"stitch.format: got {kind!r}, expected png, tiff or deepzoom.")
