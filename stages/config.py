@@ -244,12 +244,13 @@ def escape(text: str) -> str:
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
 
 
-def _escaped(value: Any) -> Any:
+def escape_all(value: Any) -> Any:
+    """``escape`` for every text in a plain value."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, dict):
-        return {key: _escaped(below) for key, below in value.items()}
-    return [_escaped(below) for below in value] if isinstance(value, list) else value
+        return {key: escape_all(below) for key, below in value.items()}
+    return [escape_all(below) for below in value] if isinstance(value, list) else value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -277,7 +278,7 @@ def load(path: Path) -> DictConfig:
     """
     try:
         plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return OmegaConf.merge(OmegaConf.structured(Config), _escaped(plain))  # type: ignore[return-value]
+        return OmegaConf.merge(OmegaConf.structured(Config), escape_all(plain))  # type: ignore[return-value]
     except FileNotFoundError:
         hint = "It is written by: python runner.py run=NAME stage=plan prompt=..."
         raise ConfigError("run", str(path), "a run folder with its config.yaml", hint) from None

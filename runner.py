@@ -1,0 +1,59 @@
+"""HighRes-LowRAM: text to a high-resolution picture within a memory budget. ``python runner.py --help``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from stages.config import ROOT, Config, ConfigError
+from stages.workflow import overrides, run
+from stages.workflow.errors import explain
+
+PIPELINE = "stages"  # the package that holds the stages
+RUNNER = "HIGHRES_RUNNER"  # environment: process id of the command that the person gave
+failed: list[str] = []  # runs of this process that were refused or failed, and have said why
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def job(config: DictConfig) -> None:
+    """One run: the only one, or one job of a sweep (which may be on another machine)."""
+    said = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(said, list)
+    sweep = HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"
+    try:
+        run.execute(config, [str(text) for text in said], sweep=sweep, pipeline=PIPELINE)
+    except run.Reported as error:
+        if os.environ.get(RUNNER) != str(os.getpid()):  # a sweep job elsewhere: its launcher has to know
+            raise
+        failed.append(str(error))
+
+
+def main() -> int:
+    """The exit code: 0 done, 1 refused or failed (the reason is on stderr), 130 interrupted."""
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HIGHRES_TRACEBACK"] = str(int(traceback_wanted))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we say them in one message
+    search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(search)  # for stage processes and sweep jobs
+    os.environ[RUNNER] = str(os.getpid())
+    try:
+        sys.argv[1:] = overrides.prepare(sys.argv[1:])
+        job()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if traceback_wanted:
+            raise
+        print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Other people's errors (Hydra, OmegaConf, the system) in the words of this program: key, got, expected."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+
+def explain(error: BaseException) -> str:
+    """One message without a traceback; HYDRA_FULL_ERROR=1 shows where it came from."""
+    chain = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for link in chain:
+        if isinstance(link, OSError) and link.errno is not None:
+            return system(link)
+    text = "\n".join(str(link) for link in chain)
+    wrong = re.search(_WRONG, text, re.DOTALL)
+    key = re.search(r"full_key: (\S+)", text)
+    if wrong and key:
+        return f"{key[1]}: got {wrong[1]!r}, expected {_A.get(wrong[2], wrong[2])}."
+    missing = re.search(r"Missing mandatory value: (\S+)|Could not override '([^']+)'", text)
+    if missing:
+        return f"{missing[1] or missing[2]}: {str(error).splitlines()[0]}"
+    said = next((str(link) for link in chain if str(link).strip()), "")
+    lines = [line for line in said.splitlines() if line.strip()]
+    return "\n".join(lines[:6]) or f"{type(error).__name__} (HYDRA_FULL_ERROR=1 shows more)"
+
+
+_WRONG = r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)"
+_A = {"Integer": "an integer", "Float": "a number", "bool": "true or false", "String": "a text"}
+
+
+def system(error: OSError) -> str:
+    """What the system refused, and what helps."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full{where}: free some space and give the same command again; finished work stays"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not writable{where}: choose another folder with output_dir=FOLDER"
+    return f"{error.strerror or error}{where}"

@@ -1,0 +1,208 @@
+"""The command line before Hydra sees it: prompts are quoted as text, typos get an answer, a saved run is the base."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.config import ROOT, Config, ConfigError, close_match, escape
+from stages.workflow.store import read_json, write_json
+
+CONF = ROOT / "conf"
+SAVED = "overrides.json"  # of a run: what its command line said, ready for Hydra
+_TEXT = {"prompt", "negative_prompt"}
+_PATHS = {"run", "output_dir", "model.path", "guide.image", "prompt_file"}
+_FREE = ("scheduler.options", "regions", "reroll", "hydra")  # anything may stand below these
+_TRANSIENT = {"run", "stage", "force", "progress", "output_dir"}  # of one command, not of the run
+_ALTERNATIVES = {"prompt": "prompt_file", "prompt_file": "prompt"}
+_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+_WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
+_OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*?)(?P<package>@[^=]*)?(?P<equal>=)(?P<value>.*)", re.DOTALL)
+_RUN = re.compile(r"\w[\w.-]{0,99}")
+
+
+class Override(NamedTuple):
+    """``sign key package = value`` of one argument; the value is as typed."""
+
+    sign: str
+    key: str
+    package: str
+    value: str
+
+
+def parse(argument: str) -> Override | None:
+    """Take an argument apart; None if it is not ``key=value`` (or ``~key``)."""
+    match = _OVERRIDE.fullmatch(argument)
+    if match:
+        return Override(match["sign"], match["key"].strip(), match["package"] or "", match["value"])
+    return Override("~", argument[1:], "", "") if re.fullmatch(r"~[\w./]+", argument) else None
+
+
+def quote(text: str) -> str:
+    """A text as a quoted value of Hydra's override grammar that OmegaConf will not interpolate.
+
+    Backslashes count only before a quote or at the end, where the grammar wants them doubled.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError("prompt", text, "text in UTF-8", "Set a UTF-8 locale, or use prompt_file=FILE.")
+    escaped = re.sub(r"(\\*)(')", lambda match: match[1] * 2 + "\\'", escape(text))
+    return "'" + re.sub(r"\\+$", lambda match: match[0] * 2, escaped) + "'"
+
+
+def known_keys(node: Any = Config, prefix: str = "") -> set[str]:
+    """Every dotted key of the schema."""
+    found = set()
+    for field in fields(node):
+        key = f"{prefix}{field.name}"
+        found.add(key)
+        if is_dataclass(field.default_factory):
+            found |= known_keys(field.default_factory, f"{key}.")
+    return found
+
+
+def groups() -> dict[str, list[str]]:
+    """Config group -> its options."""
+    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+
+
+def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> None:
+    """Refuse an unknown key or group option, with the close match.
+
+    Raises:
+        ConfigError
+    """
+    key = override.key
+    if key.startswith("hydra") or any(key == free or key.startswith(f"{free}.") for free in _FREE):
+        return
+    if key in options:
+        values = override.value.split(",") if multirun else [override.value]
+        for value in values:
+            plain = value.strip().strip("'\"")
+            if plain not in options[key] and plain != "null" and not re.search(r"[\[\](){}*]", plain):
+                expected = f"one of {', '.join(options[key])}"
+                raise ConfigError(key, plain, expected, close_match(plain, options[key]))
+    elif key not in known_keys():
+        near = close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
+        raise ConfigError(key, f"{key}={override.value[:40]}", "a known key", near or "See python runner.py --help")
+
+
+def check_run_name(name: str) -> None:
+    """Refuse a run name that is not one plain folder name.
+
+    Raises:
+        ConfigError
+    """
+    if not _RUN.fullmatch(name):
+        raise ConfigError("run", name, "a folder name of letters, digits, _ - and ., starting with a letter or digit")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Make the folder of all runs; refuse one that cannot be made or written to.
+
+    Raises:
+        ConfigError
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("output_dir", str(folder), f"a folder that can be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError("output_dir", str(folder), "a folder that can be written to")
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Turn the arguments as typed into what Hydra is to see.
+
+    ``prompt=`` and ``negative_prompt=`` become quoted text whatever they contain (also with ``-m``: one value), ``-m``
+    may stand anywhere, ``run=NAME`` puts the saved run's overrides under the new ones.
+
+    Raises:
+        ConfigError: an argument that is not ``key=value``, an unknown key or option, a bad run name.
+    """
+    multirun = any(argument in ("-m", "--multirun") for argument in arguments)
+    options = {} if {"--config-dir", "-cd", "--config-path", "-cp"} & set(arguments) else groups()
+    flags, overrides, takes_value = [], [], False
+    for argument in arguments:
+        if takes_value or (argument.startswith("-") and not parse(argument)) or argument.startswith("--"):
+            takes_value = not takes_value and argument in _WITH_VALUE
+            flags.append(argument)
+            continue
+        override = parse(argument)
+        if override is None:
+            hint = f'If it belongs to the prompt, quote the whole: prompt="... {argument} ..."'
+            raise ConfigError("command line", argument, "key=value", hint)
+        if override.key == "regions.grid":
+            override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
+        check(override, multirun, options)
+        overrides.append(_ready(override, multirun))
+    overrides = merge([], overrides)
+    return [*flags, *_with_saved_run(overrides)]
+
+
+def _ready(override: Override, multirun: bool) -> str:
+    sign, key, package, value = override
+    if sign == "~":
+        return f"~{key}{package}" + (f"={value}" if value else "")
+    if key in _TEXT:
+        return f"{key}={quote(value)}"
+    alone = key in _PATHS and not (multirun and key not in ("run", "output_dir"))
+    if alone and value not in ("", "null") and value[0] not in "'\"":
+        value = quote(value)
+    return f"{sign}{key}{package}={value}"
+
+
+def merge(base: Iterable[str], new: Iterable[str]) -> list[str]:
+    """Overrides of two command lines; of equal keys (or ``prompt`` and ``prompt_file``) the new one stays."""
+    found: dict[str, str] = {}
+    new = list(new)
+    fresh = {override.key for text in new if (override := parse(text))}
+    for text in [*base, *new]:
+        override = parse(text)
+        assert override is not None, text
+        replaced = text not in new and (override.key in fresh or _ALTERNATIVES.get(override.key) in fresh)
+        if not replaced:
+            found[f"{override.key}{override.package}"] = text
+    return list(found.values())
+
+
+def value_of(overrides: Iterable[str], key: str) -> str | None:
+    """The plain text that an override gives to ``key``; None if none does."""
+    values = [override.value for text in overrides if (override := parse(text)) and override.key == key]
+    if not values or values[-1] in ("", "null"):
+        return None
+    text = values[-1]
+    return text[1:-1].replace("\\'", "'") if text[0] in "'\"" and text[-1] == text[0] else text
+
+
+def anchored(path: str) -> Path:
+    """A path as given: absolute, else under the project's folder."""
+    return Path(path).expanduser() if Path(path).expanduser().is_absolute() else ROOT / path
+
+
+def _with_saved_run(overrides: list[str]) -> list[str]:
+    output_dir = anchored(value_of(overrides, "output_dir") or "outputs")
+    name = value_of(overrides, "run")
+    if name is not None:
+        check_run_name(name)
+        overrides = merge(read_json(output_dir / name / SAVED) or [], overrides)
+    check_output_dir(output_dir)
+    keys = {override.key for text in overrides if (override := parse(text))}
+    folder = quote(str(output_dir / ".hydra"))
+    clutter = [f"{key}={folder}" for key in ("hydra.run.dir", "hydra.sweep.dir") if key not in keys]
+    return [*overrides, *clutter]
+
+
+def save(run_dir: Path, overrides: Iterable[str], prompt: str) -> None:
+    """Keep a run's overrides as the base of its next command; a prompt read from a file is kept as text."""
+    kept = []
+    for text in overrides:
+        override = parse(text)
+        if override and override.key == "prompt_file":
+            kept.append(f"prompt={quote(prompt)}")
+        elif override and override.key not in _TRANSIENT and not override.key.startswith("hydra"):
+            kept.append(text)
+    write_json(run_dir / SAVED, merge([], kept))

@@ -1,0 +1,144 @@
+"""What a person sees: a bar per stage on a terminal, plain lines elsewhere, nothing with ``progress=false``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from stages.workflow.launch import StageResult
+
+_EVERY = 2.0  # seconds between two plain lines of a stage
+
+
+def megabytes(size: int | None) -> str:
+    """``612 MB``; a dash where nothing was measured."""
+    return f"{size / 1e6:.0f} MB" if size else "-"
+
+
+def duration(seconds: float) -> str:
+    """``4.2 s`` or ``3 min 05 s``."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+class Silent:
+    """Shows nothing but the end; the base of the others."""
+
+    def begin(self, stage: str, reason: str) -> None:
+        """A stage starts, for this reason."""
+
+    def event(self, stage: str, event: dict[str, Any]) -> None:
+        """A stage said something (see ``context.Progress``)."""
+
+    def end(self, result: StageResult) -> None:
+        """A stage is done or was reused."""
+
+    def line(self, text: str) -> None:
+        """A line of the run's own."""
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table, at the end or of a plan."""
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+
+    def final(self, path: str) -> None:
+        """Where the picture is: the one line that is always printed."""
+        print(path, flush=True)
+
+
+class Plain(Silent):
+    """Lines: start, at most one every two seconds, end."""
+
+    def __init__(self) -> None:
+        self.total, self.done, self.unit, self.first, self.printed, self.began = 0, 0, "", 0, 0.0, 0.0
+
+    def begin(self, stage: str, reason: str) -> None:
+        self.total, self.done, self.unit = 0, 0, ""
+        self.line(f"{stage}: starts ({reason})")
+
+    def event(self, stage: str, event: dict[str, Any]) -> None:
+        kind, now = event["event"], time.monotonic()
+        if kind == "start":
+            self.total, self.done, self.unit = event["total"], event["done"], event["unit"]
+            self.first, self.began, self.printed = self.done, now, now
+        elif kind == "advance":
+            self.done += event["n"]
+            if now - self.printed >= _EVERY:
+                self.printed = now
+                speed = (self.done - self.first) / max(now - self.began, 1e-9)
+                left = duration((self.total - self.done) / speed) if speed else "?"
+                self.line(f"{stage}: {self.done}/{self.total} {self.unit}, {speed:.2f}/s, {left} left")
+        elif kind == "note":
+            self.line(f"{stage}: {event['text']}")
+        elif kind == "resumed":
+            self.line(f"{stage}: goes on ({event['reason']})")
+
+    def end(self, result: StageResult) -> None:
+        if result.status == "reused":
+            self.line(f"{result.name}: reused ({result.reason})")
+        else:
+            took = f"{duration(result.seconds)}, peak {megabytes(result.peak_rss_bytes)}"
+            self.line(f"{result.name}: done in {took}")
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        lines = [list(header), *[list(row) for row in rows]]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        for line in lines:
+            self.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+class Bars(Plain):
+    """rich bars, one per stage, with speed and remaining time."""
+
+    def __init__(self) -> None:
+        from rich import progress
+
+        columns = [progress.TextColumn("{task.description:12}"), progress.BarColumn(bar_width=30)]
+        columns += [progress.TextColumn("{task.completed}/{task.total} {task.fields[unit]}")]
+        columns += [progress.TextColumn("{task.fields[speed]}"), progress.TimeElapsedColumn()]
+        columns += [progress.TextColumn("left"), progress.TimeRemainingColumn(compact=True)]
+        super().__init__()
+        self.bars = progress.Progress(*columns, refresh_per_second=5)
+        self.task: Any = None
+
+    def begin(self, stage: str, reason: str) -> None:
+        super().begin(stage, reason)
+        self.task = self.bars.add_task(stage, total=None, unit="", speed="")
+        self.bars.start()
+
+    def event(self, stage: str, event: dict[str, Any]) -> None:
+        kind, now = event["event"], time.monotonic()
+        if kind == "start":
+            self.first, self.began = event["done"], now
+            self.bars.update(self.task, total=event["total"], completed=event["done"], unit=event["unit"])
+        elif kind == "advance":
+            self.bars.advance(self.task, event["n"])
+            done = self.bars.tasks[self.task].completed - self.first
+            self.bars.update(self.task, speed=f"{done / max(now - self.began, 1e-9):.2f}/s")
+        else:
+            super().event(stage, event)
+
+    def end(self, result: StageResult) -> None:
+        self.close()
+        super().end(result)
+
+    def line(self, text: str) -> None:
+        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.bars.stop()
+            self.bars.remove_task(self.task)
+            self.task = None
+
+
+def reporter(wanted: bool) -> Silent:
+    """The reporter that fits: ``progress=false`` is silent, a terminal gets bars, all else lines."""
+    if not wanted:
+        return Silent()
+    return Bars() if sys.stdout.isatty() else Plain()

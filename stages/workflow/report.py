@@ -1,0 +1,131 @@
+"""``run.json`` for programs and ``report.html`` for people; written at the end of a run, also of a failed one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from stages.config import parse_bytes, save_text
+from stages.memory.monitor import Sample
+from stages.workflow.launch import StageResult, runner_peak
+from stages.workflow.store import write_json, write_text
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 260, 60, 30
+
+
+def write(
+    run_dir: Path,
+    config: DictConfig,
+    results: Sequence[StageResult],
+    predictions: Mapping[str, Mapping[str, Any]],
+    error: str = "",
+) -> dict[str, Any]:
+    """Write both files; returns what is in ``run.json``.
+
+    A reused stage has ``seconds`` 0 and the peak of the time it was computed. ``peak_rss_bytes`` of the run is the
+    highest of its stages (each with the runner in it).
+    """
+    html = render(run_dir, config, results, predictions, error)  # first: what it takes counts for the runner
+    own = runner_peak()
+    summary: dict[str, Any] = {
+        "image": "image.png" if (run_dir / "image.png").exists() else None,
+        "stages": [
+            {
+                "name": result.name,
+                "status": result.status,
+                "reason": result.reason,
+                "seconds": result.seconds,
+                "peak_rss_bytes": result.peak_rss_bytes,
+                "predicted_peak_rss_bytes": predictions.get(result.name, {}).get("predicted_peak_rss_bytes"),
+                "peak_vram_bytes": result.peak_vram_bytes,
+                "fingerprint": result.fingerprint,
+                "peak_module": result.peak_module,
+                "heaviest_modules": [{"module": name, "peak_rss_bytes": size} for name, size in result.heaviest],
+            }
+            for result in results
+        ],
+        "peak_rss_bytes": max([own, *(result.peak_rss_bytes for result in results)]),
+        "budget_bytes": parse_bytes(config.memory.budget),
+        "runner_peak_rss_bytes": own,
+        "run": config.run,
+        "error": error or None,
+    }
+    write_text(run_dir / "report.html", html)
+    write_json(run_dir / "run.json", summary)
+    return summary
+
+
+class Band(NamedTuple):
+    """One stage in the plot: its name, extent in pixels, the line of its samples and where it peaked."""
+
+    name: str
+    left: float
+    width: float
+    points: str
+    anon_points: str
+    peak_x: float
+    peak_y: float
+    label: str
+
+
+def render(
+    run_dir: Path,
+    config: DictConfig,
+    results: Sequence[StageResult],
+    predictions: Mapping[str, Mapping[str, Any]],
+    error: str,
+) -> str:
+    """The page: picture, stages, memory over time, heaviest modules, parameters. No scripts, nothing from outside."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters["mb"] = lambda size: f"{size / 1e6:.0f}" if size else "-"
+    budget = parse_bytes(config.memory.budget)
+    heaviest = [(result.name, name, size) for result in results for name, size in result.heaviest]
+    return environment.get_template("report.html.j2").render(
+        config=config,
+        error=error,
+        results=results,
+        predictions=predictions,
+        budget=budget,
+        peak=max((result.peak_rss_bytes for result in results), default=0),
+        plot=plot(results, budget),
+        width=_WIDTH,
+        height=_HEIGHT,
+        bottom=_BOTTOM,
+        heaviest=sorted(heaviest, key=lambda row: -row[2])[:10],
+        picture="image.png" if (run_dir / "image.png").exists() else None,
+        lowres="guide/lowres.png" if (run_dir / "guide" / "lowres.png").exists() else None,
+        parameters=save_text(config),
+        files=json.dumps(sorted(path.name for path in run_dir.iterdir())),
+    )
+
+
+def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:
+    """Coordinates of the memory timeline: stages side by side, widths by time, heights by bytes."""
+    drawn = [result for result in results if result.timeline]
+    highest = max([budget, *(sample.rss for result in drawn for sample in result.timeline)]) * 1.05
+    total = sum(max(result.timeline[-1].seconds, 0.05) for result in drawn) or 1.0
+    scale, left, bands = (_WIDTH - _LEFT) / total, float(_LEFT), []
+
+    def height(size: int) -> float:
+        return round(_HEIGHT - _BOTTOM - size / highest * (_HEIGHT - _BOTTOM), 1)
+
+    for result in drawn:
+        seconds = max(result.timeline[-1].seconds, 0.05)
+        top = max(result.timeline, key=lambda sample: sample.rss)
+
+        def points(kind: str, samples: Sequence[Sample] = result.timeline, left: float = left) -> str:
+            return " ".join(f"{left + s.seconds * scale:.1f},{height(getattr(s, kind))}" for s in samples)
+
+        label = f"{top.rss / 1e6:.0f} MB" + (f" {top.module}" if top.module else "")
+        x, y = left + top.seconds * scale, height(top.rss)
+        bands.append(Band(result.name, left, seconds * scale, points("rss"), points("anon"), x, y, label))
+        left += seconds * scale
+    step = max(10**8, int(highest / 5 // 10**8 * 10**8))
+    ticks = [(size // 10**6, height(size)) for size in range(0, int(highest), step)]
+    return {"bands": bands, "budget": height(budget), "ticks": ticks, "left": _LEFT, "seconds": total}

@@ -1,0 +1,231 @@
+"""One run from its config to ``image.png``: plan, one process per stage, links, ``run.json``, report."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import signal
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from stages.config import ConfigError, escape_all, save_text
+from stages.workflow import launch, overrides, report
+from stages.workflow.errors import explain
+from stages.workflow.plan import MissingInput, StageState, build, check_inputs
+from stages.workflow.progress import Silent, duration, megabytes, reporter
+from stages.workflow.store import Store, read_json, write_json, write_text
+from stages.workflow.validate import complete
+
+PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
+
+
+class Reported(Exception):
+    """The run failed and the person has been told why."""
+
+
+def execute(
+    config: DictConfig,
+    said: Sequence[str],
+    *,
+    sweep: bool = False,
+    pipeline: str = "stages",
+    predictions: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Do what the command says; returns what ``run.json`` holds ({} for ``stage=plan``).
+
+    Args:
+        said: the command line's overrides, kept for ``run=NAME`` later.
+        sweep: a job of several: a given run name gets the fingerprint's beginning, so that jobs do not collide.
+        predictions: stage -> ``predicted_peak_rss_bytes``, ``predicted_seconds``; default: from ``plan.json``.
+
+    Raises:
+        Reported: refused or failed; the message has been printed.
+        KeyboardInterrupt: stopped by the person, after saying how to go on.
+    """
+    shown = Silent()
+    try:
+        config = complete(config)
+        shown = reporter(config.progress)
+        return _execute(config, said, sweep, pipeline, predictions, shown)
+    except (ConfigError, MissingInput, launch.StageFailed, OSError) as error:
+        shown.close()
+        if os.environ.get("HIGHRES_TRACEBACK") == "1":
+            raise
+        print(explain(error) if isinstance(error, OSError) else error, file=sys.stderr, flush=True)
+        raise Reported from error
+
+
+def _execute(
+    config: DictConfig,
+    said: Sequence[str],
+    sweep: bool,
+    pipeline: str,
+    predictions: Mapping[str, Mapping[str, Any]] | None,
+    shown: Silent,
+) -> dict[str, Any]:
+    output_dir = Path(config.output_dir)
+    store, declared = Store(output_dir / ".store"), importlib.import_module(pipeline).PIPELINE
+    config.run = escape_all(run_name(config, build(config, store, pipeline=declared, verify=False), sweep))
+    run_dir = output_dir / config.run
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _folder_lock(run_dir, shown):
+        states = build(config, store, pipeline=declared, previous=read_json(run_dir / PAYLOADS))
+        write_text(run_dir / "config.yaml", save_text(config))
+        overrides.save(run_dir, said, config.prompt)
+        link_results(run_dir, states)
+        predictions = predictions or read_json(run_dir / "plan.json") or {}
+        command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
+        if config.stage == "plan":
+            _show_plan(states, predictions, shown)
+            shown.final(f"plan of {run_dir}: nothing was computed")
+            return {}
+        if config.device == "cpu" and config.technique.dtype == "fp16":
+            shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
+        check_inputs(states, command)
+        return _run_stages(states, config, run_dir, command, pipeline, predictions, shown)
+
+
+def _run_stages(
+    states: Sequence[StageState],
+    config: DictConfig,
+    run_dir: Path,
+    command: str,
+    pipeline: str,
+    predictions: Mapping[str, Mapping[str, Any]],
+    shown: Silent,
+) -> dict[str, Any]:
+    results: list[launch.StageResult] = []
+    payloads = read_json(run_dir / PAYLOADS) or {}
+    error = ""
+    restore = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for state in states:
+            if state.status == "skip":
+                continue
+            if state.status == "reuse":
+                results.append(launch.reused(state))
+            else:
+                shown.begin(state.name, state.reason)
+                results.append(_run_one(state, config, run_dir, pipeline, shown))
+                link_results(run_dir, states)
+            shown.end(results[-1])
+            write_json(run_dir / PAYLOADS, payloads := {**payloads, state.name: state.payload})
+    except KeyboardInterrupt:
+        shown.close()
+        error = "interrupted"
+        print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
+        raise
+    except launch.StageFailed as failure:
+        error = str(failure)
+        raise launch.StageFailed(f"{failure}\nGo on with: {command}") from None
+    finally:
+        for number, handler in restore.items():
+            signal.signal(number, handler)
+        shown.close()
+        link_results(run_dir, states)
+        summary = report.write(run_dir, config, results, predictions, error)
+    _show_results(results, predictions, summary, shown)
+    image = run_dir / "image.png"
+    shown.line(f"report: {run_dir / 'report.html'}")
+    shown.final(str(image if image.exists() else run_dir))
+    return summary
+
+
+def _run_one(state: StageState, config: DictConfig, run_dir: Path, pipeline: str, shown: Silent) -> launch.StageResult:
+    def hear(event: dict[str, Any]) -> None:
+        shown.event(state.name, event)
+
+    force = bool(config.force)
+    return launch.run_stage(state, config, run_dir, on_event=hear, pipeline=pipeline, force=force)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _elsewhere(config: DictConfig) -> str:
+    """The part of a command that finds a run outside the default folder."""
+    usual = overrides.anchored("outputs")
+    return "" if Path(config.output_dir) == usual else f" output_dir={shlex.quote(str(config.output_dir))}"
+
+
+@contextmanager
+def _folder_lock(run_dir: Path, shown: Silent) -> Iterator[None]:
+    """Two commands must not write one run's config at the same time: the second waits and says so."""
+    from filelock import FileLock
+
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError:
+        shown.line(f"waits: another process works on {run_dir}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_name(config: DictConfig, states: Sequence[StageState], sweep: bool) -> str:
+    """The run's folder: as given, else the prompt's first words and the picture's fingerprint, so that the same
+    command finds its run again."""
+    mark = states[-1].fingerprint[:8]
+    if config.run is not None:
+        return f"{config.run}-{mark}" if sweep and not str(config.run).endswith(mark) else str(config.run)
+    text = unicodedata.normalize("NFC", config.prompt).lower()
+    slug = re.sub(r"[\W_]+", "-", text[:200]).strip("-")[:40].strip("-")
+    while len(slug.encode("utf-8")) > 150:  # file names have at most 255 bytes
+        slug = slug[:-1]
+    return f"{slug}-{mark}" if slug else mark
+
+
+def link_results(run_dir: Path, states: Sequence[StageState]) -> None:
+    """Link what is in the store (or being made there) into the run; links of other settings go."""
+    for state in states:
+        target = os.path.relpath(state.entry.path, run_dir) if state.entry.path.is_dir() else None
+        _link(run_dir / state.name, target)
+    last = states[-1]
+    done = (last.entry.path / "image.png").exists() and last.entry.stage == last.name
+    _link(run_dir / "image.png", f"{last.name}/image.png" if done else None)
+
+
+def _link(link: Path, target: str | None) -> None:
+    if link.is_symlink() and (target is None or os.readlink(link) != target):
+        link.unlink()
+    if target is not None and not link.is_symlink():
+        link.symlink_to(target)
+
+
+def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[str, Any]], shown: Silent) -> None:
+    rows = []
+    for state in states:
+        guess = predictions.get(state.name, {})
+        seconds = guess.get("predicted_seconds")
+        peak = megabytes(guess.get("predicted_peak_rss_bytes"))
+        rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
+    shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
+
+
+def _show_results(
+    results: Sequence[launch.StageResult],
+    predictions: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    shown: Silent,
+) -> None:
+    rows = []
+    for result in results:
+        guess = megabytes(predictions.get(result.name, {}).get("predicted_peak_rss_bytes"))
+        time_ = duration(result.seconds) if result.status != "reused" else "-"
+        rows.append((result.name, result.status, time_, megabytes(result.peak_rss_bytes), guess, result.reason))
+    shown.table(("stage", "status", "time", "peak", "predicted", "reason"), rows)
+    peak, budget = megabytes(summary["peak_rss_bytes"]), megabytes(summary["budget_bytes"])
+    total = duration(sum(result.seconds for result in results))
+    shown.line(f"total {total}, peak {peak} of {budget} (runner {megabytes(summary['runner_peak_rss_bytes'])})")

@@ -1,0 +1,214 @@
+"""Everything that can be known to be wrong is refused here, before any process starts: key, got, allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from stages.config import (
+    BLENDS,
+    DECODE_MODES,
+    DTYPES,
+    GUIDE_MODES,
+    ROOT,
+    ConfigError,
+    close_match,
+    escape_all,
+    parse_bytes,
+    resolve,
+)
+from stages.workflow.identity import is_hub_id
+from stages.workflow.overrides import CONF, check_output_dir, check_run_name
+
+LARGEST = 65536  # pixels a side
+LEAST_BUDGET = 350_000_000  # bytes: python, torch and a model class, before the first weight
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+_EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
+
+
+def complete(config: DictConfig) -> DictConfig:
+    """The config that a run is made from: paths absolute, texts read from files, derived values filled in, checked.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    OmegaConf.update(config, "output_dir", escape_all(str(_anchored(config.output_dir))))
+    _read_prompt(config)
+    if isinstance(config.regions, str):
+        _read_regions(config)
+    for key in ("guide.image", "model.path"):
+        value = OmegaConf.select(config, key, throw_on_missing=False)
+        if value and not (key == "model.path" and is_hub_id(value) and not (ROOT / value).exists()):
+            OmegaConf.update(config, key, escape_all(str(_anchored(value, near=True))))
+    _check_sizes_known(config)
+    config = resolve(config)
+    validate(config)
+    return config
+
+
+def _anchored(path: str, near: bool = False) -> Path:
+    """Absolute: as given, else (with ``near``) under the current folder if it is there, else under the project."""
+    expanded = Path(path).expanduser()
+    if near and expanded.exists():
+        return expanded.absolute()
+    return expanded if expanded.is_absolute() else ROOT / expanded
+
+
+def _read_prompt(config: DictConfig) -> None:
+    if config.prompt_file is None:
+        if config.prompt is None:
+            raise ConfigError("prompt", None, "a text", f"For example: {_EXAMPLE}")
+        return
+    if config.prompt is not None:
+        raise ConfigError("prompt_file", config.prompt_file, "either prompt or prompt_file", "Leave one of them out.")
+    path = _anchored(config.prompt_file, near=True)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("prompt_file", str(path), f"UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError("prompt_file", str(path), f"a text file that can be read ({error.strerror})") from None
+    config.prompt, config.prompt_file = escape_all(text.removesuffix("\n")), None
+
+
+def _read_regions(config: DictConfig) -> None:
+    path = _anchored(config.regions, near=True)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("regions", str(path), f"a YAML or JSON file of regions ({error})") from None
+    config.regions = escape_all(found)
+
+
+def _check_sizes_known(config: DictConfig) -> None:
+    """What ``resolve`` computes with has to be sound before it computes."""
+    for key in ("width", "height", "model.native_size", "model.vae_scale_factor", "model.size_multiple"):
+        _at_least(config, key, 1)
+    for key in ("denoise.tile_size", "decode.tile_size"):
+        if OmegaConf.select(config, key) is not None:
+            _at_least(config, key, 1)
+
+
+def _at_least(config: DictConfig, key: str, least: float) -> Any:
+    value = OmegaConf.select(config, key)
+    if value is None or value < least:
+        raise ConfigError(key, value, f"{least} or more")
+    return value
+
+
+def _one_of(config: DictConfig, key: str, allowed: Iterable[str]) -> None:
+    value, allowed = str(OmegaConf.select(config, key)), list(allowed)
+    if value not in allowed:
+        raise ConfigError(key, value, f"one of {', '.join(allowed)}", close_match(value, allowed))
+
+
+def validate(config: DictConfig) -> None:
+    """Check a resolved config.
+
+    Raises:
+        ConfigError: the first value that cannot work.
+    """
+    if config.run is not None:
+        check_run_name(str(config.run))
+    _geometry(config)
+    _numbers(config)
+    _one_of(config, "denoise.blend", BLENDS)
+    _one_of(config, "guide.mode", GUIDE_MODES)
+    _one_of(config, "guide.upscale", ("lanczos", "latent"))
+    _one_of(config, "decode.mode", DECODE_MODES)
+    _one_of(config, "technique.dtype", DTYPES)
+    _one_of(config, "memory.enforce", ("auto", "cgroup", "watchdog", "off"))
+    _one_of(config, "memory.host", ("pinned", "disk"))
+    _one_of(config, "stitch.format", ("png", "tiff", "deepzoom"))
+    device, _, index = str(config.device).partition(":")
+    if device not in ("cpu", "cuda") or not (index or "0").isdigit():
+        raise ConfigError("device", config.device, "cpu or cuda", close_match(device, ["cpu", "cuda"]))
+    _scheduler(config)
+    _memory(config)
+    _files(config)
+
+
+def _geometry(config: DictConfig) -> None:
+    factor = config.model.vae_scale_factor
+    for key in ("width", "height", "lowres.width", "lowres.height"):
+        size = _at_least(config, key, factor)
+        if size > LARGEST:
+            raise ConfigError(key, size, f"at most {LARGEST} pixels")
+        if size % factor:
+            below = size // factor * factor
+            raise ConfigError(key, size, f"a multiple of {factor}", f"The nearest are {below} and {below + factor}.")
+    for key in ("denoise.tile_size", "denoise.overlap", "decode.tile_size", "decode.overlap", "decode.halo"):
+        size = _at_least(config, key, factor if key.endswith("tile_size") else 0)
+        if size % factor:
+            raise ConfigError(key, size, f"a multiple of {factor} pixels, the VAE's factor")
+    for node in ("denoise", "decode"):
+        overlap, tile = config[node].overlap, config[node].tile_size
+        if overlap >= tile:
+            raise ConfigError(f"{node}.overlap", overlap, f"less than {node}.tile_size ({tile})")
+    if _at_least(config, "guide.tile_size", factor) % factor:
+        raise ConfigError("guide.tile_size", config.guide.tile_size, f"a multiple of {factor} pixels")
+
+
+def _numbers(config: DictConfig) -> None:
+    if not 0 <= config.seed < 2**64:
+        raise ConfigError("seed", config.seed, "0 to 2**64 - 1")
+    for key in ("lowres.num_inference_steps", "denoise.num_inference_steps"):
+        if not 1 <= OmegaConf.select(config, key) <= 1000:
+            raise ConfigError(key, OmegaConf.select(config, key), "1 to 1000 steps")
+    if not 0 < config.denoise.strength <= 1:
+        raise ConfigError("denoise.strength", config.denoise.strength, "more than 0, at most 1")
+    for key in ("lowres.guidance_scale", "denoise.guidance_scale"):
+        if not 0 <= OmegaConf.select(config, key) <= 100:
+            raise ConfigError(key, OmegaConf.select(config, key), "0 to 100 (1: no unconditional pass)")
+    if not 0 <= config.guide.hold_steps <= 1:
+        raise ConfigError("guide.hold_steps", config.guide.hold_steps, "a share of the steps, 0 to 1")
+    if not 0 < config.guide.skip_residual_power <= 100:
+        raise ConfigError("guide.skip_residual_power", config.guide.skip_residual_power, "more than 0, at most 100")
+    if config.text_encode.clip_skip is not None:
+        _at_least(config, "text_encode.clip_skip", 0)
+    if not 0 <= config.stitch.compression <= 9:
+        raise ConfigError("stitch.compression", config.stitch.compression, "a zlib level, 0 to 9")
+    if config.launch.threads is not None:
+        _at_least(config, "launch.threads", 1)
+    if not 0.001 <= config.launch.sample_seconds <= 10:
+        raise ConfigError("launch.sample_seconds", config.launch.sample_seconds, "0.001 to 10 seconds")
+
+
+def _scheduler(config: DictConfig) -> None:
+    name = config.scheduler.class_name
+    if name is not None and not (name.isidentifier() and name.endswith("Scheduler")):
+        options = ", ".join(sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml")))
+        raise ConfigError("scheduler.class_name", name, "a scheduler class of diffusers", f"Or scheduler={options}")
+
+
+def _memory(config: DictConfig) -> None:
+    budget = parse_bytes(config.memory.budget)
+    if budget < LEAST_BUDGET:
+        hint = "Python with torch and an empty model take that much before the first weight is read."
+        raise ConfigError("memory.budget", config.memory.budget, f"at least {LEAST_BUDGET // 10**6}MB", hint)
+    if config.memory.device_budget is not None:
+        parse_bytes(config.memory.device_budget, "memory.device_budget")
+
+
+def _files(config: DictConfig) -> None:
+    if config.guide.image is not None:
+        image = Path(config.guide.image)
+        if not image.is_file() or not os.access(image, os.R_OK):
+            raise ConfigError(
+                "guide.image", str(image), "a picture that can be read", "A relative path starts in the current folder."
+            )
+    path = Path(config.model.path)
+    if path.suffix in _PICKLES:
+        hint = "Unpickling runs code from the file. Take the .safetensors file, or convert it once with diffusers."
+        raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
+    if is_hub_id(str(config.model.path)):
+        return
+    if path.is_file() and path.suffix != ".safetensors" or not path.exists():
+        hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
+        raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
+    check_output_dir(Path(config.output_dir))
