@@ -38,17 +38,16 @@ class _Ring:
 
     def allocate(self, size: int) -> int | None:
         """Start of ``size`` free bytes, or None while there is no room."""
-        if not self.used:
-            start = 0
-        else:
-            first, last = self.used[0][0], self.used[-1][1]
-            if last >= first and self.nbytes - last >= size:
+        start: int | None = 0
+        if self.used:
+            first, (newest, last) = self.used[0][0], self.used[-1]
+            if newest < first:  # wrapped: the free bytes lie between the newest and the oldest range
+                start = last if first - last >= size else None
+            elif self.nbytes - last >= size:
                 start = last
-            elif last >= first:
-                start = 0 if first >= size else -1
             else:
-                start = last if first - last >= size else -1
-        if start < 0 or start + size > self.nbytes:
+                start = 0 if first >= size else None
+        if start is None or start + size > self.nbytes:
             return None
         self.used.append((start, start + size))
         return start

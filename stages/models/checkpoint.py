@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, pread_into, read_header
 from stages.models.locate import (
     CheckpointError,
@@ -188,14 +190,15 @@ class Checkpoint:
 
 def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
     """An instance of a stock class, its parameters on ``meta``. The class is looked up by name in its library."""
-    from accelerate import init_empty_weights
-
-    library = importlib.import_module("diffusers" if "_class_name" in config else "transformers")
-    model_class = getattr(library, class_name, None)
+    from_diffusers = "_class_name" in config
+    with light_imports() if from_diffusers else nullcontext():
+        library = importlib.import_module("diffusers" if from_diffusers else "transformers")
+        model_class = getattr(library, class_name, None)
+        from accelerate import init_empty_weights
     if model_class is None:
         raise CheckpointError(f"{library.__name__} has no class {class_name}, which the checkpoint's config names.")
     with init_empty_weights():
-        if "_class_name" in config:
+        if from_diffusers:
             return model_class.from_config(config)
         return model_class(model_class.config_class.from_dict(config))
 
