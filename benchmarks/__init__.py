@@ -1,0 +1,1 @@
+"""One command per figure in the README: ``python -m benchmarks`` lists them."""
