@@ -1,0 +1,229 @@
+"""The VAE of a whole canvas, exactly, in the memory of a strip.
+
+Layer by layer over row strips that are spilled to disk: every GroupNorm has the statistics of the whole canvas (merged
+from the strips'), and the mid-block attention sees all of it. Equal to the whole-image pass up to rounding. Weights,
+activations and projections are the stock model's own; only the order of the work differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.canvas.exact_attention import attend_canvas
+from stages.canvas.exact_program import INPUT, Layer, Shape, cost, last_use, shapes
+from stages.canvas.groupnorm import merge_var_mean, normalise
+from stages.canvas.spill import Spill
+from stages.workflow.store import read_json, write_json
+
+Hold = Callable[[nn.Module], AbstractContextManager[Any]]
+STATE = "state.json"
+_COPIES = 4  # strips of source and of target that are alive at once in a layer
+
+
+def _boot_id() -> str:
+    """Scratch files are not synced to disk, so they count only until the machine starts anew."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def channel_moments(strip: Tensor) -> tuple[Tensor, Tensor]:
+    """(variance, mean) of each channel of ``[1, C, h, W]``, float64 on the CPU."""
+    flat = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1]).float()
+    mean = flat.mean(0)
+    return (flat - mean).square_().mean(0).double().cpu(), mean.double().cpu()
+
+
+class ExactPass:
+    """One pass of a program of layers over a canvas.
+
+    Args:
+        layers: from ``program``.
+        given: shape of the input.
+        folder: for the activations and the state; an earlier, killed pass in it is gone on with, layer by layer.
+        dtype: of the model's weights and activations.
+        device: where the strips are computed.
+        working_bytes: about what a layer's strips take; the result does not depend on it (beyond rounding).
+        hold: keeps a module's weights in memory while a layer's strips run through it.
+        mark: told the name of the layer that runs.
+        advance: told the share of all work that is done, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        given: Shape,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        working_bytes: int = 128 << 20,
+        hold: Hold = nullcontext,
+        mark: Callable[[str], None] = lambda name: None,
+        advance: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self.layers, self.folder, self.dtype, self.device = list(layers), folder, dtype, torch.device(device)
+        self.working_bytes, self.hold, self.mark, self.advance = working_bytes, hold, mark, advance
+        self.shapes, self._last = shapes(self.layers, given), last_use(self.layers)
+        self._costs = [cost(layer, self.shapes) for layer in self.layers]
+        self._done_cost = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._spills: dict[str, Spill] = {}
+        self.resumed_from = self._load()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.raw"
+
+    def _load(self) -> int:
+        """The number of layers that an earlier pass finished and whose activations are all there."""
+        state = read_json(self.folder / STATE)
+        names = [layer.name for layer in self.layers]
+        done = len(state["done"]) if state and state["boot"] == _boot_id() and state["dtype"] == str(self.dtype) else 0
+        if done and state["done"] == names[:done] and state["input"] == list(self.shapes[INPUT].size):
+            wanted = [name for name in names[:done] if self._last.get(name, -1) >= done]
+            nbytes = {name: self.shapes[name].numel * self.dtype.itemsize for name in wanted}
+            if all(self._path(n).is_file() and self._path(n).stat().st_size == nbytes[n] for n in wanted):
+                for name in wanted:
+                    self._spills[name] = Spill(self._path(name), self.shapes[name], self.dtype)
+                    var, mean = (torch.tensor(values, dtype=torch.float64) for values in state["moments"][name])
+                    self._moments[name] = (var, mean)
+                return done
+        for path in self.folder.glob("*.raw"):
+            path.unlink()
+        return 0
+
+    def _save(self, done: int) -> None:
+        kept = [layer.name for layer in self.layers[:done] if self._last.get(layer.name, -1) >= done]
+        state = {
+            "boot": _boot_id(),
+            "dtype": str(self.dtype),
+            "input": list(self.shapes[INPUT].size),
+            "done": [layer.name for layer in self.layers[:done]],
+            "moments": {name: [values.tolist() for values in self._moments[name]] for name in kept},
+        }
+        write_json(self.folder / STATE, state)
+        for name in set(self._spills) - set(kept):
+            self._spills.pop(name).remove()
+
+    @torch.no_grad()
+    def run(self, source: Callable[[int, int], Tensor], sink: Callable[[int, Tensor], None]) -> None:
+        """Run the layers that are not done.
+
+        Args:
+            source: gives rows ``[top, bottom)`` of the input, ``[1, C, h, W]``.
+            sink: takes the last layer's rows: first row, ``[1, C, h, W]`` in the pass' dtype.
+        """
+        self._done_cost = sum(self._costs[: self.resumed_from])
+        for index, layer in enumerate(self.layers[self.resumed_from :], self.resumed_from):
+            self.mark(layer.name)
+            final = index + 1 == len(self.layers)
+            with ExitStack() as held:
+                for owner in layer.owners:
+                    held.enter_context(self.hold(owner))
+                if final:
+                    for top, strip in self._strips(layer, source):
+                        sink(top, strip)
+                else:
+                    self._spill(layer, source)
+            self._done_cost += self._costs[index]
+            self.advance(self._done_cost / sum(self._costs))
+            if not final:
+                self._save(index + 1)
+        for spill in self._spills.values():
+            spill.remove()
+        self._spills.clear()
+        (self.folder / STATE).unlink(missing_ok=True)
+
+    def _spill(self, layer: Layer, source: Callable[[int, int], Tensor]) -> None:
+        target = Spill(self._path(layer.name), self.shapes[layer.name], self.dtype)
+        parts = []
+        for top, strip in self._strips(layer, source):
+            target.put(top, strip)
+            parts.append((strip.shape[2], *channel_moments(strip)))
+        rows, variances, means = zip(*parts, strict=True)
+        self._moments[layer.name] = merge_var_mean(torch.tensor(rows), torch.stack(variances), torch.stack(means))
+        self._spills[layer.name] = target
+
+    def strip_rows(self, layer: Layer) -> int:
+        """Rows of the target that are made at a time."""
+        source, target = self.shapes[layer.source], self.shapes[layer.name]
+        per_row = target.size.width * (source.channels + target.channels) * self.dtype.itemsize * _COPIES
+        return max(1, min(target.size.height, self.working_bytes // per_row))
+
+    def _strips(self, layer: Layer, source: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """The layer's result, strip by strip: (first row, ``[1, C, h, W]``)."""
+        height, share = self.shapes[layer.name].size.height, self._costs[self.layers.index(layer)] / sum(self._costs)
+        before = self._done_cost / sum(self._costs)
+        for top, strip in self._attended(layer) if layer.attention is not None else self._convolved(layer, source):
+            bottom = top + strip.shape[2]
+            if layer.residual is not None:
+                residual = self._spills[layer.residual].rows(top, bottom).to(self.device)
+                strip = strip + (residual if layer.shortcut is None else layer.shortcut(residual))
+            if layer.divide != 1:
+                strip = strip / layer.divide
+            yield top, strip if layer.after is None else layer.after(strip)
+            self.advance(before + share * bottom / height)
+
+    def _prepared(self, layer: Layer, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device, self.dtype)
+        if layer.before is not None:
+            rows = layer.before(rows)
+        if layer.norm is not None:
+            var, mean = self._group_moments(layer.source, layer.norm.num_groups)
+            rows = normalise(rows, var, mean, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        return rows if layer.act is None else layer.act(rows)
+
+    def _group_moments(self, name: str, groups: int) -> tuple[Tensor, Tensor]:
+        """Of the canvas, from its channels: the same merge, since a group's channels are of one size."""
+        var, mean = (values.view(groups, -1).T for values in self._moments[name])
+        return merge_var_mean(torch.ones(len(var)), var, mean)
+
+    def _convolved(self, layer: Layer, source: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        assert layer.conv is not None
+        read = source if layer.source == INPUT else self._spills[layer.source].rows
+        full, height = self.shapes[layer.source].size.height, self.shapes[layer.name].size.height
+        radius, step = layer.conv.padding[0], self.strip_rows(layer)
+        assert isinstance(radius, int)
+        weight = layer.conv.weight, layer.conv.bias
+        for top in range(0, height, step):
+            bottom = min(top + step, height)
+            if layer.move == "down":  # stride 2 over one row and column of zeros at the end
+                end = 2 * bottom + 1
+                rows = self._prepared(layer, read(2 * top, min(end, full)))
+                rows = F.pad(rows, (0, 1, 0, max(0, end - full)))
+                yield top, F.conv2d(rows, *weight, stride=layer.conv.stride)
+                continue
+            grown, scale = (max(0, top - radius), bottom + radius), 2 if layer.move == "up" else 1
+            first, last = grown[0], min(grown[1], full * scale)
+            rows = self._prepared(layer, read(first // scale, -(-last // scale)))
+            if layer.move == "up":
+                rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
+                start = first - first // 2 * 2
+                rows = rows[:, :, start : start + last - first]
+            missing = max(0, radius - top), max(0, grown[1] - full * scale)
+            if any(missing):  # zeros beyond the canvas, as the whole convolution pads
+                rows = F.pad(rows, (0, 0, *missing))
+            yield top, F.conv2d(rows, *weight, padding=(0, layer.conv.padding[1]))  # type: ignore[arg-type]
+
+    def _attended(self, layer: Layer) -> Iterator[tuple[int, Tensor]]:
+        size, step = self.shapes[layer.source].size, self.strip_rows(layer)
+
+        def strips() -> Iterator[tuple[int, Tensor]]:
+            for top in range(0, size.height, step):
+                yield top, self._prepared(layer, self._spills[layer.source].rows(top, min(top + step, size.height)))
+
+        return attend_canvas(
+            layer.attention,
+            strips,
+            size,
+            dtype=self.dtype,
+            folder=self.folder,
+            working_bytes=self.working_bytes,
+        )
