@@ -84,3 +84,16 @@ PIPELINE: tuple[Stage, ...] = (
         needs=lambda config: ("decode",),
     ),
 )
+
+# Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
+PROFILE = Stage(
+    name="profile",
+    version=1,
+    parameters=(
+        *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
+        *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "decode", "technique.channels_last"),
+        *("guide.mode", "guide.image", "guide.upscale", "guide.tile_size", "model.native_size"),
+    ),
+    needs=lambda config: (),
+    components=("text_encoder", "unet", "vae"),
+)

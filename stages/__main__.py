@@ -16,9 +16,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from stages import PROFILE
 from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
-from stages.workflow.plan import StageState, build
+from stages.workflow.plan import StageState, build, state_of
 from stages.workflow.store import Store, read_json
 
 _PR_SET_PDEATHSIG = 1
@@ -117,6 +118,8 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
     pipeline = importlib.import_module(module).PIPELINE
     plan = build(config, Store(Path(config.output_dir) / ".store"), pipeline=pipeline, verify=False)
     states = {state.name: state for state in plan}
+    if stage == PROFILE.name:
+        states[stage] = state_of(config, Store(Path(config.output_dir) / ".store"), PROFILE, {})
     if stage not in states:
         raise ConfigError("stage", stage, f"one of {', '.join(states)} in this run")
     state = states[stage]

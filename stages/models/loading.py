@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from stages.config import resolve_dtype
@@ -16,6 +17,7 @@ from stages.memory.layout import Layout, split_units
 from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, write_prepared
 from stages.memory.stream import WeightStreamer
 from stages.models.checkpoint import Checkpoint, Component
+from stages.workflow.store import atomic_path
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +71,7 @@ def open_model(
     resident = frozenset(unit.name for unit in units) if chosen == "all" else frozenset(chosen)
     source: WeightSource
     if plan.get("prepared"):
-        source = PreparedSource(Path(plan["prepared"]), layout)
+        source = PreparedSource(prepared(component, layout, Path(plan["prepared"])), layout)
     else:
         source = CheckpointSource(component.tensors, layout)
     streamer = WeightStreamer(
@@ -86,15 +88,15 @@ def open_model(
         yield streamer
 
 
-def prepare(component: Component, file: Path, *, dtype: torch.dtype, channels_last: bool, drop: Iterable[str] = ()) -> None:
-    """Write the packed copy of ``component`` to ``file`` (its name while it is written is the caller's business)."""
-    with light_imports():
-        model = component.build()
-    for name in drop:
-        delattr(model, name)
-    layout = Layout(model, dtype, channels_last=channels_last)
-    source = CheckpointSource(component.tensors, layout)
-    try:
-        write_prepared(file, source, layout)
-    finally:
-        source.close()
+def prepared(component: Component, layout: Layout, file: Path) -> Path:
+    """The packed copy of ``component`` at ``file``, made now if it is not there: one read of the checkpoint."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file() or file.stat().st_size != layout.nbytes:
+            source = CheckpointSource(component.tensors, layout)
+            try:
+                with atomic_path(file) as temporary:
+                    write_prepared(temporary, source, layout)
+            finally:
+                source.close()
+    return file

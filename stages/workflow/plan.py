@@ -119,24 +119,30 @@ def build(
         verify: False computes fingerprints only and reads no result (a stage process does not need more).
     """
     states: dict[str, StageState] = {}
-    cache, dtype, device = store.root / ".identity", resolve_dtype(config), str(config.device).split(":")[0]
     for stage in active(config, pipeline):
         needs = stage.needs(config)
-        payload: dict[str, Any] = {
-            "stage": stage.name,
-            "version": stage.version,
-            "parameters": parameters(config, stage, cache),
-            "upstream": {name: states[name].fingerprint for name in needs},
-        }
-        if stage.components:
-            identity = model_identity(config, stage.components, cache)
-            payload |= {"model": identity, "dtype": dtype, "device": device}
-        print_ = fingerprint(payload)
-        entry = store.entry(stage.name, print_, payload)
-        states[stage.name] = StageState(stage=stage, needs=needs, payload=payload, fingerprint=print_, entry=entry)
+        states[stage.name] = state_of(config, store, stage, {name: states[name].fingerprint for name in needs})
     if verify:
         _decide(config, states, asked(config, pipeline), previous or {})
     return list(states.values())
+
+
+def state_of(config: DictConfig, store: Store, stage: Stage, upstream: Mapping[str, str]) -> StageState:
+    """The stage's payload and fingerprint; ``upstream`` maps what it needs to fingerprints."""
+    cache = store.root / ".identity"
+    payload: dict[str, Any] = {
+        "stage": stage.name,
+        "version": stage.version,
+        "parameters": parameters(config, stage, cache),
+        "upstream": dict(upstream),
+    }
+    if stage.components:
+        identity = model_identity(config, stage.components, cache)
+        device = str(config.device).split(":")[0]
+        payload |= {"model": identity, "dtype": resolve_dtype(config), "device": device}
+    print_ = fingerprint(payload)
+    entry = store.entry(stage.name, print_, payload)
+    return StageState(stage=stage, needs=tuple(upstream), payload=payload, fingerprint=print_, entry=entry)
 
 
 def _decide(config: DictConfig, states: dict[str, StageState], wanted: list[str], previous: Mapping[str, Any]) -> None:

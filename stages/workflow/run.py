@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stages.config import ConfigError, escape_all, save_text
-from stages.workflow import launch, overrides, report
+from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.plan import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
@@ -55,7 +55,7 @@ def execute(
         config = complete(config)
         shown = reporter(config.progress)
         return _execute(config, said, sweep, pipeline, predictions, shown)
-    except (ConfigError, MissingInput, launch.StageFailed, OSError) as error:
+    except (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError) as error:
         shown.close()
         if os.environ.get("HIGHRES_TRACEBACK") == "1":
             raise
@@ -81,8 +81,11 @@ def _execute(
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config.prompt)
         link_results(run_dir, states)
-        predictions = predictions or read_json(run_dir / "plan.json") or {}
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
+        work = [state for state in states if state.status in ("run", "resume")]
+        if predictions is None and pipeline == "stages" and (config.stage == "plan" or any(s.stage.components for s in work)):
+            predictions = planning.plan(states, config, store, run_dir, pipeline=pipeline, note=shown.line)
+        predictions = predictions or read_json(run_dir / "plan.json") or {}
         if config.stage == "plan":
             _show_plan(states, predictions, shown)
             shown.final(f"plan of {run_dir}: nothing was computed")

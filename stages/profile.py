@@ -1,0 +1,232 @@
+"""The process that looks at the models before anything runs: ``python -m stages profile <run-dir>``.
+
+Every model is built on the meta device and run once in the shapes of this run; no weight is read. Its result, a JSON
+file, is all that the planner needs, for any budget.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from stages.canvas.tiles import Size, grid, latent_grid
+from stages.context import StageContext
+from stages.memory.imports import light_imports
+from stages.memory.layout import Layout, split_units
+from stages.memory.monitor import usage
+from stages.memory.profile import segments, trace
+from stages.models.checkpoint import Checkpoint, Component
+from stages.models.loading import compute_dtype, open_checkpoint
+from stages.models.sd import micro_batch
+from stages.models.vae import DECODER, ENCODER
+from stages.workflow.store import write_json
+
+# RES that a stage's process grows by while it works, besides what is counted: kernels' code, threads' stacks
+TOUCHED = 30_000_000
+TRANSFORMERS = 90_000_000  # what transformers' CLIP classes take more than diffusers' models
+STAGE_SECONDS = 2.5  # to start a process and import
+
+
+def import_diffusers() -> None:
+    """What the stages with a denoiser or a VAE import."""
+    with light_imports():
+        from accelerate import init_empty_weights  # noqa: F401
+        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+
+
+def run(context: StageContext) -> None:
+    """Write ``profile.json``."""
+    write_json(context.output / "profile.json", profile_run(context.config))
+
+
+def flops_per_second(dtype: torch.dtype) -> float:
+    """Of a 3x3 convolution as these models have them, measured in about a quarter of a second."""
+    conv = nn.Conv2d(320, 320, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
+    image = torch.randn(2, 320, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+    count, best = 2 * image.numel() * 320 * 9, 0.0
+    with torch.inference_mode():
+        end = time.monotonic() + 0.25
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            conv(image)
+            best = max(best, count / (time.monotonic() - begin))
+    return best * 0.6  # a whole model's share of its best layer
+
+
+def cuts(
+    component: Component,
+    dtype: torch.dtype,
+    call: Callable[[nn.Module, int], Any],
+    *,
+    channels_last: bool,
+    size: int = 0,
+    drop: tuple[str, ...] = (),
+) -> tuple[int, list[dict[str, Any]]]:
+    """(bytes of weights, the model cut at block level and at leaf level), each with its meta pass.
+
+    ``call(model, samples)`` runs the model on ``samples`` samples; ``size`` is the micro-batch (0: the call's own).
+    """
+    model = component.build(optional=tuple(f"{name}." for name in drop))
+    for name in drop:
+        delattr(model, name)
+    model = model.to(dtype)
+    layout = Layout(model, dtype, channels_last=channels_last)
+    found = []
+    largest_leaf = max(unit.nbytes for unit in split_units(model, layout, 0))
+    for limit in (layout.nbytes, largest_leaf):
+        units = split_units(model, layout, limit)
+        counts = (2, 3) if size else (1, 1)
+        traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
+        lines = segments(*traces)
+        if not size:  # nothing grows with a group of one
+            lines = [line.__class__(unit=line.unit, fixed=line.fixed, slope=0, workspace=line.workspace) for line in lines]
+        found.append(
+            {
+                "limit": limit,
+                "order": list(dict.fromkeys(name for name in traces[0].order)),
+                "nbytes": {unit.name: unit.nbytes for unit in units},
+                "flops": traces[0].flops,
+                "lines": [[line.unit, line.fixed, line.slope, line.workspace] for line in lines],
+            }
+        )
+    for cut in found:  # units that the pass did not call (a tied or unused module) are read all the same
+        cut["order"] += [name for name in cut["nbytes"] if name not in cut["order"]]
+        cut["order"] = [name for name in cut["order"] if name in cut["nbytes"]]
+    return layout.nbytes, found
+
+
+def profile_run(config: DictConfig) -> dict[str, Any]:
+    """{stage: the fields of ``planner.StageProfile``} for the stages of this run that open a model."""
+    dtype, last = compute_dtype(config), bool(config.technique.channels_last)
+    import_diffusers()
+    base = usage(os.getpid()).rss
+    rate = flops_per_second(dtype)
+    checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer", "unet", "vae", "scheduler"), lambda _: None)
+    profiles = {
+        "text_encode": {**_text(config, checkpoint, dtype), "base": base + TRANSFORMERS},
+        **{name: {**found, "base": base} for name, found in _denoisers(config, checkpoint, dtype, last).items()},
+        **{name: {**found, "base": base} for name, found in _vaes(config, checkpoint, dtype, last).items()},
+    }
+    for name, profile in profiles.items():
+        profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS}
+        profile["base"] += TOUCHED
+    return profiles
+
+
+def _text(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
+    component = checkpoint.component("text_encoder")
+    rows = 2 * (1 + len(config.regions))
+    length = component.config.get("max_position_embeddings", 77)
+
+    def call(model: nn.Module, samples: int) -> Any:
+        return model(torch.zeros((rows * samples, length), dtype=torch.long, device="meta"))
+
+    weights, found = cuts(component, dtype, call, channels_last=False)
+    return {"extra": 0, "weights": weights, "micro_batch": rows, "micro_batches": 1, "steps": 1, "cuts": found}
+
+
+def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
+    component = checkpoint.component("unet")
+    f, native = config.model.vae_scale_factor, config.model.native_size
+    low = Size(config.lowres.height // f, config.lowres.width // f)
+    side = 2 * native // f
+    low_tiles = grid(low, Size(side, side), side // 4)
+    tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, f)
+    steps = config.denoise.num_inference_steps
+    running = steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
+    canvas = config.model.latent_channels * (config.width // f) * (config.height // f) * 4
+    jobs = {
+        "lowres": (low_tiles, config.lowres.guidance_scale, config.lowres.num_inference_steps, low.height * low.width * 16),
+        "denoise": (tiles, config.denoise.guidance_scale, running, canvas),
+    }
+    if config.guide.mode == "none" or config.guide.image:
+        del jobs["lowres"]
+    found: dict[str, dict[str, Any]] = {}
+    for name, (views, guidance, count, nbytes) in jobs.items():
+        height, width = views[0].size
+        size = micro_batch(component.config, height, width)
+        channels, context = component.config["in_channels"], component.config["cross_attention_dim"]
+
+        def call(model: nn.Module, samples: int, shape=(channels, height, width), context=context) -> Any:
+            image = torch.empty((samples, *shape), dtype=dtype, device="meta")
+            image = image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            embeds = torch.empty((samples, 77, context), dtype=dtype, device="meta")
+            return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
+
+        weights, cut = cuts(component, dtype, call, channels_last=last, size=size)
+        samples = len(views) * (1 if guidance == 1 else 2)
+        found[name] = {
+            "extra": 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
+            "weights": weights,
+            "micro_batch": size,
+            "micro_batches": -(-samples // size),
+            "steps": count,
+            "cuts": cut,
+        }
+    return found
+
+
+def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
+    from stages.guide import HALO
+
+    component, f = checkpoint.component("vae"), config.model.vae_scale_factor
+    canvas = config.width * config.height
+
+    def image(channels: int, height: int, width: int) -> torch.Tensor:
+        made = torch.empty((1, channels, height, width), dtype=dtype, device="meta")
+        return made.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def decode(height: int, width: int) -> Callable[[nn.Module, int], Any]:
+        return lambda model, _: model.decode(image(config.model.latent_channels, height, width), return_dict=False)
+
+    def encode(height: int, width: int) -> Callable[[nn.Module, int], Any]:
+        return lambda model, _: model.encode(image(3, height, width), return_dict=False)
+
+    found: dict[str, dict[str, Any]] = {}
+    tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, f)
+    side = (config.decode.tile_size + 2 * config.decode.halo) // f
+    height, width = min(side, config.height // f), min(side, config.width // f)
+    weights, cut = cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER)
+    single = {"extra": 0, "micro_batch": 1, "steps": 1}
+    found["decode"] = {**single, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
+    if config.guide.mode == "none":
+        return found
+    side = config.guide.tile_size // f + 2 * HALO
+    halves = []
+    if config.guide.image or config.guide.upscale == "lanczos":
+        height, width = min(side, config.height // f) * f, min(side, config.width // f) * f
+        halves.append(cuts(component, dtype, encode(height, width), channels_last=last, drop=DECODER))
+    if not config.guide.image:
+        height, width = min(side, config.lowres.height // f), min(side, config.lowres.width // f)
+        halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
+    count = len(grid(Size(config.height // f, config.width // f), Size(*[config.guide.tile_size // f] * 2), 4))
+    found["guide"] = {
+        **single,
+        "extra": 3 * canvas // f**2 * config.model.latent_channels * 4,
+        "weights": sum(half[0] for half in halves),
+        "micro_batches": count + 1,
+        "cuts": _joined([half[1] for half in halves]),
+    }
+    return found
+
+
+def _joined(halves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Two halves of a VAE that are in one model: the order of the first, then of the second."""
+    joined = []
+    for parts in zip(*halves, strict=True):
+        joined.append(
+            {
+                "limit": max(part["limit"] for part in parts),
+                "order": [name for part in parts for name in part["order"]],
+                "nbytes": {k: v for part in parts for k, v in part["nbytes"].items()},
+                "flops": {k: v for part in parts for k, v in part["flops"].items()},
+                "lines": [line for part in parts for line in part["lines"]],
+            }
+        )
+    return joined

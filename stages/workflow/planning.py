@@ -1,0 +1,100 @@
+"""Before anything runs: profile the models (once per shape), plan every stage for the budget, refuse what cannot fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from stages import PROFILE
+from stages.config import parse_bytes, resolve_dtype
+from stages.memory.monitor import usage
+from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
+from stages.workflow import launch
+from stages.workflow.identity import model_identity
+from stages.workflow.plan import StageState, state_of
+from stages.workflow.store import Store, fingerprint, read_json, write_json
+
+RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
+_COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
+
+
+class DoesNotFit(RuntimeError):
+    """The budget is too small for this picture; the message says what would do, and what it costs."""
+
+
+def plan(
+    states: Sequence[StageState],
+    config: DictConfig,
+    store: Store,
+    run_dir: Path,
+    *,
+    pipeline: str = "stages",
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, Any]]:
+    """Plans of the stages that open a model, by name; also written to ``plan.json``, where the stages find theirs.
+
+    Raises:
+        DoesNotFit: before any work.
+        launch.StageFailed: the models could not be looked at.
+    """
+    profile = state_of(config, store, PROFILE, {})
+    if profile.entry.why_invalid():
+        profile.reason = "first run with this model and these sizes"
+        note("looks at the models (once for these sizes)")
+        launch.run_stage(profile, config, run_dir, pipeline=pipeline, on_event=lambda event: None)
+    found = read_json(profile.entry.path / "profile.json") or {}
+    running = {state.name for state in states if state.status in ("run", "resume", "reuse")}
+    profiles = [StageProfile.of(_with_steps(data, config)) for name, data in found.items() if name in running]
+    runner = usage(os.getpid()).rss + RUNNER_GROWTH
+    try:
+        plans = plan_run(profiles, parse_bytes(config.memory.budget), runner)
+    except OverBudget as error:
+        raise DoesNotFit(_refusal(error, config)) from None
+    by_name = {one.name: one for one in profiles}
+    written = {name: _as_json(one, by_name[name], config, store) for name, one in plans.items()}
+    write_json(run_dir / "plan.json", written)
+    return written
+
+
+def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
+    """Step counts change often and need no new profile."""
+    steps = data["steps"]
+    if data["name"] == "lowres":
+        steps = config.lowres.num_inference_steps
+    if data["name"] == "denoise":
+        steps = config.denoise.num_inference_steps
+        steps = steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
+    return {**data, "steps": max(1, steps)}
+
+
+def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store) -> dict[str, Any]:
+    """What the stage reads: the plan, groups in views, and where the prepared copy of the weights lies."""
+    pairs = max(1, profile.micro_batch // 2)
+    streamed = plan.resident != "all"
+    prepared = None
+    if streamed and not profile.single_pass and config.memory.prepared:
+        key = {
+            "component": _COMPONENT[profile.name],
+            "model": model_identity(config, (_COMPONENT[profile.name],), store.root / ".identity"),
+            "half": profile.name if _COMPONENT[profile.name] == "vae" else "",
+            "image": str(config.guide.image is None) + config.guide.upscale if profile.name == "guide" else "",
+            "dtype": resolve_dtype(config),
+            "channels_last": bool(config.technique.channels_last),
+        }
+        prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
+    return {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared}
+
+
+def _refusal(error: OverBudget, config: DictConfig) -> str:
+    least = -(-int(error.least.predicted_peak_rss_bytes / 0.985) // 10_000_000) * 10
+    slower = error.least.predicted_seconds / max(error.fastest.predicted_seconds, 1e-9)
+    cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
+    return (
+        f"memory.budget: got {config.memory.budget}, but {error.stage} needs at least {least} MB "
+        f"for {config.width}x{config.height} with model={config.model.name}.\n"
+        f"Use memory.budget={least}MB{f' ({cost})' if cost else ''}, or smaller decode.tile_size / denoise.tile_size."
+    )
