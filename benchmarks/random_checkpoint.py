@@ -1,8 +1,8 @@
 """Write a checkpoint of random weights with the shapes of Stable Diffusion 1.5 or 2.1, for benchmarks and tests.
 
-    python benchmarks/random_checkpoint.py sd15 DIR                      # a diffusers folder, fp16, full size (2.1 GB)
-    python benchmarks/random_checkpoint.py sd21 DIR --layout both        # ... and the same weights as DIR/sd21.safetensors
-    python benchmarks/random_checkpoint.py sd15 DIR --small --dtype fp32 # tiny channel counts, for tests
+    python benchmarks/random_checkpoint.py sd15 DIR                       # a diffusers folder, fp16, full size (2.1 GB)
+    python benchmarks/random_checkpoint.py sd21 DIR --layout both         # and the same weights as DIR/sd21.safetensors
+    python benchmarks/random_checkpoint.py sd15 DIR --small --dtype fp32  # tiny channel counts, for tests
 
 Tensors are drawn and written one piece at a time, so the memory needed does not grow with the model. The weights of a
 tensor depend on its name and the seed alone, so both layouts and both dtypes hold the same numbers. The scale of the
@@ -182,9 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.layout != "folder":
         path = options.dir / f"{options.kind}.safetensors"
         write_safetensors(path, entries_of(options.kind, every, found), options.dtype, options.seed)
-    print(
-        f"{options.dir}: {options.kind}, {options.dtype}, {sum(math.prod(s.shape) for v in every.values() for s in v):,} weights"
-    )
+    count = sum(math.prod(spec.shape) for component in every.values() for spec in component)
+    print(f"{options.dir}: {options.kind}, {options.dtype}, {count:,} weights")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def _denoise_needs(config: DictConfig) -> tuple[str, ...]:
     return ("text_encode",) if config.guide.mode == "none" else ("text_encode", "guide")
 
 
-_SCHEDULER = ("scheduler.class_name", "scheduler.options")
+_SCHEDULER = ("scheduler.class_name", "scheduler.options", "model.prediction_type")
 _NUMERICS = ("technique.channels_last", "technique.tf32")
 
 PIPELINE: tuple[Stage, ...] = (

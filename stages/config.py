@@ -42,6 +42,8 @@ class ModelConfig:
     family: str = MISSING  # sd
     path: str = MISSING  # diffusers folder, hub id, or a single .safetensors file
     revision: str | None = None  # of a hub id
+    config: str | None = None  # of a single file: a diffusers folder with its configs and tokenizer; None: built in
+    prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
     vae_scale_factor: int = 8
     latent_channels: int = 4

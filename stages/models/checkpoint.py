@@ -143,13 +143,10 @@ class Checkpoint:
         class_name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
         if name == "unet" and config.get("in_channels", 4) != 4:
             raise CheckpointError(
-                f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), expected "
-                "4: give a text-to-image checkpoint as model.path."
+                f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
+                "expected 4: give a text-to-image checkpoint as model.path."
             )
-        if self._single is not None:
-            tensors = self._single.tensors(name, config)
-        else:
-            tensors = self._folder_tensors(name)
+        tensors = self._single.tensors(name, config) if self._single else self._folder_tensors(name)
         return Component(
             name=name,
             class_name=class_name,
@@ -178,7 +175,7 @@ class Checkpoint:
         return config["_class_name"], config
 
     def tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
-        """The CLIP tokenizer; for a single file, from ``config`` or the hub's cache. CheckpointError if it is nowhere."""
+        """The CLIP tokenizer; a single file's is in ``config`` or the hub's cache. CheckpointError if it is nowhere."""
         from transformers import CLIPTokenizer
 
         if (self.folder / name).is_dir():
@@ -207,7 +204,7 @@ def read_tensor(ref: TensorRef) -> torch.Tensor:
     """One tensor from disk (for small ones and for tests: the memory engine reads into its own buffers)."""
     data = torch.empty(ref.nbytes, dtype=torch.uint8)
     with ref.file.open("rb") as file:
-        pread_into(file.fileno(), ref.offset, memoryview(data.numpy()))
+        pread_into(file.fileno(), ref.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
     return data.view(ref.dtype).view(ref.shape)
 
 

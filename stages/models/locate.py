@@ -40,8 +40,8 @@ def refuse_pickle(path: str) -> None:
     """CheckpointError for pickle files: loading one can run any code that its author put there."""
     if path.lower().endswith(PICKLES):
         raise CheckpointError(
-            f"{path}: got a pickle file ({Path(path).suffix}), expected .safetensors; a pickle can run code when it is "
-            f"opened, so it is not read here. If you trust its author: {CONVERT.format(source='single_file', path=path)}"
+            f"{path}: got a pickle file ({Path(path).suffix}), expected .safetensors; a pickle can run code when "
+            f"it is opened, so it is not read here. If you trust its author: {CONVERT.format(source='single_file', path=path)}"
         )
 
 

@@ -66,7 +66,7 @@ class SingleFile:
         """CLIP's tokenizer from the hub or its cache: a single file does not hold the vocabulary."""
         from transformers import CLIPTokenizer
 
-        pad = {"pad_token": "!"} if self.family == "sd21" else {}
+        pad: dict[str, Any] = {"pad_token": "!"} if self.family == "sd21" else {}
         try:
             return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, **pad)
         except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def relocate(
                 'python -c "from diffusers import StableDiffusionPipeline as P; '
                 f"P.from_single_file({str(path)!r}).save_pretrained('converted')\"  and then model.path=converted"
             )
-        offset = ref.offset + view.storage_offset() * ref.dtype.itemsize
+        offset = ref.offset + int(view.storage_offset()) * ref.dtype.itemsize
         placed[name] = TensorRef(ref.file, offset, ref.dtype, tuple(view.shape))
     return placed
 
@@ -123,8 +123,8 @@ def _family(path: Path, refs: dict[str, TensorRef]) -> str:
     conv_in = refs.get(f"{UNET}input_blocks.0.0.weight")
     if conv_in is not None and conv_in.shape[1] != 4:
         raise CheckpointError(
-            f"{path}: its UNet takes {conv_in.shape[1]} channels (an inpainting, depth or image-variation model), expected 4: "
-            "give a text-to-image checkpoint as model.path."
+            f"{path}: its UNet takes {conv_in.shape[1]} channels (an inpainting, depth or image-variation model), "
+            "expected 4: give a text-to-image checkpoint as model.path."
         )
     return "sd15" if has(CLIP) else "sd21"
 

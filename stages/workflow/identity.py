@@ -67,7 +67,8 @@ def resolve_revision(repository: str, revision: str | None = None) -> str:
 def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path) -> dict[str, str]:
     """{component: hash} of those components that the checkpoint has; {} if the stage opens none.
 
-    A single file or a hub revision holds every component: one entry, under ``file`` or ``revision``.
+    A single file or a hub revision holds every component: one entry, under ``file`` or ``revision`` (and what
+    ``model.config`` adds to a file).
     """
     if not components:
         return {}
@@ -75,9 +76,12 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
     if is_hub_id(path):
         return {"revision": f"{path}@{resolve_revision(path, config.model.revision)}"}
     root = Path(path)
-    if root.is_file():
-        return {"file": file_hash(root, cache)}
     found = {}
+    if root.is_file():
+        found["file"] = file_hash(root, cache)
+        if not config.model.config:
+            return found
+        root = Path(config.model.config)  # the same file under other configs is another model
     for component in components:
         files = sorted(file for file in (root / component).rglob("*") if _counts(file))
         if files:

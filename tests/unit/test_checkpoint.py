@@ -167,7 +167,7 @@ def test_hub_id_from_the_cache(made: Path, tmp_path: Path, monkeypatch: pytest.M
     checkpoint = Checkpoint.open("some/model", components=("unet",))
     assert checkpoint.revision == commit
     checkpoint.component("unet").build()
-    with pytest.raises(CheckpointError, match="model.path=some/model: not in the local cache"):
+    with pytest.raises(CheckpointError, match=r"model\.path=some/model: not in the local cache"):
         Checkpoint.open("some/model", components=("unet", "vae"))
 
 
