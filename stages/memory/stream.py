@@ -107,6 +107,8 @@ class WeightStreamer:
         self._position = {unit.name: i for i, unit in enumerate(self._streamed)}
         for unit in units:
             self._wrap(unit)
+        for unit in self._streamed:
+            self._drop(unit)  # meta weights of the compute dtype: ``model.dtype`` is asked before the first load
         self._thread: threading.Thread | None = None
         if self._streamed:
             threads = torch.get_num_threads()
