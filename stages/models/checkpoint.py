@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from stages.memory.imports import light_imports
-from stages.memory.tensors import TensorRef, pread_into, read_header
+from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.locate import (
     CheckpointError,
     choose_weights,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from stages.models.single_file import SingleFile
 
-__all__ = ["Checkpoint", "CheckpointError", "Component", "read_tensor"]
+__all__ = ["Checkpoint", "CheckpointError", "Component"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +197,6 @@ def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
         if from_diffusers:
             return model_class.from_config(config)
         return model_class(model_class.config_class.from_dict(config))
-
-
-def read_tensor(ref: TensorRef) -> torch.Tensor:
-    """One tensor from disk (for small ones and for tests: the memory engine reads into its own buffers)."""
-    data = torch.empty(ref.nbytes, dtype=torch.uint8)
-    with ref.file.open("rb") as file:
-        pread_into(file.fileno(), ref.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
-    return data.view(ref.dtype).view(ref.shape)
 
 
 def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:

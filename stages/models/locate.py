@@ -18,6 +18,7 @@ CONVERT = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BASES = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _VARIANTS = ("fp16", "bf16", "")  # half the bytes to read first
 
 
@@ -99,7 +100,7 @@ def fetch(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    components = tuple(components)
+    components = tuple(name for name in components if not name.startswith(_WITHOUT_WEIGHTS))
     small = ["*.json", "*.txt", "*.model"]
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=small))

@@ -8,7 +8,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from benchmarks import random_checkpoint
-from stages.models.checkpoint import Checkpoint, read_tensor
+from stages.memory.tensors import read_tensor
+from stages.models.checkpoint import Checkpoint
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import random_checkpoint
+from stages.memory.tensors import read_tensor
 from stages.models import locate
-from stages.models.checkpoint import Checkpoint, CheckpointError, read_tensor
+from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.models.locate import Weights, choose_weights
 from stages.models.single_file import relocate
 
@@ -164,7 +165,7 @@ def test_hub_id_from_the_cache(made: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(made, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("vae"))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    checkpoint = Checkpoint.open("some/model", components=("unet",))
+    checkpoint = Checkpoint.open("some/model", components=("unet", "tokenizer"))
     assert checkpoint.revision == commit
     checkpoint.component("unet").build()
     with pytest.raises(CheckpointError, match=r"model\.path=some/model: not in the local cache"):
@@ -199,7 +200,7 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     notes: list[str] = []
-    assert locate.fetch("some/model", ["unet"], revision="v1", note=notes.append) == Path("folder")
+    assert locate.fetch("some/model", ["unet", "scheduler"], revision="v1", note=notes.append) == Path("folder")
     assert notes == ["downloading some/model: 1 files, 2.00 GB"]
     patterns = ["*.json", "*.txt", "*.model", "unet/diffusion_pytorch_model.fp16.safetensors"]
     assert [(options["allow_patterns"], options["revision"]) for options in asked] == [(patterns, "v1")]
