@@ -8,7 +8,9 @@ import sys
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from stages.config import ROOT, Config, ConfigError
 from stages.workflow import overrides, run
@@ -16,6 +18,7 @@ from stages.workflow.errors import explain
 
 PIPELINE = "stages"  # the package that holds the stages
 RUNNER = "HIGHRES_RUNNER"  # environment: process id of the command that the person gave
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, OSError)  # said in one message
 failed: list[str] = []  # runs of this process that were refused or failed, and have said why
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -48,7 +51,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if traceback_wanted:
+        if traceback_wanted or not isinstance(error, EXPECTED):
             raise
         print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from typing import Any
 from stages import PROFILE
 from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
+from stages.memory.monitor import own_peak_rss
 from stages.workflow.plan import StageState, build, state_of
 from stages.workflow.store import Store, read_json
 
@@ -69,18 +70,6 @@ class Events:
             print(event["message"], file=sys.stderr)
         elif kind != "done":
             print(event.get("text") or event.get("reason") or event, flush=True)
-
-
-def peak_rss() -> int:
-    """Bytes: this process' VmHWM (Linux), else the peak that the system accounts for it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_vram() -> int:
@@ -166,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         events({"event": "error", "message": message, "expected": expected, "errno": getattr(error, "errno", None)})
         return 1
-    events({"event": "done", "status": status, "peak_rss_bytes": peak_rss(), "peak_vram_bytes": peak_vram()})
+    events({"event": "done", "status": status, "peak_rss_bytes": own_peak_rss(), "peak_vram_bytes": peak_vram()})
     return 0
 
 

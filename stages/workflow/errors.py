@@ -21,6 +21,10 @@ def explain(error: BaseException) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if wrong and key:
         return f"{key[1]}: got {wrong[1]!r}, expected {_A.get(wrong[2], wrong[2])}."
+    unknown = re.search(r"Key '([^']+)' (?:not in|is not in struct)", text)
+    if unknown:
+        where = f"{key[1]}: " if key else ""
+        return f"{where}{unknown[1]!r} is not a known key. See python runner.py --cfg job"
     missing = re.search(r"Missing mandatory value: (\S+)|Could not override '([^']+)'", text)
     if missing:
         return f"{missing[1] or missing[2]}: {str(error).splitlines()[0]}"

@@ -181,8 +181,8 @@ def _listen(events: IO[str], on_event: Callable[[dict[str, Any]], None]) -> dict
         else:
             resumed = event["reason"] if event["event"] == "resumed" else resumed
             on_event(event)
-    if last.get("status") == "resumed":
-        last["reason"] = resumed
+    if last.get("status") in ("resumed", "reused"):
+        last["reason"] = resumed or "another process computed it meanwhile"
     return last
 
 

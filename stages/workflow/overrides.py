@@ -78,14 +78,14 @@ def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> 
     key = override.key
     if key.startswith("hydra") or any(key == free or key.startswith(f"{free}.") for free in _FREE):
         return
-    if key in options:
+    if key in options and (override.sign != "~" or override.value):
         values = override.value.split(",") if multirun else [override.value]
         for value in values:
             plain = value.strip().strip("'\"")
             if plain not in options[key] and plain != "null" and not re.search(r"[\[\](){}*]", plain):
                 expected = f"one of {', '.join(options[key])}"
                 raise ConfigError(key, plain, expected, close_match(plain, options[key]))
-    elif key not in known_keys():
+    elif key not in options and key not in known_keys():
         near = close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
         raise ConfigError(key, f"{key}={override.value[:40]}", "a known key", near or "See python runner.py --help")
 

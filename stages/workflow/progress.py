@@ -114,12 +114,14 @@ class Bars(Plain):
     def event(self, stage: str, event: dict[str, Any]) -> None:
         kind, now = event["event"], time.monotonic()
         if kind == "start":
-            self.first, self.began = event["done"], now
+            self.first = self.done = event["done"]
+            self.began = now
             self.bars.update(self.task, total=event["total"], completed=event["done"], unit=event["unit"])
         elif kind == "advance":
             self.bars.advance(self.task, event["n"])
-            done = self.bars.tasks[self.task].completed - self.first
-            self.bars.update(self.task, speed=f"{done / max(now - self.began, 1e-9):.2f}/s")
+            self.done += event["n"]
+            speed = (self.done - self.first) / max(now - self.began, 1e-9)
+            self.bars.update(self.task, speed=f"{speed:.2f}/s")
         else:
             super().event(stage, event)
 

@@ -208,7 +208,9 @@ def _files(config: DictConfig) -> None:
         raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
     if is_hub_id(str(config.model.path)):
         return
-    if path.is_file() and path.suffix != ".safetensors" or not path.exists():
+    if (path.is_file() and path.suffix != ".safetensors") or not path.exists():
         hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
         raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
+    if path.is_dir() and not any((path / name / "config.json").is_file() for name in ("unet", "transformer")):
+        raise ConfigError("model.path", str(path), "a diffusers folder (it has no unet/config.json)")
     check_output_dir(Path(config.output_dir))

@@ -1,0 +1,80 @@
+"""Shared pieces of the workflow tests: a toy checkpoint, a toy pipeline, and commands in real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from stages.config import ROOT, Config, escape_all, resolve
+
+HELPERS = ROOT / "tests" / "helpers"
+sys.path.insert(0, str(HELPERS))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a checkpoint to everything that does not open it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for component in ("text_encoder", "unet", "vae", "scheduler"):
+        (folder / component).mkdir()
+        (folder / component / "config.json").write_text(f'{{"of": "{component}"}}')
+    return folder
+
+
+@pytest.fixture
+def make_config(checkpoint: Path, tmp_path: Path) -> Callable[..., DictConfig]:
+    """A resolved config without Hydra: ``make_config({"seed": 1, "denoise.strength": 0.3})``."""
+
+    def make(values: dict | None = None, *, derive: bool = True) -> DictConfig:
+        model = {"name": "toy", "family": "sd", "path": str(checkpoint), "native_size": 256, "size_multiple": 32}
+        scheduler = {"name": "ddim", "class_name": "DDIMScheduler"}
+        base = {"prompt": "a cat", "output_dir": str(tmp_path / "outputs"), "model": model, "scheduler": scheduler}
+        config = OmegaConf.merge(OmegaConf.structured(Config), base)
+        for key, value in (values or {}).items():
+            OmegaConf.update(config, key, escape_all(value))
+        assert isinstance(config, DictConfig)
+        return resolve(config) if derive else config
+
+    return make
+
+
+class Command:
+    """Runs ``runner.py`` (or the same over the toy pipeline) in a process, on an output folder of its own."""
+
+    def __init__(self, script: Path, output_dir: Path, checkpoint: Path) -> None:
+        self.output_dir = output_dir
+        self.common = [sys.executable, str(script), f"output_dir={output_dir}", f"model.path={checkpoint}"]
+
+    def environment(self, more: dict[str, str]) -> dict[str, str]:
+        search = os.pathsep.join([str(ROOT), str(HELPERS)])
+        return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **more}
+
+    def start(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command, environment = [*self.common, *arguments], self.environment(more)
+        return subprocess.Popen(command, env=environment, cwd=self.output_dir, stdout=pipe, stderr=pipe, text=True)
+
+    def __call__(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **more)
+        out, err = process.communicate(timeout=100)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, checkpoint: Path) -> Command:
+    """The whole command line over the toy pipeline."""
+    (tmp_path / "outputs").mkdir()
+    return Command(HELPERS / "toy_runner.py", tmp_path / "outputs", checkpoint)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, checkpoint: Path) -> Command:
+    """The real command line."""
+    (tmp_path / "outputs").mkdir()
+    return Command(ROOT / "runner.py", tmp_path / "outputs", checkpoint)

@@ -1,0 +1,97 @@
+"""The command line as a person meets it: refusals, help, saved runs, a terminal."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from stages.config import ROOT
+
+REFUSALS = [
+    ("width=abc", "width: got 'abc', expected an integer"),
+    ("width=2047", "The nearest are 2040 and 2048"),
+    ("seed=1.5", "seed: got '1.5', expected an integer"),
+    ("stage=denois", "Did you mean denoise?"),
+    ("scheduler=dpmpp2m", "Did you mean dpmpp_2m?"),
+    ("promt=x", "Did you mean prompt?"),
+    ("memory.budget=300MB", "at least 350MB"),
+    ("model.path=/no/such.ckpt", "Unpickling runs code"),
+    ("model.path=/no/such", "model=embedded"),
+    ("guide.image=/no/such.png", "guide.image: got"),
+    ("output_dir=/proc/nope", "output_dir: got"),
+    ("prompt_file=/no/such.txt", "either prompt or prompt_file"),
+    ("nonsense", "key=value"),
+    ("denoise={strenght: 1}", "strenght"),
+    ("progress=perhaps", "true or false"),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), REFUSALS)
+def test_one_clear_message_exit_1_and_no_traceback(cli, argument, message):
+    done = cli("prompt=a", argument, "stage=plan" if not argument.startswith("stage") else "run=x")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Error executing job" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 6
+
+
+def test_full_errors_when_asked(cli):
+    done = cli("prompt=a", "width=2047", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "The nearest are" in done.stderr
+
+
+def test_no_prompt_at_all(cli):
+    done = cli()
+    assert done.returncode == 1
+    assert 'python runner.py prompt="a lighthouse' in done.stderr
+
+
+def test_help_is_readable(cli):
+    done = cli("--help")
+    assert done.returncode == 0, done.stderr
+    for word in ("prompt=TEXT", "memory.budget=800MB", "dpmpp_2m_karras", "-m seed=1,2,3", "stage=plan"):
+        assert word in done.stdout
+
+
+def test_groups_reach_the_config(toy):
+    arguments = ["scheduler=dpmpp_2m_karras", "memory=minimal", "device=cuda", "experiment=quick", "model=sd15"]
+    done = toy("prompt=a", "run=x", "stage=plan", *arguments, f"model.path={toy.common[3].split('=')[1]}")
+    assert done.returncode == 0, done.stderr
+    saved = yaml.safe_load((toy.output_dir / "x" / "config.yaml").read_text())
+    assert saved["scheduler"]["options"]["use_karras_sigmas"] is True
+    assert saved["memory"]["budget"] == "600MB"
+    assert saved["device"] == "cuda"
+    assert saved["width"] == 1024
+    assert saved["model"]["native_size"] == saved["denoise"]["tile_size"] == 512
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml")))
+def test_every_scheduler_option_names_itself(name):
+    assert yaml.safe_load((ROOT / "conf" / "scheduler" / f"{name}.yaml").read_text())["name"] == name
+
+
+def test_on_a_terminal_there_are_bars(toy):
+    main, side = pty.openpty()
+    command = [*toy.common, "run=x", "prompt=a"]
+    process = subprocess.Popen(command, env=toy.environment({"TERM": "xterm", "TOY_SLOW": "0.3"}), stdout=side)
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait() == 0
+    assert "━".encode() in shown
+    assert b"5/5 tiles" in shown or b"4/5 tiles" in shown
+    assert b"joins 5 tiles" in shown
+    assert sys.platform != "win32"

@@ -1,0 +1,273 @@
+"""Stage processes: resume, kills, budget, sweeps, concurrency; real processes over the toy pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.config import ROOT
+from stages.context import Progress
+from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
+from stages.workflow import enforce
+from stages.workflow.launch import environment
+
+HELPERS = ROOT / "tests" / "helpers"
+
+
+def summary(toy, run: str) -> dict:
+    return json.loads((toy.output_dir / run / "run.json").read_text())
+
+
+def statuses(toy, run: str) -> list[str]:
+    return [stage["status"] for stage in summary(toy, run)["stages"]]
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_run_and_the_same_command_again(toy):
+    done = toy("prompt=a b")
+    assert done.returncode == 0, done.stderr
+    (run,) = [path.parent.name for path in toy.output_dir.glob("*/run.json")]
+    assert run.startswith("a-b-")
+    folder = toy.output_dir / run
+    first = summary(toy, run)
+    assert [stage["status"] for stage in first["stages"]] == ["ran"] * 3
+    assert done.stdout.splitlines()[-1] == str(folder / "image.png")
+    assert (folder / "image.png").read_text().splitlines()[4] == "0 a b 4 0.4"
+    assert not os.path.isabs(os.readlink(folder / "draw"))
+    assert not list(folder.glob("tiles/checkpoint*"))
+    for stage in first["stages"]:
+        assert 10e6 < stage["peak_rss_bytes"] < 200e6
+        assert stage["seconds"] > 0
+        assert len(stage["fingerprint"]) == 64
+    assert first["stages"][1]["peak_module"].startswith("toy.tile")
+    assert first["budget_bytes"] == 800_000_000
+    assert 10e6 < first["runner_peak_rss_bytes"] < 60e6
+
+    begin = time.monotonic()
+    again = toy("prompt=a b")
+    assert time.monotonic() - begin < 3
+    assert again.returncode == 0
+    assert statuses(toy, run) == ["reused"] * 3
+    assert summary(toy, run)["peak_rss_bytes"] == first["peak_rss_bytes"]
+    assert "draw: reused (nothing changed)" in again.stdout
+
+
+def test_reasons_when_something_changed(toy):
+    toy("run=x", "prompt=a")
+    done = toy("run=x", "denoise.strength=0.5")
+    assert "tiles: starts (denoise.strength changed (0.4 -> 0.5))" in done.stdout
+    assert "join: starts (tiles changed)" in done.stdout
+    assert statuses(toy, "x") == ["reused", "ran", "ran"]
+    back = toy("run=x", "denoise.strength=0.4")
+    assert "tiles: reused (computed before with these values)" in back.stdout
+    (toy.output_dir / "x" / "tiles" / "tiles" / "2.txt").write_text("torn")
+    torn = toy("run=x")
+    assert "tiles: starts (tiles/tiles/2.txt changed on disk)" in torn.stdout
+    assert "4 of 5 tiles were done" in torn.stdout
+    assert statuses(toy, "x") == ["reused", "resumed", "reused"]
+    forced = toy("run=x", "stage=tiles", "force=true")
+    assert "tiles: starts (force=true)" in forced.stdout
+    assert "goes on" not in forced.stdout
+
+
+@pytest.mark.parametrize("moment", ["draw:0", "tiles:0", "tiles:3", "join:0"])
+def test_a_stage_killed_anywhere_goes_on_to_the_same_picture(toy, moment):
+    toy("run=whole", "prompt=a", "seed=1")
+    expected = (toy.output_dir / "whole" / "image.png").read_bytes()
+    for entry in (toy.output_dir / ".store").glob("*/*"):
+        entry.rename(entry.with_name("0" * 64))  # out of the way: the run below has to compute
+    died = toy("run=x", "prompt=a", "seed=1", TOY_DIE=moment)
+    assert died.returncode == 1
+    assert "SIGKILL" in died.stderr
+    assert f"run=x output_dir={toy.output_dir}" in died.stderr
+    assert summary(toy, "x")["error"].startswith(moment.split(":")[0])
+    done = toy("run=x")
+    assert done.returncode == 0, done.stderr
+    assert (toy.output_dir / "x" / "image.png").read_bytes() == expected
+    assert statuses(toy, "x").count("resumed") == (moment == "tiles:3")
+
+
+def test_the_runner_killed_takes_its_stage_along_and_the_run_goes_on(toy):
+    process = toy.start("run=x", "prompt=a", TOY_SLOW="0.3")
+    wait_for(lambda: len(list(toy.output_dir.glob(".store/tiles/*/tiles/*.txt"))) >= 2)
+    (child,) = [pid for pid in descendants(process.pid) if usage(pid).rss]
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not usage(child).rss)
+    done = toy("run=x")
+    assert done.returncode == 0, done.stderr
+    assert statuses(toy, "x")[:2] == ["reused", "resumed"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(toy, number):
+    process = toy.start("run=x", "prompt=a", TOY_SLOW="0.5")
+    wait_for(lambda: list(toy.output_dir.glob(".store/tiles/*/tiles/0.txt")))
+    (child,) = [pid for pid in descendants(process.pid) if usage(pid).rss]
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Go on with: python runner.py run=x" in err
+    assert "Traceback" not in err
+    assert not usage(child).rss
+    assert summary(toy, "x")["error"] == "interrupted"
+
+
+def test_a_failing_stage_shows_its_log_and_keeps_the_rest(toy):
+    failed = toy("run=x", "prompt=a", TOY_FAIL="join")
+    assert failed.returncode == 1
+    assert "join: ValueError: the toy broke" in failed.stderr
+    assert str(toy.output_dir / "x" / "logs" / "join.log") in failed.stderr
+    assert statuses(toy, "x") == ["ran", "ran"]
+    assert not (toy.output_dir / "x" / "image.png").exists()
+    assert (toy.output_dir / "x" / "report.html").exists()
+
+
+def test_over_the_budget_the_stage_is_stopped_with_figures(toy):
+    over = toy("run=x", "prompt=a", "memory.budget=400MB", TOY_EAT="tiles")
+    assert over.returncode == 1
+    assert "tiles: stopped over the memory budget while toy.tile0 ran" in over.stderr
+    assert "memory.budget is 400MB" in over.stderr
+    assert "memory.enforce=off" in over.stderr
+    assert statuses(toy, "x") == ["ran"]
+
+
+def test_a_single_stage_names_the_command_for_its_inputs(toy):
+    missing = toy("run=x", "prompt=a", "stage=join")
+    assert missing.returncode == 1
+    assert "join needs tiles (tiles: no result yet)" in missing.stderr
+    assert f"Make it: python runner.py run=x output_dir={toy.output_dir} stage=[draw,tiles]" in missing.stderr
+    assert toy("run=x", "stage=[draw,tiles]").returncode == 0
+    assert toy("run=x", "stage=join").returncode == 0
+    assert (toy.output_dir / "x" / "image.png").exists()
+
+
+def test_links_of_other_settings_go(toy):
+    toy("run=x", "prompt=a")
+    toy("run=x", "seed=7", "stage=draw")
+    folder = toy.output_dir / "x"
+    assert (folder / "draw" / "drawn.txt").read_text() == "7 a"
+    assert not (folder / "tiles").exists()
+    assert not os.path.lexists(folder / "image.png")
+
+
+def test_a_sweep_shares_stages_and_names_runs(toy):
+    done = toy("-m", "run=x", "prompt=a", "denoise.strength=0.3,0.5")
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path.parent.name for path in toy.output_dir.glob("*/run.json"))
+    assert len(runs) == 2
+    assert all(run.startswith("x-") for run in runs)
+    assert len(list((toy.output_dir / ".store" / "draw").iterdir())) == 1
+    assert sorted(statuses(toy, run)[0] for run in runs) == ["ran", "reused"]
+
+
+def test_one_failing_job_does_not_stop_a_sweep(toy):
+    done = toy("-m", "prompt=a", "width=1000,1001,1008")
+    assert done.returncode == 1
+    assert done.stderr.startswith("width: got 1001")
+    assert len(list(toy.output_dir.glob("*/image.png"))) == 2
+
+
+def test_two_runs_at_once_compute_a_shared_stage_once(toy):
+    first = toy.start("run=one", "prompt=a", TOY_SLOW="0.3")
+    wait_for(lambda: list(toy.output_dir.glob(".store/tiles/*")))
+    second = toy("run=two", "prompt=a")
+    first.communicate(timeout=30)
+    assert first.returncode == second.returncode == 0
+    assert "another process computes the same result" in second.stdout
+    assert statuses(toy, "one") == ["ran"] * 3
+    shared = summary(toy, "two")["stages"][1]
+    assert (shared["status"], shared["reason"]) == ("reused", "another process computed it meanwhile")
+
+
+def test_plan_computes_nothing(toy):
+    done = toy("run=x", "prompt=a", "stage=plan")
+    assert done.returncode == 0
+    assert "no result yet" in done.stdout
+    assert (toy.output_dir / "x" / "config.yaml").exists()
+    assert not (toy.output_dir / ".store" / "draw").exists()
+    assert not (toy.output_dir / "x" / "run.json").exists()
+
+
+def test_progress_false_prints_the_path_only(toy):
+    done = toy("run=x", "prompt=a", "progress=false")
+    assert done.stdout.splitlines() == [str(toy.output_dir / "x" / "image.png")]
+    assert done.stderr == ""
+
+
+def test_a_stage_by_hand(toy):
+    toy("run=x", "prompt=a", "stage=plan")
+    command = [sys.executable, "-m", "stages", "draw", str(toy.output_dir / "x"), "--pipeline", "toy_pipeline"]
+    done = subprocess.run(command, env=toy.environment({}), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "1/1 steps" in done.stdout
+    command[3] = "join"
+    done = subprocess.run(command, env=toy.environment({}), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "the results of tiles (no result yet)" in done.stderr
+
+
+def test_environment_of_a_stage(make_config, monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    given = environment(make_config({"launch.threads": 3}))
+    assert given["MALLOC_TRIM_THRESHOLD_"] == given["MALLOC_MMAP_THRESHOLD_"] == "131072"
+    assert given["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert given["OMP_NUM_THREADS"] == given["MKL_NUM_THREADS"] == "3"
+    assert str(ROOT) in given["PYTHONPATH"].split(os.pathsep)
+
+
+def test_monitor_sees_the_tree_and_its_module():
+    code = "import subprocess, sys, time; x = bytearray(60_000_000); "
+    inner = "x = bytearray(90_000_000); import time; time.sleep(1.5)"
+    process = subprocess.Popen([sys.executable, "-c", f"{code} subprocess.run([sys.executable, '-c', {inner!r}])"])
+    seen: list[Sample] = []
+    monitor = Monitor(process.pid, 0.01, lambda: "unet.down.0", seen.append).start()
+    process.wait()
+    monitor.stop()
+    assert monitor.peak.rss > 150_000_000 + usage(os.getpid()).rss * 0.5
+    assert monitor.peak.rss == max(sample.rss for sample in seen)
+    assert monitor.peak.anon + monitor.peak.file == monitor.peak.rss
+    assert monitor.heaviest == [("unet.down.0", monitor.peak.rss)]
+    assert monitor.child_peak > 60_000_000
+    assert peak_rss(process.pid) == 0
+    assert usage(process.pid) == (0, 0)
+
+
+def test_the_timeline_is_thinned_but_keeps_the_peak():
+    monitor = Monitor(os.getpid(), 1, lambda: "", lambda sample: None)
+    for number in range(20_000):
+        monitor._keep(Sample(float(number), 10**9 if number == 12_345 else number, 0, 0, ""))
+    assert 900 < len(monitor.timeline) <= 2000
+    assert max(sample.rss for sample in monitor.timeline) == 10**9
+    assert [sample.seconds for sample in monitor.timeline] == sorted(sample.seconds for sample in monitor.timeline)
+
+
+def test_enforcer_off_only_watches():
+    enforcer = enforce.start("off", 1)
+    enforcer.adopt(os.getpid())
+    enforcer.look(Sample(0.0, 10, 10, 0, ""))
+    assert enforcer.violation is None
+    assert enforce.start("auto", 1).kind in ("watchdog", "cgroup")
+
+
+def test_progress_holds_back_but_loses_no_step():
+    events: list[dict] = []
+    progress = Progress(events.append)
+    progress.start(1000, "tiles", done=1)
+    for _ in range(999):
+        progress.advance()
+    progress.flush()
+    assert len(events) < 20
+    assert sum(event["n"] for event in events if event["event"] == "advance") == 999
+    assert Path(HELPERS).is_dir()

@@ -1,0 +1,53 @@
+"""run.json and report.html: what they say, and that they stand alone."""
+
+import json
+import re
+
+import pytest
+
+from stages.memory.monitor import Sample
+from stages.workflow import report
+from stages.workflow.launch import StageResult
+
+
+def result(name: str, status: str = "ran", peak: int = 500_000_000) -> StageResult:
+    timeline = tuple(Sample(t / 10, peak - abs(t - 20) * 10**6, peak // 2, peak // 4, f"unet.{t}") for t in range(50))
+    return StageResult(name, status, "no result yet", 5.0, peak, 0, "f" * 64, "unet.20", (("unet.20", peak),), timeline)
+
+
+def test_both_files(make_config, tmp_path):
+    config = make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"})
+    (tmp_path / "image.png").write_bytes(b"png")
+    predictions = {"denoise": {"predicted_peak_rss_bytes": 123_000_000}}
+    summary = report.write(tmp_path, config, [result("lowres"), result("denoise", peak=700_000_000)], predictions)
+    assert json.loads((tmp_path / "run.json").read_text()) == summary
+    assert summary["image"] == "image.png"
+    assert summary["peak_rss_bytes"] == 700_000_000
+    assert summary["budget_bytes"] == 800_000_000
+    needed = {"name", "status", "reason", "seconds", "peak_rss_bytes", "predicted_peak_rss_bytes", "peak_vram_bytes"}
+    assert all(needed | {"fingerprint"} <= set(stage) for stage in summary["stages"])
+    assert [stage["predicted_peak_rss_bytes"] for stage in summary["stages"]] == [None, 123_000_000]
+    html = (tmp_path / "report.html").read_text()
+    assert "<script>" not in html
+    assert not re.search(r"""(?:src|href)=["'](?:https?:|/)""", html)
+    assert 'src="image.png"' in html
+    assert html.count("<polyline") == 4
+    assert "budget 800 MB" in html
+    assert "700 MB unet.20" in html
+
+
+def test_a_failed_run_is_reported_too(make_config, tmp_path):
+    summary = report.write(tmp_path, make_config({"run": "x"}), [], {}, "lowres: it broke")
+    assert summary["error"] == "lowres: it broke"
+    assert summary["image"] is None
+    assert summary["stages"] == []
+    assert "lowres: it broke" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("budget", [100, 10**9, 10**12])
+def test_the_plot_stays_inside_its_box(budget):
+    drawn = report.plot([result("a"), result("b")], budget)
+    points = [point.split(",") for band in drawn["bands"] for point in band.points.split()]
+    assert all(60 <= float(x) <= 960.1 and 0 <= float(y) <= 230 for x, y in points)
+    assert 0 <= drawn["budget"] <= 230
+    assert drawn["bands"][1].left == pytest.approx(510)
