@@ -24,6 +24,7 @@ from stages.workflow.store import read_json, write_json
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"
+_BLOCK = 1 << 20  # elements whose moments are taken at a time: they stay in the cache between the passes
 _COPIES = 4  # strips of source and of target that are alive at once in a layer
 
 
@@ -35,9 +36,14 @@ def _boot_id() -> str:
 
 def channel_moments(strip: Tensor) -> tuple[Tensor, Tensor]:
     """(variance, mean) of each channel of ``[1, C, h, W]``, float64 on the CPU."""
-    flat = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1]).float()
-    mean = flat.mean(0)
-    return (flat - mean).square_().mean(0).double().cpu(), mean.double().cpu()
+    flat = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
+    parts = []
+    for part in flat.split(max(1, _BLOCK // strip.shape[1])):
+        values = part.float()
+        mean = values.mean(0)
+        parts.append((len(part), values.sub_(mean).square_().mean(0).cpu(), mean.cpu()))
+    counts, variances, means = zip(*parts, strict=True)
+    return merge_var_mean(torch.tensor(counts), torch.stack(variances), torch.stack(means))
 
 
 class ExactPass:
