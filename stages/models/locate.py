@@ -42,7 +42,8 @@ def refuse_pickle(path: str) -> None:
     if path.lower().endswith(PICKLES):
         raise CheckpointError(
             f"{path}: got a pickle file ({Path(path).suffix}), expected .safetensors; a pickle can run code when "
-            f"it is opened, so it is not read here. If you trust its author: {CONVERT.format(source='single_file', path=path)}"
+            "it is opened, so it is not read here. If you trust its author: "
+            + CONVERT.format(source="single_file", path=path)
         )
 
 
