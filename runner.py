@@ -9,6 +9,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +29,7 @@ def job(config: DictConfig) -> None:
     """One run: the only one, or one job of a sweep (which may be on another machine)."""
     said = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(said, list)
-    sweep = HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         run.execute(config, [str(text) for text in said], sweep=sweep, pipeline=PIPELINE)
     except run.Reported as error:

@@ -77,7 +77,7 @@ def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         if key == "guide.image" and value:
-            value = file_hash(Path(value), cache)
+            value = file_hash(Path(str(value)), cache)
         if key == "regions" and stage.name == "text_encode":
             value = region_texts(value)
         _flatten(key, value, found)

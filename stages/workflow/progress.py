@@ -99,8 +99,7 @@ class Bars(Plain):
         from rich import progress
 
         columns = [progress.TextColumn("{task.description:12}"), progress.BarColumn(bar_width=30)]
-        columns += [progress.TextColumn("{task.completed}/{task.total} {task.fields[unit]}")]
-        columns += [progress.TextColumn("{task.fields[speed]}"), progress.TimeElapsedColumn()]
+        columns += [progress.TextColumn("{task.fields[count]}"), progress.TimeElapsedColumn()]
         columns += [progress.TextColumn("left"), progress.TimeRemainingColumn(compact=True)]
         super().__init__()
         self.bars = progress.Progress(*columns, refresh_per_second=5)
@@ -108,20 +107,22 @@ class Bars(Plain):
 
     def begin(self, stage: str, reason: str) -> None:
         super().begin(stage, reason)
-        self.task = self.bars.add_task(stage, total=None, unit="", speed="")
+        self.task = self.bars.add_task(stage, total=None, count="starts")
         self.bars.start()
 
     def event(self, stage: str, event: dict[str, Any]) -> None:
         kind, now = event["event"], time.monotonic()
         if kind == "start":
             self.first = self.done = event["done"]
-            self.began = now
-            self.bars.update(self.task, total=event["total"], completed=event["done"], unit=event["unit"])
+            self.began, self.total, self.unit = now, event["total"], event["unit"]
+            self.bars.update(
+                self.task, total=self.total, completed=self.done, count=f"{self.done}/{self.total} {self.unit}"
+            )
         elif kind == "advance":
             self.bars.advance(self.task, event["n"])
             self.done += event["n"]
             speed = (self.done - self.first) / max(now - self.began, 1e-9)
-            self.bars.update(self.task, speed=f"{speed:.2f}/s")
+            self.bars.update(self.task, count=f"{self.done}/{self.total} {self.unit} {speed:.2f}/s")
         else:
             super().event(stage, event)
 

@@ -82,17 +82,22 @@ def _execute(
         overrides.save(run_dir, said, config.prompt)
         link_results(run_dir, states)
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
+        if config.stage != "plan":
+            check_inputs(states, command)
         work = [state for state in states if state.status in ("run", "resume")]
-        if predictions is None and pipeline == "stages" and (config.stage == "plan" or any(s.stage.components for s in work)):
+        if (
+            predictions is None
+            and pipeline == "stages"
+            and (config.stage == "plan" or any(s.stage.components for s in work))
+        ):
             predictions = planning.plan(states, config, store, run_dir, pipeline=pipeline, note=shown.line)
-        predictions = predictions or read_json(run_dir / "plan.json") or {}
+        predictions = predictions or dict(read_json(run_dir / "plan.json") or {})
         if config.stage == "plan":
             _show_plan(states, predictions, shown)
             shown.final(f"plan of {run_dir}: nothing was computed")
             return {}
         if config.device == "cpu" and config.technique.dtype == "fp16":
             shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
-        check_inputs(states, command)
         return _run_stages(states, config, run_dir, command, pipeline, predictions, shown)
 
 

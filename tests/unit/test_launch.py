@@ -14,7 +14,8 @@ from stages.config import ROOT
 from stages.context import Progress
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
 from stages.workflow import enforce
-from stages.workflow.launch import environment
+from stages.workflow.errors import explain
+from stages.workflow.launch import _failure, environment
 
 HELPERS = ROOT / "tests" / "helpers"
 
@@ -216,6 +217,19 @@ def test_a_stage_by_hand(toy):
     done = subprocess.run(command, env=toy.environment({}), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "the results of tiles (no result yet)" in done.stderr
+
+
+def test_a_full_disk_is_said_as_such(tmp_path):
+    log = tmp_path / "denoise.log"
+    log.write_text("a\nb\n")
+    last = {"event": "error", "message": "OSError: [Errno 28] No space left", "expected": False, "errno": 28}
+    text = _failure("denoise", 1, last, log, "unet.mid")
+    assert text.startswith("denoise: the disk is full")
+    assert "free some space" in text
+    assert "(last module: unet.mid)" in text
+    assert text.endswith("| b")
+    assert "choose another folder" in explain(PermissionError(13, "Permission denied", "/x"))
+    assert "free some space" in explain(OSError(28, "No space left on device", "/x"))
 
 
 def test_environment_of_a_stage(make_config, monkeypatch):
