@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stages.canvas.tiles import Size, Tile
+from stages.canvas.regions import Reroll
+from stages.canvas.tiles import Size
 
 VECTOR = 16  # torch's CPU normal generator works in vectors of 16: draws of multiples of it join up bitwise
-
-
-class Reroll(NamedTuple):
-    """A rectangle of the noise (in latents) that another seed decides.
-
-    ``reset``: the rectangle is drawn anew. ``epsilon``: it is mixed, ``sqrt(1-e^2) old + e new``, which stays standard
-    normal; a small ``epsilon`` varies the picture a little.
-    """
-
-    box: Tile
-    seed: int
-    mode: Literal["reset", "epsilon"] = "reset"
-    epsilon: float = 0.2
 
 
 def draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
