@@ -1,0 +1,61 @@
+"""The training recipe, end to end at toy size, and the folder it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _train(out: Path, *arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "training.train", "--smoke", "--out", str(out), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("training")
+    began = time.monotonic()
+    _train(out)
+    assert time.monotonic() - began < 120  # about 25 s on two idle cores
+    return out
+
+
+def test_smoke_run_leaves_everything(trained: Path) -> None:
+    names = {"vae.safetensors", "text_encoder.safetensors", "unet.safetensors", "classifier.safetensors"}
+    assert names | {"figures.json", "sheet.png", "state.pt"} <= {f.name for f in trained.iterdir()}
+    figures = json.loads((trained / "figures.json").read_text())
+    assert figures["updates"]["denoiser"] > 0
+    assert figures["vae_psnr"] > 5
+
+
+def test_resume_goes_on_instead_of_starting_over(trained: Path) -> None:
+    before = json.loads((trained / "figures.json").read_text())
+    said = _train(trained, "--resume")
+    after = json.loads((trained / "figures.json").read_text())
+    assert "resumed from" in said
+    assert after["updates"] == before["updates"]  # every budget was used: nothing is left to do
+    assert after["scaling_factor"] == before["scaling_factor"]
+
+
+def test_exported_folder_makes_a_picture(trained: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from training.export import export
+
+    export(trained, tmp_path / "model")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    assert type(pipeline.tokenizer).__name__.startswith("CLIPTokenizer")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline("a lighthouse 介绍", num_inference_steps=2, width=64, height=64, output_type="np").images[0]
+    assert picture.shape == (64, 64, 3)

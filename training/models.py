@@ -1,0 +1,106 @@
+"""The four networks: their shapes, and a folder that ``StableDiffusionPipeline.from_pretrained`` opens."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .vocabulary import END, MAX_LENGTH, START, build
+
+NATIVE_SIZE = 256
+TEXT_WIDTH = 160
+
+
+def make_vae(scaling_factor: float = 1.0, *, tiny: bool = False) -> AutoencoderKL:
+    """The autoencoder: 2.2 M parameters, factor 8, 4 channels. tiny: a toy of the same topology for smoke runs."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32) if tiny else (32, 48, 96, 96),
+        layers_per_block=1,
+        norm_num_groups=16,
+        latent_channels=4,
+        sample_size=NATIVE_SIZE,
+        scaling_factor=scaling_factor,
+    )
+    with torch.no_grad():  # begin almost without posterior noise: training settles much sooner
+        vae.quant_conv.bias[4:] = -5.0
+    return vae
+
+
+def make_text_encoder() -> CLIPTextModel:
+    """The text encoder: 1.5 M parameters, 4 layers of width 160."""
+    vocab, _ = build()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocab),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            max_position_embeddings=MAX_LENGTH,
+            hidden_act="quick_gelu",
+            bos_token_id=vocab[START],
+            eos_token_id=vocab[END],
+            pad_token_id=vocab[END],
+        )
+    )
+
+
+def make_unet(*, tiny: bool = False) -> UNet2DConditionModel:
+    """The denoiser: 6.5 M parameters, 1.1 GMAC a pass at 32x32. tiny: a toy for smoke runs."""
+    return UNet2DConditionModel(
+        sample_size=NATIVE_SIZE // 8,
+        block_out_channels=(32, 32, 48) if tiny else (64, 96, 144),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 2, 3) if tiny else (4, 4, 6),  # diffusers reads this as the number of heads
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """The noise schedule that the model is trained on: v-prediction, scaled-linear betas, 1000 steps."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def save_folder(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    """Write the diffusers folder, weights in fp16."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from .vocabulary import save_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(folder / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet.half(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    save_tokenizer(folder / "tokenizer")  # once more: vocab.json, merges.txt and the word list beside tokenizer.json
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
