@@ -54,12 +54,15 @@ class _AttentionOnMeta(TorchFunctionMode):
 
 
 def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    # stands for two products of [.., L, E] x [.., E, S]; written so that the flop counter sees one of them twice
     mode = _current
+    result = query.new_empty((*query.shape[:-1], value.shape[-1]))
     if mode is not None:
         *batch, length, width = query.shape
         mode.add_flops(4 * int(torch.Size(batch).numel()) * length * key.shape[-2] * width)
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        # the CPU kernel packs keys and values, padded to whole vectors, and accumulates in float32
+        packed = 2 * (key.numel() + value.numel()) * key.element_size()
+        mode.trace.events[-1].workspace += packed
+    return result
 
 
 _current: _Follower | None = None
