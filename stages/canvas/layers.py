@@ -107,6 +107,6 @@ def region_views(
         for tile, share in _crops(box, size, side, overlap, blend):
             weight = (say[tile.index] * share).float()
             if bool((weight > 0).any()):
-                ones = tuple(torch.ones(length, dtype=torch.float64) for length in tile.size)
-                views.append(View(tile, Weight(*ones, weight), row + 1, region.guidance_scale))
+                rows, cols = (torch.ones(length, dtype=torch.float64) for length in tile.size)
+                views.append(View(tile, Weight(rows, cols, weight), row + 1, region.guidance_scale))
     return views[::-1]

@@ -105,8 +105,9 @@ class PngWriter:
         data = _filtered(rows, self._above)
         self._above = rows[-1].copy()
         self._rows_left -= len(rows)
-        self._adler = zlib.adler32(data, self._adler)
-        self._pending += data.data.cast("B")
+        raw = data.tobytes()
+        self._adler = zlib.adler32(raw, self._adler)
+        self._pending += raw
         while len(self._pending) > BLOCK:
             self._submit(bytes(self._pending[:BLOCK]), last=False)
             del self._pending[:BLOCK]

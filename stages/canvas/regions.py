@@ -6,6 +6,7 @@ Boxes are pixels of the canvas. Everything here is plain data: no torch; ``stage
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -89,12 +90,12 @@ class _Reader:
         """``[left, top, right, bottom]``, or as ``area`` ``[top, bottom, left, right]``; pixels, or all within 0..1."""
         order = "[row0, row1, col0, col1]" if area else "[left, top, right, bottom]"
         expected = f"{order} in pixels, or as fractions 0..1"
-        numbers = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
-        if not numbers or any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+        four = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 4
+        numbers = [float(v) for v in value if isinstance(v, int | float) and not isinstance(v, bool)] if four else []
+        if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
             raise ConfigError(key, value, expected)
-        top, bottom, left, right = value if area else (value[1], value[3], value[0], value[2])
+        edges = numbers if area else [numbers[1], numbers[3], numbers[0], numbers[2]]
         extents = (self.size.height, self.size.height, self.size.width, self.size.width)
-        edges = [top, bottom, left, right]
         if all(0 <= v <= 1 for v in edges):  # a fraction names a place, and the place is a latent's edge
             edges = [round(v * e / self.factor) * self.factor for v, e in zip(edges, extents, strict=True)]
         if any(v != int(v) or int(v) % self.factor for v in edges):
@@ -273,7 +274,9 @@ def parse(
 
 def _rerolls(reader: _Reader, regions: Sequence[Region], listed: Sequence[Any]) -> tuple[Reroll, ...]:
     own = [
-        Reroll(reader.latent(r.box), r.seed, *(("reset",) if r.epsilon is None else ("epsilon", r.epsilon)))
+        Reroll(reader.latent(r.box), r.seed)
+        if r.epsilon is None
+        else Reroll(reader.latent(r.box), r.seed, "epsilon", r.epsilon)
         for r in regions
         if r.seed is not None
     ]

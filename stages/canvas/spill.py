@@ -11,8 +11,12 @@ from torch import Tensor
 from stages.canvas.exact_program import Shape
 
 
+def _bytes(buffer: Tensor) -> memoryview:
+    return memoryview(buffer.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def _read(fd: int, buffer: Tensor, offset: int) -> None:
-    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+    view = _bytes(buffer)
     while view:
         count = os.preadv(fd, [view], offset)
         if count == 0:
@@ -21,7 +25,7 @@ def _read(fd: int, buffer: Tensor, offset: int) -> None:
 
 
 def _write(fd: int, buffer: Tensor, offset: int) -> None:
-    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+    view = _bytes(buffer)
     while view:
         count = os.pwrite(fd, view, offset)
         view, offset = view[count:], offset + count

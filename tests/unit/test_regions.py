@@ -69,6 +69,7 @@ def test_the_uncovered_part_is_really_uncovered(edges):
         ({"box": [0, 0, 100, 1024]}, "regions[0].box", "multiples of 8"),
         ({"box": [8, 0, 8, 1024]}, "regions[0].box", "inside the canvas"),
         ({"box": [0, 0, 8]}, "regions[0].box", "[left, top, right, bottom]"),
+        ({"box": [0, 0, float("inf"), 8]}, "regions[0].box", "[left, top, right, bottom]"),
         ({"box": None}, "regions[0]", "a box"),
         ({"area": [0, 8, 0, 8]}, "regions[0]", "a box"),
         ({"promt": "x"}, "regions[0].promt", "Did you mean prompt?"),
