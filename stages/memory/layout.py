@@ -51,6 +51,14 @@ class Slot(NamedTuple):
         return flat.view(out, height, width, channels).permute(0, 3, 1, 2)
 
 
+def owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that holds ``path`` (``a.b.weight``), and the last name."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        module = getattr(module, parent)
+    return module, name
+
+
 class Layout:
     """The packed positions of all parameters of ``model`` (which may be on the meta device)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,7 @@ class CheckpointSource:
         self._tensors, self._layout, self._keep_cached = tensors, layout, keep_cached
         self._files: dict[Path, int] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()  # one staging buffer: the reader of units to come and a `hold` may meet here
 
     def _fd(self, path: Path) -> int:
         if path not in self._files:
@@ -43,6 +45,10 @@ class CheckpointSource:
         return self._files[path]
 
     def read(self, slots: Sequence[Slot], start: int, packed: torch.Tensor) -> None:
+        with self._lock:
+            self._read(slots, start, packed)
+
+    def _read(self, slots: Sequence[Slot], start: int, packed: torch.Tensor) -> None:
         if not len(self._staging):
             self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
         for slot in slots:

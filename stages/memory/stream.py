@@ -19,15 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.memory.layout import Layout, Unit
+from stages.memory.layout import Layout, Unit, owner
 from stages.memory.source import WeightSource
-
-
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    return module, name
 
 
 class _Ring:
@@ -90,7 +83,7 @@ class WeightStreamer:
         if self._streamed and ring_bytes < largest:
             raise ValueError(f"the ring holds {ring_bytes} bytes, but the largest unit has {largest}")
         self._targets = {
-            unit.name: [(*_owner(model, slot.name), slot) for slot in unit.slots] for unit in units
+            unit.name: [(*owner(model, slot.name), slot) for slot in unit.slots] for unit in units
         }
         self._held: dict[str, int] = {}
         self._private: dict[str, torch.Tensor] = {}
