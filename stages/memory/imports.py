@@ -22,7 +22,9 @@ def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
 class _CompilerStandIn(ModuleType):
     """What decorators at import time ask ``torch._dynamo`` for."""
 
-    disable = allow_in_graph = assume_constant_result = disallow_in_graph = mark_static_address = staticmethod(_identity)
+    disable = allow_in_graph = assume_constant_result = disallow_in_graph = mark_static_address = staticmethod(
+        _identity
+    )
     __path__: list[str] = []
 
     @staticmethod
