@@ -48,7 +48,7 @@ def paint_mountains(
     foot: torch.Tensor,
     scale: float = 1.0,
 ) -> None:
-    """A range under ``line`` down to ``foot``. depth: 0 near to 1 far. snow: share of its height under snow, or None."""
+    """A range under ``line`` down to ``foot``. depth: 0 near to 1 far. snow: share of its height in snow, or None."""
     p = s.palette
     top = line(c.x)
     below = top - c.y
@@ -75,7 +75,7 @@ def paint_mountains(
         level = foot + (top.amax(-1, keepdim=True) - foot) * (1 - snow)
         rough = spurs[:, 0] * 0.035 - 0.018 * slope.clamp(-2, 2) + 0.012 * grain
         on = smooth(-0.012, 0.016, c.y - level + rough)
-        blue = p.shade(s.rgb(0.96, 0.98, 1.02), 0.18 + 0.82 * lit)
+        blue = p.snow(0.18 + 0.82 * lit)
         sparkle = (c.texture(500.0, 500.0, s.u(f"{name}.sparkle", 0, 60), octaves=2)[:, 0] * fade(0.002, c.px)).clamp(
             0, 1
         )
@@ -124,7 +124,7 @@ def paint_hill(
         lit = (0.74 - 0.9 * tilt + 0.07 * drift[:, 1] * s.side + 0.12 * broad - 0.9 * below.clamp(0, 0.3)).clamp(
             0.08, 1
         )
-        colour = p.shade(base * (1 + 0.05 * grains)[:, None], lit)
+        colour = p.snow(lit) * (1 + 0.05 * grains)[:, None]
     colour = p.far(colour, depth)
     c.paint(cover, colour, "grass" if kind == "grass" else "snow")
 

@@ -117,6 +117,11 @@ class Palette:
             base = base.view(1, 3, 1, 1)
         return base * torch.lerp(self.ambient, self.light, lit[:, None])
 
+    def snow(self, lit: torch.Tensor) -> torch.Tensor:
+        """Snow under light ``lit`` ``[B,H,W]``: it keeps half of its white under a coloured sun."""
+        white = torch.lerp(self.light, self.light.amax(1, keepdim=True).expand_as(self.light), 0.5)
+        return colour(0.95, 0.975, 1.01, str(lit.device)) * torch.lerp(self.ambient, white, lit[:, None])
+
     def far(self, colour: torch.Tensor, depth: float | torch.Tensor) -> torch.Tensor:
         """``colour`` faded into the air: ``depth`` 0 is here, 1 the horizon."""
         amount = depth * self.haze
