@@ -1,7 +1,7 @@
 """One high-resolution step of SD 1.5 (fp16, 2048x2048 as 25 tiles with guidance) on a GPU: streamed against resident.
 
-``python -m benchmarks.gpu [--out FILE]``: weights are random and made here. Every way runs in a process of its own and
-reports seconds a step (median) and what the allocator reserved. (a) the whole canvas at once, resident; (b) a loop over
+``python -m benchmarks.gpu [--out FILE]``: weights are random and made here. Every way runs in a process of its
+own and reports seconds a step (median) and what the allocator reserved. (a) the whole canvas at once, resident; (b) a loop over
 tiles, resident, at several micro-batches; (c) diffusers' group offload (leaf level, stream) over the same tiles; and ours,
 weights from pinned memory or from disk.
 """
@@ -103,9 +103,7 @@ def group_offload(count: int, tiles: int = 3) -> dict[str, float]:
     from diffusers.hooks import apply_group_offloading
 
     unet = make_unet("cpu")
-    apply_group_offloading(
-        unet, torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level", use_stream=True
-    )
+    apply_group_offloading(unet, torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level", use_stream=True)
     image, timestep, embeds = inputs(2 * tiles)
 
     def step() -> None:
@@ -146,17 +144,20 @@ def streamed(host: str, micro: int, groups: list[int], ring: int, count: int, fo
     units.sort(key=lambda unit: order[unit.name])
     small = frozenset(unit.name for unit in units if unit.nbytes < 64_000)
     begin = time.perf_counter()
-    with torch.inference_mode(), CudaStreamer(
-        unet,
-        layout=layout,
-        units=units,
-        source=PreparedSource(file, layout),
-        device="cuda",
-        resident=small,
-        ring_bytes=ring,
-        micro_batch=2 * micro,
-        host=host,
-    ) as streamer:
+    with (
+        torch.inference_mode(),
+        CudaStreamer(
+            unet,
+            layout=layout,
+            units=units,
+            source=PreparedSource(file, layout),
+            device="cuda",
+            resident=small,
+            ring_bytes=ring,
+            micro_batch=2 * micro,
+            host=host,
+        ) as streamer,
+    ):
         opened = time.perf_counter() - begin
         image, timestep, embeds = inputs(2 * TILES)
 

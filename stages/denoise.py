@@ -18,9 +18,7 @@ def run(context: StageContext) -> None:
     factor = config.model.vae_scale_factor
     size = Size(config.height // factor, config.width // factor)
     tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, factor)
-    views = grid_views(
-        tiles, size, blend=config.denoise.blend, guidance_scale=config.denoise.guidance_scale
-    )
+    views = grid_views(tiles, size, blend=config.denoise.blend, guidance_scale=config.denoise.guidance_scale)
     guide: dict[str, Any] = {}
     if config.guide.mode != "none":
         guide = {
@@ -30,9 +28,7 @@ def run(context: StageContext) -> None:
             "hold_share": config.guide.hold_steps,
             "skip_residual_power": config.guide.skip_residual_power,
         }
-    latents = sample(
-        context, size=size, views=views, num_inference_steps=config.denoise.num_inference_steps, **guide
-    )
+    latents = sample(context, size=size, views=views, num_inference_steps=config.denoise.num_inference_steps, **guide)
     for tile in tiles:
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
             write_tensors(temporary, {"latents": latents[tile.index].contiguous()})

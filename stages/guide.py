@@ -30,9 +30,8 @@ def run(context: StageContext) -> None:
     size = Size(config.height // f, config.width // f)
     in_pixels = config.guide.image or config.guide.upscale == "lanczos"
     plan = context.plan
-    with open_vae(
-        config, plan=plan, encoder=bool(in_pixels), decoder=not config.guide.image, note=progress.note, mark=progress.mark
-    ) as streamer:
+    halves = {"encoder": bool(in_pixels), "decoder": not config.guide.image}
+    with open_vae(config, plan=plan, **halves, note=progress.note, mark=progress.mark) as streamer:
         latents = None
         if config.guide.image:
             picture = Image.open(config.guide.image).convert("RGB")
@@ -41,7 +40,11 @@ def run(context: StageContext) -> None:
             latents = read_tensors(context.inputs["lowres"] / "latents.safetensors")["latents"]
             picture = _decode(streamer, latents, config.guide.tile_size // f)
             _preview(context, picture)
-        if in_pixels:
+        if latents is not None and latents.shape[-2:] == tuple(size):
+            progress.start(1, "tiles")
+            guide = latents  # the canvas is as large as the low-res picture: nothing to enlarge
+            progress.advance()
+        elif in_pixels:
             guide = _encode(context, streamer, picture, size)
         else:
             assert latents is not None
@@ -78,7 +81,8 @@ def _decode(streamer: WeightStreamer, latents: Tensor, side: int) -> Image.Image
         with statistics.applied(vae):
             for tile, weight in zip(tiles, weights, strict=True):
                 crop = tile.grown(HALO, size)
-                pixels[tile.scaled(f).index] += decode_tile(vae, latents[crop.index], tile.within(crop))[0].float() * weight.map()
+                decoded = decode_tile(vae, latents[crop.index], tile.within(crop))[0].float()
+                pixels[tile.scaled(f).index] += decoded * weight.map()
     return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy())
 
 

@@ -85,7 +85,9 @@ def cuts(
         traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
         lines = segments(*traces)
         if not size:  # nothing grows with a group of one
-            lines = [line.__class__(unit=line.unit, fixed=line.fixed, slope=0, workspace=line.workspace) for line in lines]
+            lines = [
+                line.__class__(unit=line.unit, fixed=line.fixed, slope=0, workspace=line.workspace) for line in lines
+            ]
         found.append(
             {
                 "limit": limit,
@@ -142,7 +144,12 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
     running = steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
     canvas = config.model.latent_channels * (config.width // f) * (config.height // f) * 4
     jobs = {
-        "lowres": (low_tiles, config.lowres.guidance_scale, config.lowres.num_inference_steps, low.height * low.width * 16),
+        "lowres": (
+            low_tiles,
+            config.lowres.guidance_scale,
+            config.lowres.num_inference_steps,
+            low.height * low.width * 16,
+        ),
         "denoise": (tiles, config.denoise.guidance_scale, running, canvas),
     }
     if config.guide.mode == "none" or config.guide.image:

@@ -22,13 +22,12 @@ def run(context: StageContext) -> None:
         tokens = tokenize(tokenizer, text)
         ids.append(tokens.ids)
         if tokens.truncated:
-            progress.note(
-                f"warning: the prompt is longer than {tokenizer.model_max_length} tokens; not used: {tokens.truncated!r}"
-            )
+            most = tokenizer.model_max_length
+            progress.note(f"warning: the prompt is longer than {most} tokens; not used: {tokens.truncated!r}")
     if unknown := unknown_words(" ".join(texts), checkpoint.folder / "tokenizer"):
         progress.note(
-            f"warning: the {config.model.name} model does not know: {', '.join(unknown)}. It was trained on a few hundred "
-            "words; for any prompt use a real checkpoint: model=sd15 model.path=FOLDER_OR_FILE_OR_HUB_ID"
+            f"warning: the {config.model.name} model does not know: {', '.join(unknown)}. It was trained on a few "
+            "hundred words; for any prompt use a real checkpoint: model=sd15 model.path=FOLDER_OR_FILE_OR_HUB_ID"
         )
     progress.start(2, "prompts")
     with open_model(

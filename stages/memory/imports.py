@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 
 def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
@@ -25,7 +25,7 @@ class _CompilerStandIn(ModuleType):
     disable = allow_in_graph = assume_constant_result = disallow_in_graph = mark_static_address = staticmethod(
         _identity
     )
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     @staticmethod
     def is_compiling() -> bool:

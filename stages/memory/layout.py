@@ -100,7 +100,8 @@ def split_units(model: nn.Module, layout: Layout, limit: int) -> list[Unit]:
     """Cut ``model`` into units of at most ``limit`` bytes where its block structure allows it.
 
     A leaf larger than the limit stays one unit (the planner then says what budget it needs). Parameters that a
-    module owns directly beside children (embeddings of some encoders) become a unit of that module alone, and those of a module with children must not stand between its children's.
+    module owns directly beside children (embeddings of some encoders) become a unit of that module alone,
+    and those of a module with children must not stand between its children's.
     """
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, list[str]]]:

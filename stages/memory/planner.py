@@ -1,7 +1,7 @@
 """From a profile and a budget to a plan: what stays in memory, what is streamed, how many samples go at once.
 
-No torch: the profile (:mod:`stages.profile`) was made on the meta device. All sizes are bytes, all times seconds. A plan
-changes speed and memory, never the picture.
+No torch: the profile (:mod:`stages.profile`) was made on the meta device. Sizes are bytes, times are seconds. A
+plan changes speed and memory, never the picture.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
         predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE,
     )
     for cut in profile.cuts:
-        pair = max(cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True))
+        pair = max(
+            cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
+        )
         for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest)):
             for group in _groups(total):
                 rounds = -(-total // group)

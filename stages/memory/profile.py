@@ -49,7 +49,9 @@ class _AttentionOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention_shape(*args, **{k: v for k, v in (kwargs or {}).items() if k in ("query", "key", "value")})
+            return _attention_shape(
+                *args, **{k: v for k, v in (kwargs or {}).items() if k in ("query", "key", "value")}
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -82,9 +82,7 @@ class WeightStreamer:
         largest = max((unit.nbytes for unit in self._streamed), default=0)
         if self._streamed and ring_bytes < largest:
             raise ValueError(f"the ring holds {ring_bytes} bytes, but the largest unit has {largest}")
-        self._targets = {
-            unit.name: [(*owner(model, slot.name), slot) for slot in unit.slots] for unit in units
-        }
+        self._targets = {unit.name: [(*owner(model, slot.name), slot) for slot in unit.slots] for unit in units}
         self._held: dict[str, int] = {}
         self._private: dict[str, torch.Tensor] = {}
         self._inside = False

@@ -48,7 +48,7 @@ def _lms() -> Any:
 
 
 def quad(function: Callable[[float], float], start: float, end: float, **_: Any) -> tuple[float, float]:
-    """(integral, error) of a polynomial, as ``scipy.integrate.quad`` gives them; exact up to degree 15 (Gauss-Legendre)."""
+    """(integral, error) as ``scipy.integrate.quad`` gives them, for polynomials up to degree 15 (Gauss-Legendre)."""
     import numpy
 
     nodes, weights = numpy.polynomial.legendre.leggauss(8)

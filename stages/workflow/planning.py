@@ -1,4 +1,4 @@
-"""Before anything runs: profile the models (once per shape), plan every stage for the budget, refuse what cannot fit."""
+"""Before anything runs: profile the models (once per shape), plan every stage for the budget, refuse what cannot."""
 
 from __future__ import annotations
 
