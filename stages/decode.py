@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from torch import Tensor
 
+from stages.canvas.exact import layers_done
+from stages.canvas.exact_program import program
+from stages.canvas.exact_vae import PIXELS, exact_decode, exact_disk_bytes
 from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
 from stages.context import StageContext
+from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import TensorRef, read_header, read_rows, read_tensor, write_tensors
 from stages.models.vae import open_vae
 from stages.workflow.store import atomic_path
@@ -25,11 +30,14 @@ def run(context: StageContext) -> None:
     missing = [tile for tile in tiles if not (folder / f"{tile.name}.safetensors").is_file()]
     if 0 < len(missing) < len(tiles):
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
-    progress.start(len(tiles), "tiles", len(tiles) - len(missing))
+    if config.decode.mode != "exact":
+        progress.start(len(tiles), "tiles", len(tiles) - len(missing))
     canvas = read_header(context.inputs["denoise"] / "canvas.safetensors")["latents"]
     halo = config.decode.halo // factor
     with open_vae(config, plan=context.plan, decoder=True, note=progress.note, mark=progress.mark) as streamer:
         vae: Any = streamer.model
+        if config.decode.mode == "exact":
+            return _exact(context, streamer, canvas, missing)
         statistics = None
         if config.decode.mode == "shared":
             statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
@@ -56,3 +64,46 @@ def _statistics(context: StageContext, vae: Any, canvas: TensorRef, side: int) -
     if not file.is_file():
         decoder_statistics(vae, read_tensor(canvas), side).save(file)
     return GroupNormStatistics.load(file)
+
+
+def _exact(context: StageContext, streamer: WeightStreamer, canvas: TensorRef, missing: list[Tile]) -> None:
+    """The whole canvas layer by layer over scratch files, then cut into tiles.
+
+    Raises:
+        ValueError: the disk has less room than the scratch files need.
+    """
+    if not missing:
+        return
+    vae: Any = streamer.model
+    latents, scratch, progress = read_tensor(canvas), context.output / "checkpoint_exact", context.progress
+    needed = exact_disk_bytes(vae, Size(*latents.shape[-2:]), vae.dtype.itemsize)
+    there = sum(path.stat().st_size for path in scratch.glob("*"))
+    free = shutil.disk_usage(context.output).free
+    if needed > free + there:
+        hint = "Free some, set output_dir to another disk, or use decode.mode=shared."
+        raise ValueError(
+            f"decode: exact needs {needed / 1e9:.1f} GB of scratch space, {free / 1e9:.1f} GB are free. {hint}"
+        )
+    progress.note(f"exact decode: up to {needed / 1e9:.1f} GB of scratch space in {scratch.parent}")
+    layers = len(program(vae, "decode"))
+    before = layers if (scratch / PIXELS).is_file() else layers_done(scratch)
+    if before:
+        progress.resumed(f"layer {before} of {layers}")
+    progress.start(layers, "layers", before)
+    shown = before
+
+    def advance(share: float) -> None:
+        nonlocal shown
+        now = max(shown, round(share * layers))
+        progress.advance(now - shown)
+        shown = now
+
+    working_bytes = context.plan.get("working_bytes", 64 << 20)
+    pixels = exact_decode(
+        vae, latents, scratch, working_bytes=working_bytes, hold=streamer.hold, mark=progress.mark, advance=advance
+    )
+    for tile in missing:
+        box = tile.scaled(context.config.model.vae_scale_factor)
+        with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
+            write_tensors(temporary, {"pixels": pixels.box(box.top, box.left, box.bottom, box.right)[0].contiguous()})
+    pixels.remove()

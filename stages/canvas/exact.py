@@ -34,6 +34,12 @@ def _boot_id() -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
+def layers_done(folder: Path) -> int:
+    """How many layers an earlier pass in ``folder`` says it finished (whether they can be used is checked later)."""
+    state = read_json(folder / STATE)
+    return len(state["done"]) if state and state["boot"] == _boot_id() else 0
+
+
 def channel_moments(strip: Tensor) -> tuple[Tensor, Tensor]:
     """(variance, mean) of each channel of ``[1, C, h, W]``, float64 on the CPU."""
     flat = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
@@ -142,10 +148,13 @@ class ExactPass:
             self.advance(self._done_cost / sum(self._costs))
             if not final:
                 self._save(index + 1)
+
+    def clear(self) -> None:
+        """Remove the scratch files; call it when the result is safe."""
+        (self.folder / STATE).unlink(missing_ok=True)
         for spill in self._spills.values():
             spill.remove()
         self._spills.clear()
-        (self.folder / STATE).unlink(missing_ok=True)
 
     def _spill(self, layer: Layer, source: Callable[[int, int], Tensor]) -> None:
         target = Spill(self._path(layer.name), self.shapes[layer.name], self.dtype)

@@ -14,6 +14,7 @@ from stages.canvas.exact_program import Shape, disk_bytes, program
 from stages.canvas.spill import Spill
 from stages.canvas.tiles import Size
 from stages.canvas.vae import factor, from_vae, to_uint8, to_vae
+from stages.workflow.store import atomic_path
 
 PIXELS = "pixels.u8"
 
@@ -34,19 +35,26 @@ def exact_decode(vae: Any, latents: Tensor, folder: Path, **options: Any) -> Spi
         options: of ``ExactPass``: ``working_bytes``, ``hold``, ``mark``, ``advance``, ``device``.
 
     Returns:
-        The pixels, uint8, in a file of ``folder``: ``box`` reads a tile of them. The caller removes it.
+        The pixels, uint8, in a file of ``folder``: ``box`` reads a tile of them. The caller removes it; until then
+        another call gives the same file at once.
     """
     size, scale = Size(*latents.shape[-2:]), factor(vae)
     options.setdefault("dtype", vae.dtype)
-    steps = ExactPass(program(vae, "decode"), Shape(latents.shape[1], size), folder, **options)
     shape = Shape(vae.config.out_channels, Size(size.height * scale, size.width * scale))
-    pixels = Spill(folder / PIXELS, shape, torch.uint8)
+    done = folder / PIXELS
+    if done.is_file() and done.stat().st_size == shape.numel:
+        return Spill(done, shape, torch.uint8)
+    steps = ExactPass(program(vae, "decode"), Shape(latents.shape[1], size), folder, **options)
 
     def rows(top: int, bottom: int) -> Tensor:
         return to_vae(vae, latents[:, :, top:bottom])
 
-    steps.run(rows, lambda top, strip: pixels.put(top, to_uint8(strip)))
-    return pixels
+    with atomic_path(done) as temporary:
+        pixels = Spill(temporary, shape, torch.uint8)
+        steps.run(rows, lambda top, strip: pixels.put(top, to_uint8(strip)))
+        pixels.close()
+    steps.clear()
+    return Spill(done, shape, torch.uint8)
 
 
 def exact_encode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Tensor:
@@ -69,5 +77,7 @@ def exact_encode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
     def sink(top: int, moments: Tensor) -> None:
         latents[:, :, top : top + moments.shape[2]] = from_vae(vae, moments[:, :channels]).cpu()
 
-    ExactPass(program(vae, "encode"), given, folder, **options).run(rows, sink)
+    steps = ExactPass(program(vae, "encode"), given, folder, **options)
+    steps.run(rows, sink)
+    steps.clear()
     return latents
