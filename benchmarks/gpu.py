@@ -1,9 +1,9 @@
 """One high-resolution step of SD 1.5 (fp16, 2048x2048 as 25 tiles with guidance) on a GPU: streamed against resident.
 
 ``python -m benchmarks.gpu [--out FILE]``: weights are random and made here. Every way runs in a process of its
-own and reports seconds a step (median) and what the allocator reserved. (a) the whole canvas at once, resident; (b) a loop over
-tiles, resident, at several micro-batches; (c) diffusers' group offload (leaf level, stream) over the same tiles; and ours,
-weights from pinned memory or from disk.
+own and reports seconds a step (median) and what the allocator reserved. (a) the whole canvas at once, resident; (b) a
+loop over tiles, resident, at several micro-batches; (c) diffusers' group offload (leaf level, stream) over the same
+tiles; and ours, weights from pinned memory or from disk.
 """
 
 from __future__ import annotations

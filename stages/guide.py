@@ -112,7 +112,7 @@ def _encode(context: StageContext, streamer: WeightStreamer, picture: Image.Imag
     limit = (side + 2 * HALO) * f
     if max(picture.size) > limit:
         scale = limit / max(picture.size)
-        extent = tuple(max(f, round(length * scale) // f * f) for length in picture.size)
+        extent = [max(f, round(length * scale) // f * f) for length in picture.size]
         small = picture.resize(extent, Image.Resampling.LANCZOS)
     statistics = encoder_statistics(vae, _to_tensor(small))
     with statistics.applied(vae):

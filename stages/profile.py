@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def run(context: StageContext) -> None:
 
 def flops_per_second(dtype: torch.dtype) -> float:
     """Of a 3x3 convolution as these models have them, measured in about a quarter of a second."""
-    conv = nn.Conv2d(320, 320, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
+    conv: Any = nn.Conv2d(320, 320, 3, padding=1, dtype=dtype)
+    conv = conv.to(memory_format=torch.channels_last)
     image = torch.randn(2, 320, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
     count, best = 2 * image.numel() * 320 * 9, 0.0
     with torch.inference_mode():
@@ -62,7 +64,7 @@ def flops_per_second(dtype: torch.dtype) -> float:
 def cuts(
     component: Component,
     dtype: torch.dtype,
-    call: Callable[[nn.Module, int], Any],
+    call: Callable[[Any, int], Any],
     *,
     channels_last: bool,
     size: int = 0,
@@ -85,9 +87,7 @@ def cuts(
         traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
         lines = segments(*traces)
         if not size:  # nothing grows with a group of one
-            lines = [
-                line.__class__(unit=line.unit, fixed=line.fixed, slope=0, workspace=line.workspace) for line in lines
-            ]
+            lines = [replace(line, slope=0) for line in lines]
         found.append(
             {
                 "limit": limit,
@@ -133,7 +133,9 @@ def _text(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dic
     return {"extra": 0, "weights": weights, "micro_batch": rows, "micro_batches": 1, "steps": 1, "cuts": found}
 
 
-def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
+def _denoisers(
+    config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool
+) -> dict[str, dict[str, Any]]:
     component = checkpoint.component("unet")
     f, native = config.model.vae_scale_factor, config.model.native_size
     low = Size(config.lowres.height // f, config.lowres.width // f)
@@ -189,10 +191,10 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         made = torch.empty((1, channels, height, width), dtype=dtype, device="meta")
         return made.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-    def decode(height: int, width: int) -> Callable[[nn.Module, int], Any]:
+    def decode(height: int, width: int) -> Callable[[Any, int], Any]:
         return lambda model, _: model.decode(image(config.model.latent_channels, height, width), return_dict=False)
 
-    def encode(height: int, width: int) -> Callable[[nn.Module, int], Any]:
+    def encode(height: int, width: int) -> Callable[[Any, int], Any]:
         return lambda model, _: model.encode(image(3, height, width), return_dict=False)
 
     found: dict[str, dict[str, Any]] = {}

@@ -112,14 +112,14 @@ class WeightStreamer:
     # -- loading ------------------------------------------------------------------------------------------------
 
     def _assign(self, unit: Unit, packed: torch.Tensor) -> None:
-        for owner, name, slot in self._targets[unit.name]:
+        for parent, name, slot in self._targets[unit.name]:
             view = slot.view(packed, unit.start, self.layout.dtype)
-            owner._parameters[name] = nn.Parameter(view, requires_grad=False)
+            parent._parameters[name] = nn.Parameter(view, requires_grad=False)
 
     def _drop(self, unit: Unit) -> None:
-        for owner, name, slot in self._targets[unit.name]:
+        for parent, name, slot in self._targets[unit.name]:
             empty = torch.empty(slot.shape, dtype=self.layout.dtype, device="meta")
-            owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            parent._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
     def _load_resident(self, units: Sequence[Unit]) -> None:
         for unit in units:

@@ -113,11 +113,11 @@ class CudaStreamer:
         self._closing = False
         self._thread: threading.Thread | None = None
         if host == "pinned":
-            self._pinned = self._load_pinned()
+            self._weights = self._load_pinned()
         elif sizes:
             if staging_bytes < max(sizes):
                 raise ValueError(f"staging holds {staging_bytes} bytes, but the largest unit has {max(sizes)}")
-            self._pinned = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True)
+            self._staging = torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True)
             self._thread = threading.Thread(target=self._read_ahead, daemon=True, name="weights")
             self._thread.start()
 
@@ -166,10 +166,8 @@ class CudaStreamer:
         """The unit (over all passes) that must have run before unit ``number`` is copied."""
         count = len(self._streamed)
         base = number // count * count
-        if self._capturing or base == 0:
-            after = self._first[number % count].after
-        else:
-            after = self._later[number % count].after
+        places = self._first if self._capturing or base == 0 else self._later
+        after = places[number % count].after
         return None if after is None else base + after
 
     def _copy(self, number: int, packed: Tensor) -> None:
@@ -190,7 +188,7 @@ class CudaStreamer:
             after = self._after(self._issued)
             if after is not None and after >= self._ran:
                 return
-            self._copy(self._issued, self._pinned[self._issued % count])
+            self._copy(self._issued, self._weights[self._issued % count])
             self._issued += 1
 
     def _read_ahead(self) -> None:
@@ -205,7 +203,7 @@ class CudaStreamer:
 
     def _read_forever(self) -> None:
         sizes = [unit.nbytes for unit in self._streamed]
-        first, later = ring_places(sizes, len(self._pinned))
+        first, later = ring_places(sizes, len(self._staging))
         copied = [torch.cuda.Event() for _ in sizes]
         number = 0
         while True:
@@ -213,7 +211,7 @@ class CudaStreamer:
             unit, place = self._streamed[index], places[index]
             if place.after is not None:  # those staging bytes must have left for the device
                 copied[place.after % len(sizes)].synchronize()
-            packed = self._pinned[place.offset : place.offset + unit.nbytes]
+            packed = self._staging[place.offset : place.offset + unit.nbytes]
             self._read(unit, packed)
             with self._condition:
                 after = self._after(number)
