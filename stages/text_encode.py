@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from stages.context import StageContext
 from stages.memory.tensors import write_tensors
 from stages.models.loading import compute_dtype, open_checkpoint, open_model
@@ -17,10 +15,8 @@ def run(context: StageContext) -> None:
     checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer"), progress.note)
     tokenizer = checkpoint.tokenizer()
     texts = [config.prompt, config.negative_prompt]
-    ids = []
-    for text in texts:
-        tokens = tokenize(tokenizer, text)
-        ids.append(tokens.ids)
+    prompts, negatives = [tokenize(tokenizer, config.prompt)], [tokenize(tokenizer, config.negative_prompt)]
+    for tokens in (*prompts, *negatives):
         if tokens.truncated:
             most = tokenizer.model_max_length
             progress.note(f"warning: the prompt is longer than {most} tokens; not used: {tokens.truncated!r}")
@@ -37,8 +33,8 @@ def run(context: StageContext) -> None:
         plan=context.plan,
         mark=progress.mark,
     ) as streamer:
-        embeds = encode(streamer.model, torch.cat(ids), config.text_encode.clip_skip).float()
+        embeds = encode(streamer.model, prompts, negatives, config.text_encode.clip_skip).float()
     progress.advance(2)
-    count = len(ids) // 2
+    count = len(prompts)
     with atomic_path(context.output / "embeddings.safetensors") as temporary:
         write_tensors(temporary, {"prompt_embeds": embeds[:count], "negative_prompt_embeds": embeds[count:]})

@@ -16,6 +16,8 @@ from stages.config import ROOT, Config, escape_all, resolve
 HELPERS = ROOT / "tests" / "helpers"
 sys.path.insert(0, str(HELPERS))
 
+from in_process import Work  # noqa: E402 - a helper, found through the line above
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,3 +80,28 @@ def cli(tmp_path: Path, checkpoint: Path) -> Command:
     """The real command line."""
     (tmp_path / "outputs").mkdir()
     return Command(ROOT / "runner.py", tmp_path / "outputs", checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny random checkpoints, written once: ``small("sd15")`` is a diffusers folder of float32 weights.
+
+    ``<folder>/<kind>.safetensors`` holds the same weights in the original layout.
+    """
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        from benchmarks import random_checkpoint
+
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            random_checkpoint.main([kind, str(made[kind]), "--layout", "both", "--small", "--dtype", "fp32"])
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def work(small: Callable[[str], Path], tmp_path: Path) -> Work:
+    """Stages in this process over the tiny sd15 checkpoint, on an output folder of its own."""
+    return Work(tmp_path / "outputs", small("sd15"))

@@ -17,19 +17,20 @@ _CLIP_LAYERS = re.compile(r"layers\.\d+$")
 
 
 class Tokens(NamedTuple):
-    """``ids [1, S]``, and what the tokenizer cut off because the prompt was too long ('' if nothing)."""
+    """``ids [1, S]``, their attention mask, and what was cut off a prompt that is too long ('' if nothing)."""
 
     ids: Tensor
+    mask: Tensor
     truncated: str
 
 
 def tokenize(tokenizer: Any, prompt: str) -> Tokens:
     """As diffusers' ``encode_prompt``: padded and cut to the tokenizer's ``model_max_length``."""
     length = tokenizer.model_max_length
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    kept = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     whole = tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
     cut = "" if whole.shape[-1] <= length else tokenizer.decode(whole[0, length - 1 : -1])
-    return Tokens(ids, cut)
+    return Tokens(kept.input_ids, kept.attention_mask, cut)
 
 
 def unknown_words(prompt: str, tokenizer_folder: Path) -> list[str]:
@@ -42,15 +43,22 @@ def unknown_words(prompt: str, tokenizer_folder: Path) -> list[str]:
     return [word for word in dict.fromkeys(words) if word not in known]
 
 
-def encode(text_encoder: nn.Module, ids: Tensor, clip_skip: int | None) -> Tensor:
-    """``[R, S]`` token ids to ``[R, S, D]`` hidden states, as diffusers' ``encode_prompt`` does."""
+def encode(
+    text_encoder: nn.Module, prompts: Sequence[Tokens], negatives: Sequence[Tokens], clip_skip: int | None
+) -> Tensor:
+    """Hidden states ``[P + N, S, D]`` of the prompts and the negatives, in one pass.
+
+    As diffusers' ``encode_prompt``: ``clip_skip`` is for the prompts, negatives always come from the last layer.
+    """
     config: Any = text_encoder.config
-    mask = torch.ones_like(ids) if getattr(config, "use_attention_mask", False) else None
+    ids, mask = (torch.cat([getattr(tokens, name) for tokens in (*prompts, *negatives)]) for name in ("ids", "mask"))
+    attended = mask if getattr(config, "use_attention_mask", False) else None
     if clip_skip is None:
-        return text_encoder(ids, attention_mask=mask)[0]
-    output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        return text_encoder(ids, attention_mask=attended)[0]
+    output = text_encoder(ids, attention_mask=attended, output_hidden_states=True)
     inner: Any = getattr(text_encoder, "text_model", text_encoder)
-    return inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+    skipped = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)][: len(prompts)])
+    return torch.cat([skipped, output[0][len(prompts) :]])
 
 
 def micro_batch(unet_config: dict[str, Any], latent_height: int, latent_width: int) -> int:

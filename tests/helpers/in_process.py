@@ -1,0 +1,92 @@
+"""Real stages of the real pipeline, run one after the other in the test's own process: no imports to wait for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stages import PIPELINE, __main__
+from stages.config import Config, escape_all, resolve, save_text
+from stages.context import Progress
+from stages.workflow.plan import StageState, active, build
+from stages.workflow.store import Store, write_json, write_text
+from stages.workflow.validate import validate
+
+# 64x64 pixels are the native size of the tiny models: 8x8 latents, which their three downsamplers can halve
+SMALL = {
+    "model": {"name": "tiny", "family": "sd", "native_size": 64, "size_multiple": 8},
+    "scheduler": {"name": "ddim", "class_name": "DDIMScheduler"},
+    "technique": {"dtype": "fp32"},
+    "prompt": "a cat",
+    "width": 128,
+    "height": 96,
+    "lowres": {"num_inference_steps": 2},
+    "denoise": {"num_inference_steps": 4, "strength": 0.5},
+    "decode": {"tile_size": 64, "overlap": 16, "halo": 16},
+    "guide": {"tile_size": 64},
+}
+
+
+def small_config(checkpoint: Path, output_dir: Path, values: dict[str, Any] | None = None) -> DictConfig:
+    """A resolved, validated config: ``SMALL`` with dotted ``values`` over it."""
+    fixed = {"model": {"path": str(checkpoint)}, "output_dir": str(output_dir)}
+    config = OmegaConf.merge(OmegaConf.structured(Config), SMALL, fixed)
+    for key, value in (values or {}).items():
+        OmegaConf.update(config, key, escape_all(value))
+    assert isinstance(config, DictConfig)
+    config = resolve(config)
+    config.run = config.run or "test"
+    validate(config)
+    return config
+
+
+class Work:
+    """An output folder, and stages to run on it; ``events`` are those of the last stage that ran."""
+
+    def __init__(self, output_dir: Path, checkpoint: Path) -> None:
+        self.output_dir, self.checkpoint = output_dir, checkpoint
+        self.events: list[dict[str, Any]] = []
+
+    def config(self, values: dict[str, Any] | None = None) -> DictConfig:
+        return small_config(self.checkpoint, self.output_dir, values)
+
+    def states(self, config: DictConfig) -> dict[str, StageState]:
+        return {state.name: state for state in build(config, Store(self.output_dir / ".store"), verify=False)}
+
+    def run(
+        self,
+        values: dict[str, Any] | None = None,
+        *,
+        until: str = "stitch",
+        plan: dict[str, dict[str, Any]] | None = None,
+        force: bool = False,
+    ) -> dict[str, Path]:
+        """Run the active stages up to ``until`` (what is there is reused); returns their folders in the store.
+
+        ``plan``: stage -> memory plan, as the planner writes it; without one weights are resident.
+        """
+        config = self.config(values)
+        run_dir = self.output_dir / config.run
+        write_text(run_dir / "config.yaml", save_text(config))
+        write_json(run_dir / "plan.json", plan or {})
+        states = self.states(config)
+        for stage in active(config, PIPELINE):
+            self.events = []
+            progress = Progress(self.events.append)
+            self.status = __main__.run(stage.name, run_dir, "stages", progress, force and stage.name == until)
+            if stage.name == until:
+                break
+        return {name: state.entry.path for name, state in states.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the last stage said to the person."""
+        return [event["text"] for event in self.events if event["event"] == "note"]
+
+
+def payload(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished result."""
+    return json.loads((folder / "manifest.json").read_text())
