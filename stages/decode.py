@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,8 +28,8 @@ def run(context: StageContext) -> None:
     size = Size(config.height // factor, config.width // factor)
     tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
     folder = context.output / "tiles"
-    missing = [tile for tile in tiles if not (folder / f"{tile.name}.safetensors").is_file()]
-    if 0 < len(missing) < len(tiles):
+    missing = [tile for tile in tiles if not _done(folder / f"{tile.name}.safetensors", tile.scaled(factor).size)]
+    if len(missing) < len(tiles):
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
     if config.decode.mode != "exact":
         progress.start(len(tiles), "tiles", len(tiles) - len(missing))
@@ -54,6 +55,14 @@ def run(context: StageContext) -> None:
             progress.advance()
 
 
+def _done(file: Path, size: Size) -> bool:
+    """True where an earlier try left a whole tile."""
+    try:
+        return read_header(file)["pixels"].shape == (3, *size)
+    except (OSError, ValueError, KeyError):  # not there, torn, foreign: it is decoded (again)
+        return False
+
+
 def _crop(canvas: TensorRef, box: Tile) -> Tensor:
     return read_rows(canvas, box.top, box.bottom)[..., box.left : box.right].contiguous()
 
@@ -61,9 +70,14 @@ def _crop(canvas: TensorRef, box: Tile) -> Tensor:
 def _statistics(context: StageContext, vae: Any, canvas: TensorRef, side: int) -> GroupNormStatistics:
     """GroupNorm statistics of one small decode, kept so that a resumed decode uses the same numbers."""
     file = context.output / "checkpoint_statistics.safetensors"
-    if not file.is_file():
-        decoder_statistics(vae, read_tensor(canvas), side).save(file)
-    return GroupNormStatistics.load(file)
+    try:
+        return GroupNormStatistics.load(file)
+    except (OSError, ValueError, KeyError) as error:
+        if file.exists():
+            context.progress.note(f"warning: {file.name} cannot be used ({error}); it is made again")
+    statistics = decoder_statistics(vae, read_tensor(canvas), side)
+    statistics.save(file)
+    return statistics
 
 
 def _exact(context: StageContext, streamer: WeightStreamer, canvas: TensorRef, missing: list[Tile]) -> None:

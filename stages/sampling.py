@@ -48,8 +48,11 @@ def sample(
     )
     file = context.output / "checkpoint.safetensors"
     if file.is_file():
-        sampler.restore(read_tensors(file))
-        progress.resumed(f"step {sampler.step} of {len(sampler.timesteps)}")
+        try:
+            sampler.restore(read_tensors(file))
+            progress.resumed(f"step {sampler.step} of {len(sampler.timesteps)}")
+        except (OSError, ValueError) as error:
+            progress.note(f"warning: {file.name} cannot be used ({error}); starts from the first step")
     progress.start(len(sampler.timesteps), "steps", sampler.step)
     if sampler.finished:
         return sampler.latents

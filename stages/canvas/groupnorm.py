@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stages.memory.tensors import read_tensors
 from stages.workflow.store import atomic_path
 
 _PARTS = ("var", "mean")
@@ -127,6 +128,7 @@ class GroupNormStatistics:
 
     @classmethod
     def load(cls, path: Path) -> GroupNormStatistics:
-        tensors = load_file(path)
+        """What ``save`` wrote. OSError without a file, ValueError for a torn one."""
+        tensors = read_tensors(path)
         names = sorted({key.rpartition(".")[0] for key in tensors})
         return cls(values={name: (tensors[f"{name}.var"], tensors[f"{name}.mean"]) for name in names})

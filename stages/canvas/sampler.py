@@ -112,12 +112,23 @@ class Sampler:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take :meth:`state` up again; the sampler must have been made with the same arguments."""
-        plain = json.loads(bytes(tensors[_STATE].numpy()))
-        self.step, self.latents = plain["step"], tensors["latents"]
-        self.generator.set_state(tensors["generator"])
-        for name, value in plain["scheduler"].items():
-            setattr(self.scheduler, name, _unflatten(value, tensors))
+        """Take :meth:`state` up again; the sampler must have been made with the same arguments.
+
+        Raises:
+            ValueError: this is no state of such a sampler, which stays as it was.
+        """
+        try:
+            plain = json.loads(bytes(tensors[_STATE].numpy()))
+            step, latents = plain["step"], tensors["latents"]
+            kept = {name: _unflatten(value, tensors) for name, value in plain["scheduler"].items()}
+            if latents.shape != self.latents.shape or not 0 <= step <= len(self.timesteps):
+                raise ValueError(f"step {step} of latents {tuple(latents.shape)}")
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"not a checkpoint of this canvas ({error!r}).") from error
+        self.step, self.latents = step, latents
+        for name, value in kept.items():
+            setattr(self.scheduler, name, value)
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

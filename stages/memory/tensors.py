@@ -53,16 +53,20 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         if length > min(_MAX_HEADER, size - 8):
             raise ValueError(f"{path}: not a whole safetensors file ({size} bytes).")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
     refs = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}.")
-        ref = TensorRef(path, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        if end - start != ref.nbytes or 8 + length + end > size:
-            raise ValueError(f"{path}: torn: tensor {name} ends beyond the file's {size} bytes. Download it again.")
-        refs[name] = ref
+    try:
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                expected = ", ".join(DTYPES)
+                raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {expected}.")
+            ref = TensorRef(path, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if end - start != ref.nbytes or 8 + length + end > size:
+                raise ValueError(f"{path}: torn: tensor {name} ends beyond the file's {size} bytes. Download it again.")
+            refs[name] = ref
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a safetensors file ({error!r} in its header).") from error
     return refs
 
 
