@@ -22,15 +22,18 @@ from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
 from stages.memory.monitor import usage
 from stages.memory.profile import segments, trace
+from stages.memory.source import STAGING_BYTES
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import compute_dtype, open_checkpoint
+from stages.models.schedulers import make_scheduler
 from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
 from stages.workflow.store import write_json
 
-# RES that a stage's process grows by while it works, besides what is counted: kernels' code, threads' stacks
-TOUCHED = 36_000_000
-TRANSFORMERS = 90_000_000  # what transformers' CLIP classes take more than diffusers' models
+# RES that a stage's process grows by besides what is counted, measured on full-size models: kernels' code and their
+# primitives for every shape (42-46 MB over a denoiser or a VAE with tiles of four shapes), threads' stacks.
+TOUCHED = 44_000_000
+TRANSFORMERS = 77_000_000  # what transformers' CLIP classes take more than diffusers' models, with what they touch
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -107,9 +110,15 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
     """{stage: the fields of ``planner.StageProfile``} for the stages of this run that open a model."""
     dtype, last = compute_dtype(config), bool(config.technique.channels_last)
     import_diffusers()
-    base = usage(os.getpid()).rss
-    rate = flops_per_second(dtype)
     checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer", "unet", "vae", "scheduler"), lambda _: None)
+    # what a stage has at hand before the first weight; nothing has been computed yet
+    held = (
+        make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),
+        checkpoint.component("unet").build(),
+    )
+    base = usage(os.getpid()).rss
+    del held
+    rate = flops_per_second(dtype)
     profiles = {
         "text_encode": {**_text(config, checkpoint, dtype), "base": base + TRANSFORMERS},
         **{name: {**found, "base": base} for name, found in _denoisers(config, checkpoint, dtype, last).items()},
@@ -117,7 +126,7 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
     }
     for name, profile in profiles.items():
         profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS}
-        profile["base"] += TOUCHED
+        profile["base"] += TOUCHED + STAGING_BYTES
     return profiles
 
 

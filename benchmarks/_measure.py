@@ -1,0 +1,153 @@
+"""What the benchmarks share: run a command and measure its tree from outside, a checkpoint to run, tables, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stages.config import ROOT
+from stages.memory.monitor import descendants, peak_rss, usage
+from stages.workflow.store import atomic_path
+
+RESULTS = ROOT / "outputs" / "benchmarks"
+PERIOD = 0.02  # seconds between two samples of the tree
+
+
+class Measured(NamedTuple):
+    """A command that has ended. ``peak`` is the highest sum of RES over the tree, ``tallest`` the highest VmHWM of one
+    process of it; bytes and seconds."""
+
+    code: int
+    seconds: float
+    peak: int
+    tallest: int
+    output: str
+
+    def check(self) -> Measured:
+        """Itself. SystemExit with the end of the output if the command failed."""
+        if self.code:
+            raise SystemExit(f"the measured command ended with exit code {self.code}:\n{self.output[-3000:]}")
+        return self
+
+
+def measure(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    echo: bool = False,
+    started: Callable[[int], None] = lambda pid: None,
+) -> Measured:
+    """Run ``command`` in the repository and sample RES of it and of all that it starts, every 20 ms.
+
+    Args:
+        environment: added to this process' own.
+        echo: pass its output on while it runs.
+        started: told the process id at once (to move it into a cgroup).
+    """
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    started(process.pid)
+    lines: list[bytes] = []
+    assert process.stdout is not None
+    pipe = process.stdout
+
+    def read() -> None:
+        for line in pipe:
+            lines.append(line)
+            if echo:
+                sys.stdout.write(line.decode("utf-8", "replace"))
+                sys.stdout.flush()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    peak, highest, count = 0, {}, 0
+    pids = [process.pid]
+    while process.poll() is None:
+        if count % 5 == 0:
+            pids = [process.pid, *descendants(process.pid)]
+            for pid in pids:
+                highest[pid] = max(highest.get(pid, 0), peak_rss(pid))
+        peak = max(peak, sum(usage(pid).rss for pid in pids))
+        count += 1
+        time.sleep(PERIOD)
+    reader.join()
+    seconds = time.monotonic() - begin
+    output = b"".join(lines).decode("utf-8", "replace")
+    return Measured(process.returncode, seconds, peak, max(highest.values(), default=0), output)
+
+
+def runner(output_dir: Path, *overrides: str, **options: Any) -> Measured:
+    """``python runner.py progress=false output_dir=... overrides`` measured from outside."""
+    command = [sys.executable, "runner.py", f"output_dir={output_dir}", *overrides]
+    return measure(command, **options)
+
+
+def checkpoint(given: Path | None, kind: str = "sd15", *, small: bool = False) -> Path:
+    """``given``, or random weights of the kind's shapes under ``outputs/benchmarks``, made now if they are not there."""
+    if given is not None:
+        return given.resolve()
+    folder = RESULTS / "checkpoints" / (f"{kind}-small" if small else kind)
+    if not (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file():
+        print(f"writes random weights with the shapes of {kind} to {folder} (once)", flush=True)
+        script = [sys.executable, "benchmarks/random_checkpoint.py", kind, str(folder)]
+        subprocess.run(script + (["--small"] if small else []), cwd=ROOT, check=True)
+    return folder
+
+
+def model_overrides(model: str, given: Path | None) -> list[str]:
+    """The overrides that choose a model: ``embedded`` as it lies in the repository, else random weights."""
+    if model == "embedded":
+        return ["model=embedded", *([f"model.path={given.resolve()}"] if given else [])]
+    return [f"model={model}", f"model.path={checkpoint(given, model)}"]
+
+
+def parser(docstring: str | None) -> argparse.ArgumentParser:
+    """With the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=(docstring or "").split("\n\n")[0])
+    made.add_argument("--checkpoint", type=Path, metavar="DIR", help="a diffusers folder; default: random weights")
+    return made
+
+
+def summary(output_dir: Path, run: str) -> dict[str, Any]:
+    """``run.json`` of a finished run."""
+    return json.loads((output_dir / run / "run.json").read_text(encoding="utf-8"))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table with its columns aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def mb(nbytes: float | None) -> str:
+    """``612 MB``; ``-`` for None or 0."""
+    return f"{nbytes / 1e6:.0f} MB" if nbytes else "-"
+
+
+def finish(name: str, result: Any, checks: Mapping[str, bool]) -> int:
+    """Write ``outputs/benchmarks/NAME.json``, print what passed; the exit code."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({"checks": checks, "result": result}, indent=1) + "\n", encoding="utf-8")
+    for text, passed in checks.items():
+        print(f"{'pass' if passed else 'FAIL'}: {text}")
+    print(f"written: {path.relative_to(ROOT)}")
+    return 0 if all(checks.values()) else 1
