@@ -55,15 +55,20 @@ def grid_views(tiles: Sequence[Tile], size: Size, *, blend: str, guidance_scale:
 
 
 def groups(views: Sequence[View], count: int) -> Iterator[list[View]]:
-    """The views in lists of at most ``count``, of one tile size and one number of passes each."""
+    """The views in lists of one tile size and one number of passes each: at most ``count`` guided ones.
+
+    Or twice as many without guidance, so that a group's samples are whole micro-batches either way: which samples meet
+    in one, and with them the rounding, must not depend on the group's size.
+    """
     if count < 1:
         raise ValueError(f"a group holds at least one view, got {count}.")
     kinds: dict[tuple[Size, int], list[View]] = {}
     for view in views:
         kinds.setdefault((view.tile.size, view.passes), []).append(view)
     for kind in kinds.values():
-        for start in range(0, len(kind), count):
-            yield kind[start : start + count]
+        most = 2 * count // kind[0].passes
+        for start in range(0, len(kind), most):
+            yield kind[start : start + most]
 
 
 def batch(latents: Tensor, group: Sequence[View]) -> TileBatch:
@@ -110,7 +115,7 @@ class Mixture:
         Args:
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
             denoise: gives a prediction for each sample of a ``TileBatch``.
-            group_size: views handed to ``denoise`` at once.
+            group_size: guided views handed to ``denoise`` at once, half of those without guidance.
 
         Returns:
             The accumulator: valid until the next call.

@@ -93,7 +93,9 @@ class PreparedSource:
             _advise(self._fd, start, len(packed), "POSIX_FADV_DONTNEED")
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
 def write_prepared(file: Path, source: WeightSource, layout: Layout, *, chunk: int = 32 << 20) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -242,8 +242,7 @@ class WeightStreamer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(RuntimeError):
-            self.close()
+        self.close()
 
 
 def micro_batched(
@@ -258,7 +257,8 @@ def micro_batched(
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() > 0]
     count = tensors[0].shape[0] if tensors else 0
     if count <= size:
-        return forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
+        return _laid_out(result) if isinstance(result, torch.Tensor) else tuple(_laid_out(part) for part in result)
 
     def cut(value: Any, start: int, stop: int) -> Any:
         sliced = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count
@@ -282,9 +282,18 @@ def micro_batched(
     return gathered[0] if single else tuple(gathered)
 
 
-def _empty_like(tensor: torch.Tensor, count: int) -> torch.Tensor:
+def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with the strides that gathering gives it: later kernels choose by them how they round."""
+    wanted = _empty_like(tensor, tensor.shape[0], torch.device("meta")).stride()
+    if tensor.stride() == wanted:
+        return tensor
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):  # sides of length 1 only
+        return tensor.as_strided(tensor.shape, wanted)
+    return _empty_like(tensor, tensor.shape[0]).copy_(tensor)
+
+
+def _empty_like(tensor: torch.Tensor, count: int, device: torch.device | None = None) -> torch.Tensor:
     channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (count, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, memory_format=memory_format
-    )
+    shape = (count, *tensor.shape[1:])
+    return torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device, memory_format=memory_format)

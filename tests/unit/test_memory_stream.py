@@ -1,0 +1,315 @@
+"""Streamed weights give the same bits as resident ones, whatever the cut, ring, group and order of calls."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stages.canvas.groupnorm import GroupNormStatistics
+from stages.memory.layout import Layout, split_units
+from stages.memory.source import CheckpointSource, PreparedSource
+from stages.memory.stream import WeightStreamer, micro_batched
+from stages.memory.tensors import write_tensors
+from stages.models.checkpoint import Checkpoint, Component
+from stages.models.loading import open_model, prepared
+
+DTYPES = [torch.float32, torch.bfloat16]
+RINGS = ["largest", "pair", "all"]
+
+
+@pytest.fixture(scope="module")
+def folder(small: Callable[[str], Path]) -> Path:
+    return small("sd15")
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sizes(component: Component, dtype: torch.dtype, cut: str, ring: str) -> tuple[int, int]:
+    """(``unit_limit``, ``ring_bytes``) of a plan."""
+    model = component.build()
+    layout = Layout(model, dtype, channels_last=True)
+    leaves = split_units(model, layout, 0)
+    limit = layout.nbytes if cut == "block" else max(unit.nbytes for unit in leaves)
+    nbytes = [unit.nbytes for unit in split_units(model, layout, limit)]
+    neighbours = max(a + b for a, b in zip(nbytes, [*nbytes[1:], nbytes[0]], strict=True))
+    return limit, {"largest": max(nbytes), "pair": neighbours, "all": layout.nbytes}[ring]
+
+
+@contextmanager
+def opened(component: Component, dtype: torch.dtype, plan: dict[str, Any], micro_batch: int = 2, **more: Any) -> Any:
+    more = {"channels_last": True, **more}
+    with open_model(component, dtype=dtype, plan=plan, micro_batch=micro_batch, **more) as streamer:
+        yield streamer
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def predict(unet: Any, samples: Tensor, embeds: Tensor, group: int) -> Tensor:
+    samples, embeds = samples.to(unet.dtype).to(memory_format=torch.channels_last), embeds.to(unet.dtype)
+    found = [
+        unet(part, torch.tensor(400), encoder_hidden_states=text, return_dict=False)[0]
+        for part, text in zip(samples.split(group), embeds.split(group), strict=True)
+    ]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", ["block", "leaf"])
+def test_unet(folder: Path, cut: str, dtype: torch.dtype) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    samples, embeds = seeded(6, 4, 16, 16), seeded(6, 77, 32, seed=1)
+    with opened(component, dtype, {}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 6)
+    assert expected.isfinite().all() and expected.std() > 0.01
+    for ring in RINGS:
+        limit, nbytes = sizes(component, dtype, cut, ring)
+        plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}
+        with opened(component, dtype, plan) as streamer:
+            for group in (6, 4, 2):  # groups that are whole micro-batches meet the same kernels
+                assert torch.equal(predict(streamer.model, samples, embeds, group), expected), (ring, group)
+
+
+@pytest.mark.parametrize("side", [8, 12])
+def test_groups_down_to_feature_maps_of_one_pixel(folder: Path, side: int) -> None:
+    """There a tensor has two equal layouts, and kernels round by the one that it says it has."""
+    component = Checkpoint.open(str(folder)).component("unet")
+    samples, embeds = seeded(6, 4, side, side), seeded(6, 77, 32, seed=1)
+    with opened(component, torch.float32, {}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 6)
+        for group in (2, 4):
+            assert torch.equal(predict(streamer.model, samples, embeds, group), expected)
+
+
+def test_some_units_resident_others_streamed(folder: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    samples, embeds = seeded(4, 4, 8, 8), seeded(4, 77, 32, seed=1)
+    limit, nbytes = sizes(component, torch.float32, "block", "largest")
+    marks: list[str] = []
+    with opened(component, torch.float32, {}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 4)
+    plan = {"resident": ["conv_in", "mid_block.resnets.0"], "unit_limit": limit, "ring_bytes": nbytes}
+    with opened(component, torch.float32, plan, mark=marks.append) as streamer:
+        assert streamer.model.conv_in.weight.device.type == "cpu"
+        assert streamer.model.conv_out.weight.is_meta
+        assert torch.equal(predict(streamer.model, samples, embeds, 4), expected)
+        assert streamer.model.conv_out.weight.is_meta  # given back
+    assert {"conv_in", "mid_block.resnets.0", "conv_out"} <= set(marks)
+
+
+@pytest.mark.parametrize("cut", ["block", "leaf"])
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_text_encoder(small: Callable[[str], Path], kind: str, cut: str) -> None:
+    component = Checkpoint.open(str(small(kind))).component("text_encoder")
+    ids = torch.arange(154).view(2, 77)
+    with opened(component, torch.float32, {}, 0, channels_last=False) as streamer:
+        expected = streamer.model(ids, output_hidden_states=True)
+    for ring in RINGS:
+        limit, nbytes = sizes(component, torch.float32, cut, ring)
+        plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}
+        with opened(component, torch.float32, plan, 0, channels_last=False) as streamer:
+            got = streamer.model(ids, output_hidden_states=True)
+        assert torch.equal(got[0], expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, expected.hidden_states, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", ["block", "leaf"])
+def test_vae(folder: Path, cut: str, dtype: torch.dtype) -> None:
+    """Encode and decode, alone, with statistics applied, and under ``hold``."""
+    component = Checkpoint.open(str(folder)).component("vae")
+    latents, pixels = seeded(1, 4, 8, 12).to(dtype), seeded(1, 3, 64, 96, seed=1).clamp(-1, 1).to(dtype)
+
+    def passes(streamer: WeightStreamer) -> list[Tensor]:
+        vae: Any = streamer.model
+        statistics = GroupNormStatistics()
+        with statistics.collect(vae):
+            collected = vae.decode(latents[..., :4], return_dict=False)[0]
+        with statistics.applied(vae):
+            applied = vae.decode(latents, return_dict=False)[0]
+        encoded = vae.encode(pixels, return_dict=False)[0].mode()
+        decoded = vae.decode(latents, return_dict=False)[0]
+        with streamer.hold(vae.decoder):
+            held = [vae.decode(latents, return_dict=False)[0] for _ in range(2)]
+            assert not vae.decoder.conv_out.weight.is_meta
+        values = [tensor for pair in statistics.values.values() for tensor in pair]
+        return [collected, applied, encoded, decoded, *held, vae.decode(latents, return_dict=False)[0], *values]
+
+    with opened(component, dtype, {}, 0) as streamer:
+        expected = passes(streamer)
+        assert torch.equal(expected[3], expected[4])
+        assert not torch.equal(expected[1], expected[3])
+    for ring in RINGS:
+        limit, nbytes = sizes(component, dtype, cut, ring)
+        with opened(component, dtype, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}, 0) as streamer:
+            got = passes(streamer)
+            assert streamer.model.decoder.conv_out.weight.is_meta
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), ring
+
+
+def test_units_called_out_of_order_and_twice(folder: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    limit, nbytes = sizes(component, torch.float32, "leaf", "largest")
+    image, time = seeded(2, 4, 8, 8), seeded(2, 16)
+    features = seeded(2, 16, 8, 8)
+
+    def calls(unet: Any) -> list[Tensor]:
+        return [
+            *(unet.conv_out(features), unet.conv_in(image), unet.conv_in(image), unet.time_embedding(time)),
+            *(unet.conv_norm_out(features), unet.conv_in(image), unet.conv_out(features)),
+        ]
+
+    with opened(component, torch.float32, {}) as streamer:
+        expected = calls(streamer.model)
+    with opened(component, torch.float32, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}) as streamer:
+        for _ in range(3):
+            got = calls(streamer.model)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_pass_that_fails_leaves_the_streamer_usable(folder: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    limit, nbytes = sizes(component, torch.float32, "block", "pair")
+    samples, embeds = seeded(2, 4, 8, 8), seeded(2, 77, 32, seed=1)
+    with opened(component, torch.float32, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 2)
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            predict(streamer.model, samples, embeds[..., :7], 2)
+        assert torch.equal(predict(streamer.model, samples, embeds, 2), expected)
+
+
+class Broken:
+    """A source whose third read fails."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self.source, self.count = source, 0
+
+    def read(self, *arguments: Any) -> None:
+        self.count += 1
+        if self.count == 3:
+            raise OSError("the disk is gone")
+        self.source.read(*arguments)
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def test_a_reader_that_fails_is_heard_by_name(folder: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("vae")
+    model = component.build()
+    layout = Layout(model, torch.float32, channels_last=True)
+    units = split_units(model, layout, layout.nbytes)
+    source = Broken(CheckpointSource(component.tensors, layout))
+    streamer = WeightStreamer(model, layout=layout, units=units, source=source, ring_bytes=layout.nbytes)
+    failing = units[2].name
+    with torch.inference_mode(), streamer, pytest.raises(RuntimeError, match=rf"{failing} failed: the disk is gone"):
+        model.encode(seeded(1, 3, 64, 64))
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def test_an_error_inside_is_not_hidden_by_closing(folder: Path, tmp_path: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    limit, nbytes = sizes(component, torch.float32, "block", "pair")
+    plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes, "prepared": str(tmp_path / "unet.bin")}
+
+    def fails() -> None:
+        with opened(component, torch.float32, plan) as streamer:
+            streamer.close()  # a second close, at the end of the block, has nothing to do
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fails()
+
+
+def test_a_ring_that_cannot_hold_the_largest_unit_is_refused(folder: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    limit, nbytes = sizes(component, torch.float32, "block", "largest")
+    plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes - 1}
+    said = f"the ring holds {nbytes - 1} bytes, but the largest unit has {nbytes}"
+    with pytest.raises(ValueError, match=said), opened(component, torch.float32, plan):
+        raise AssertionError("it was opened")
+
+
+def bytes_of(source: CheckpointSource | PreparedSource, layout: Layout) -> Tensor:
+    packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for slot in layout.slots.values():
+        end = slot.offset + torch.Size(slot.shape).numel() * layout.dtype.itemsize
+        source.read([slot], slot.offset, packed[slot.offset : end])
+    return packed
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", ["fp32", "fp16"])
+def test_a_prepared_copy_is_the_checkpoints_bytes(
+    small: Callable[[str], Path], tmp_path: Path, stored: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    folder = small("sd15") if stored == "fp32" else halves(tmp_path / "model", small("sd15"))
+    component = Checkpoint.open(str(folder)).component("unet")
+    layout = Layout(component.build(), dtype, channels_last=channels_last)
+    source = CheckpointSource(component.tensors, layout)
+    expected = bytes_of(source, layout)
+    source.close()
+    weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, slot in layout.slots.items():
+        assert torch.equal(slot.view(expected, 0, dtype), weights[name].to(dtype))
+    file = prepared(component, layout, tmp_path / "copies" / "unet.bin")
+    copy = PreparedSource(file, layout)
+    assert torch.equal(bytes_of(copy, layout), expected)
+    copy.close()
+
+
+def halves(to: Path, folder: Path) -> Path:
+    """The same checkpoint, stored in float16."""
+    shutil.copytree(folder, to)
+    file = to / "unet" / "diffusion_pytorch_model.safetensors"
+    write_tensors(file, {name: tensor.half() for name, tensor in load_file(file).items()})
+    return to
+
+
+def test_a_prepared_copy_that_is_torn_is_made_again(folder: Path, tmp_path: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    layout = Layout(component.build(), torch.bfloat16, channels_last=True)
+    file = prepared(component, layout, tmp_path / "unet.bin")
+    whole = file.read_bytes()
+    made = file.stat().st_mtime_ns
+    assert prepared(component, layout, file).stat().st_mtime_ns == made  # kept
+    file.write_bytes(whole[:-64])
+    with pytest.raises(ValueError, match="Delete it"):
+        PreparedSource(file, layout)
+    assert prepared(component, layout, file).read_bytes() == whole
+
+
+def test_a_model_streamed_from_its_prepared_copy(folder: Path, tmp_path: Path) -> None:
+    component = Checkpoint.open(str(folder)).component("unet")
+    samples, embeds = seeded(4, 4, 8, 8), seeded(4, 77, 32, seed=1)
+    limit, nbytes = sizes(component, torch.bfloat16, "leaf", "pair")
+    with opened(component, torch.bfloat16, {}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 4)
+    plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes, "prepared": str(tmp_path / "unet.bin")}
+    for _ in range(2):  # made, then read
+        with opened(component, torch.bfloat16, plan) as streamer:
+            assert torch.equal(predict(streamer.model, samples, embeds, 4), expected)
+
+
+def test_micro_batches_slice_what_has_the_batch_and_pass_on_the_rest() -> None:
+    seen = []
+
+    def forward(x: Tensor, scale: Tensor, flag: bool, *, row: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(tuple(x.shape))
+        assert row.shape == (1, 3) and flag
+        return x * scale[:, None], x + row
+
+    x, scale, row = seeded(5, 3), seeded(5), seeded(1, 3)
+    product, total = micro_batched(forward, (x, scale, True), {"row": row}, 2)
+    assert seen == [(2, 3), (2, 3), (1, 3)]
+    assert torch.equal(product, x * scale[:, None]) and torch.equal(total, x + row)

@@ -1,0 +1,83 @@
+"""Reading safetensors without mapping them: the same numbers as the library's own reader, torn files named."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stages.memory.tensors import pread_into, read_header, read_rows, read_tensors, write_tensors
+
+TENSORS = {
+    "half": torch.randn(3, 5, dtype=torch.float16),
+    "scalar": torch.tensor(7.5),
+    "empty": torch.zeros(0, 4),
+    "wide": torch.randn(2, 3, 4, 5),
+    "brain": torch.randn(7).bfloat16(),
+    "flags": torch.tensor([True, False]),
+    "numbers": torch.arange(9),
+}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    for write in (save_file, lambda tensors, path: write_tensors(path, tensors)):
+        write(TENSORS, tmp_path / "file")
+        read = read_tensors(tmp_path / "file")
+        assert read.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+
+
+def test_non_contiguous_tensors_are_written_as_they_look(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 4, 5).to(memory_format=torch.channels_last)
+    write_tensors(tmp_path / "file", {"image": image, "cut": image[:, :2, 1:]})
+    read = read_tensors(tmp_path / "file")
+    assert torch.equal(read["image"], image) and torch.equal(read["cut"], image[:, :2, 1:])
+
+
+@pytest.mark.parametrize("rows", [(0, 6), (2, 3), (5, 6), (3, 3)])
+def test_rows(tmp_path: Path, rows: tuple[int, int]) -> None:
+    canvas = torch.randn(1, 4, 6, 7)
+    write_tensors(tmp_path / "file", {"other": torch.zeros(3), "latents": canvas})
+    assert torch.equal(read_rows(read_header(tmp_path / "file")["latents"], *rows), canvas[:, :, slice(*rows)])
+
+
+def header(content: object) -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not a whole safetensors file"),
+        (b"abc", "not a whole safetensors file"),
+        (b"\xff" * 200, "not a whole safetensors file"),
+        (struct.pack("<Q", 50) + b"\x00" * 60, "decode|Expecting"),
+        (header([1, 2]), "not a safetensors file"),
+        (header({"a": {"dtype": "F32"}}), "not a safetensors file"),
+        (header({"a": 3}), "not a safetensors file"),
+        (header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}), "dtype F4"),
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + b"1234567", "torn: tensor a"),
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"12345678", "torn: tensor a"),
+    ],
+)
+def test_torn_and_foreign_files(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_header(tmp_path / "file")
+
+
+def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="ended 3 bytes early"):
+            pread_into(descriptor, 1, memoryview(bytearray(7)))
+    finally:
+        os.close(descriptor)
