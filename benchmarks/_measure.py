@@ -98,7 +98,7 @@ def runner(output_dir: Path, *overrides: str, **options: Any) -> Measured:
 
 
 def checkpoint(given: Path | None, kind: str = "sd15", *, small: bool = False) -> Path:
-    """``given``, or random weights of the kind's shapes under ``outputs/benchmarks``, made now if they are not there."""
+    """``given``, or random weights of the kind's shapes under ``outputs/benchmarks``, made if they are not there."""
     if given is not None:
         return given.resolve()
     folder = RESULTS / "checkpoints" / (f"{kind}-small" if small else kind)

@@ -68,7 +68,9 @@ def main() -> int:
     ]  # fmt: skip
     table(("model", "size", "budget", "stage", "predicted", "measured", "ratio", "predicted", "took"), cells)
     checks = {
-        f"every measured peak is at most {UNDER:.0%} above its prediction": all(r["ratio"] <= 1 + UNDER for r in measured),
+        f"every measured peak is at most {UNDER:.0%} above its prediction": all(
+            r["ratio"] <= 1 + UNDER for r in measured
+        ),
         f"every prediction is within {OVER:.0%}": all(1 - OVER <= r["ratio"] <= 1 + OVER for r in measured),
         "every measured peak is within its budget": all(r["measured"] <= r["budget_bytes"] for r in measured),
     }

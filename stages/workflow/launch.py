@@ -87,7 +87,9 @@ def run_stage(
     """
     log_path = run_dir / "logs" / f"{state.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    enforcer = enforce.start(str(config.memory.enforce), parse_bytes(config.memory.budget))
+    enforcer = enforce.start(
+        str(config.memory.enforce), parse_bytes(config.memory.budget), what=state.name, writes=Path(config.output_dir)
+    )
     begin = time.monotonic()
     with tempfile.TemporaryFile() as marks, open(log_path, "wb") as log:
         marks.truncate(MARK_BYTES)
@@ -97,13 +99,16 @@ def run_stage(
         command += ["--events", str(writer), "--marks", str(marks.fileno()), "--parent", str(os.getpid())]
         try:
             process = subprocess.Popen(
-                command + (["--force"] if force else []),
+                enforcer.command(command + (["--force"] if force else [])),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(config),
                 pass_fds=(writer, marks.fileno()),
             )
+        except BaseException:
+            enforcer.stop()
+            raise
         finally:
             os.close(writer)
         enforcer.adopt(process.pid)
@@ -120,7 +125,7 @@ def run_stage(
             enforcer.stop()
             module = read_mark(view)
             view.close()
-    if enforcer.violation is not None:
+    if enforcer.violation is not None and code != 0:
         raise StageFailed(_over_budget(state.name, enforcer, config))
     if code != 0 or last.get("event") != "done":
         raise StageFailed(_failure(state.name, code, last, log_path, module))
@@ -201,9 +206,10 @@ def _over_budget(stage: str, enforcer: enforce.Enforcer, config: DictConfig) -> 
     sample = enforcer.violation
     assert sample is not None
     where = f" while {sample.module} ran" if sample.module else ""
-    room = -(-int(sample.rss * 1.15) // 50_000_000) * 50
+    room = -(-int(max(sample.rss, enforcer.budget) * 1.15) // 50_000_000) * 50
+    by = f"by the kernel ({enforcer.by_kernel}): " if enforcer.by_kernel else ""
     return (
-        f"{stage}: stopped over the memory budget{where}: runner and stage took {sample.rss / 1e6:.0f} MB, "
+        f"{stage}: stopped over the memory budget{where}: {by}runner and stage took {sample.rss / 1e6:.0f} MB, "
         f"memory.budget is {config.memory.budget} ({sample.anon / 1e6:.0f} MB anonymous, "
         f"{sample.file / 1e6:.0f} MB file-backed, after {sample.seconds:.1f} s).\n"
         f"Give it more with memory.budget={room}MB, or let it run free with memory.enforce=off. "
