@@ -187,7 +187,8 @@ def test_two_runs_at_once_compute_a_shared_stage_once(toy):
     first.communicate(timeout=30)
     assert first.returncode == second.returncode == 0
     assert "another process computes the same result" in second.stdout
-    assert statuses(toy, "one") == ["ran"] * 3
+    assert statuses(toy, "one")[:2] == ["ran"] * 2
+    assert sorted([statuses(toy, "one")[2], statuses(toy, "two")[2]]) == ["ran", "reused"]  # either may be first
     shared = summary(toy, "two")["stages"][1]
     assert (shared["status"], shared["reason"]) == ("reused", "another process computed it meanwhile")
 
