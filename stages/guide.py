@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
 from stages.canvas.weights import grid_weights
+from stages.config import ConfigError
 from stages.context import StageContext
 from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import read_tensors, write_tensors
@@ -34,7 +35,7 @@ def run(context: StageContext) -> None:
     with open_vae(config, plan=plan, **halves, note=progress.note, mark=progress.mark) as streamer:
         latents = None
         if config.guide.image:
-            picture = Image.open(config.guide.image).convert("RGB")
+            picture = open_picture(Path(config.guide.image))
             _preview(context, picture.resize((config.lowres.width, config.lowres.height), Image.Resampling.LANCZOS))
         else:
             latents = read_tensors(context.inputs["lowres"] / "latents.safetensors")["latents"]
@@ -53,6 +54,17 @@ def run(context: StageContext) -> None:
             progress.advance()
     with atomic_path(context.output / "latents.safetensors") as temporary:
         write_tensors(temporary, {"latents": guide})
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The user's picture as 8-bit RGB, turned as its EXIF says. ConfigError if it is none."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        return picture.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow says either of broken files
+        raise ConfigError("guide.image", str(path), "a picture that Pillow can read", f"It says: {error}") from error
 
 
 def _preview(context: StageContext, picture: Image.Image) -> None:

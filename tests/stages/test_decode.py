@@ -1,0 +1,111 @@
+"""Latent tiles to pixel tiles: modes, halos, resumed work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from in_process import Work
+from PIL import Image
+
+import stages.decode
+from stages.canvas.tiles import latent_grid
+from stages.memory.tensors import read_tensors
+
+QUICK = {"guide.mode": "none", "denoise.num_inference_steps": 1, "width": 160, "height": 104}
+
+
+def tiles(work: Work, values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    folder = work.run({**QUICK, **values}, until="decode")["decode"] / "tiles"
+    return {path.stem: read_tensors(path)["pixels"] for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["shared", "independent", "exact"])
+def test_every_tile_has_its_pixels(work: Work, mode: str) -> None:
+    found = tiles(work, {"decode.mode": mode})
+    grid = latent_grid(160, 104, 64, 16, 8)
+    assert found.keys() == {tile.name for tile in grid}
+    for tile in grid:
+        assert found[tile.name].shape == (3, *tile.scaled(8).size)
+        assert found[tile.name].dtype == torch.uint8
+
+
+def test_modes_differ_and_tiles_of_shared_agree_in_their_overlap(work: Work) -> None:
+    found = {mode: tiles(work, {"decode.mode": mode}) for mode in ("shared", "independent", "exact")}
+    name = "r00_c01"
+    assert not torch.equal(found["shared"][name], found["independent"][name])
+    assert not torch.equal(found["shared"][name], found["exact"][name])
+
+    def disagreement(mode: str) -> float:
+        left, right = found[mode]["r00_c00"], found[mode]["r00_c01"]
+        grid = {tile.name: tile.scaled(8) for tile in latent_grid(160, 104, 64, 16, 8)}
+        shared = grid["r00_c00"].right - grid["r00_c01"].left
+        return float((left[:, :, -shared:].float() - right[:, :, :shared].float()).abs().mean())
+
+    assert disagreement("exact") == 0
+    assert disagreement("shared") < disagreement("independent")
+
+
+def test_exact_in_tiles_is_the_picture_decoded_whole(work: Work) -> None:
+    whole = work.run({**QUICK, "decode.mode": "independent", "decode.tile_size": 160})
+    exact = work.run({**QUICK, "decode.mode": "exact"})
+    first, second = (np.asarray(Image.open(found["stitch"] / "image.png")).astype(int) for found in (whole, exact))
+    assert np.abs(first - second).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["shared", "independent"])
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, mode: str, stop: int) -> None:
+    values = {"decode.mode": mode}
+    expected = tiles(work, values)
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+    original, calls = stages.decode.decode_tile, 0
+
+    def fails(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > stop:
+            raise RuntimeError("pulled the plug")
+        return original(*arguments)
+
+    monkeypatch.setattr(stages.decode, "decode_tile", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        tiles(second, values)
+    done: list[int] = []
+    monkeypatch.setattr(stages.decode, "decode_tile", lambda *a: done.append(1) or original(*a))
+    got = tiles(second, values)
+    assert second.status == ("resumed" if stop else "ran")
+    assert len(done) == len(expected) - stop
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    folder = second.states(second.config({**QUICK, **values}))["decode"].entry.path
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_torn_files_of_an_earlier_try_are_made_again(work: Work) -> None:
+    expected = tiles(work, {})
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+    second.run(QUICK, until="denoise")
+    first, folder = (w.states(w.config(QUICK))["decode"].entry.path for w in (work, second))
+    (folder / "tiles").mkdir(parents=True)
+    names = sorted(expected)
+    (folder / "tiles" / f"{names[0]}.safetensors").write_bytes(b"torn")
+    (folder / "tiles" / f"{names[1]}.safetensors").write_bytes(
+        (first / "tiles" / f"{names[1]}.safetensors").read_bytes()
+    )
+    (folder / "checkpoint_statistics.safetensors").write_bytes(b"torn too")
+    got = tiles(second, {})
+    assert second.status == "resumed"
+    assert [event["done"] for event in second.events if event["event"] == "start"] == [1]
+    assert any("checkpoint_statistics.safetensors cannot be used" in note for note in second.notes)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_the_mode_and_the_tiles_are_part_of_the_result_the_budget_is_not(work: Work) -> None:
+    tiles(work, {})
+    tiles(work, {"memory.budget": "4GB", "memory.prepared": False, "launch.threads": 1})
+    assert work.status == "reused"
+    for change in ({"decode.mode": "independent"}, {"decode.tile_size": 48}, {"decode.halo": 8}):
+        tiles(work, change)
+        assert work.status == "ran"

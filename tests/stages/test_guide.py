@@ -1,0 +1,130 @@
+"""The guide: the low-res picture or the user's own, enlarged to the canvas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from in_process import Work
+from PIL import Image
+from torch import Tensor
+
+from stages.canvas.vae import from_vae, to_vae
+from stages.config import ConfigError
+from stages.memory.tensors import read_tensors
+from stages.models.vae import open_vae
+
+
+def guide(work: Work, **values: object) -> tuple[Path, Tensor]:
+    folder = work.run(values, until="guide")["guide"]
+    return folder, read_tensors(folder / "latents.safetensors")["latents"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    ramp = np.linspace(0, 255, 90 * 70 * 3).reshape(70, 90, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "my photo.png")
+    return tmp_path / "my photo.png"
+
+
+@pytest.mark.parametrize("upscale", ["lanczos", "latent"])
+@pytest.mark.parametrize("size", [(128, 96), (264, 520), (32, 32), (512, 32)])
+def test_latents_of_the_canvas_and_a_preview(work: Work, size: tuple[int, int], upscale: str) -> None:
+    folder, latents = guide(work, width=size[0], height=size[1], **{"guide.upscale": upscale})
+    assert latents.shape == (1, 4, size[1] // 8, size[0] // 8) and latents.dtype == torch.float32
+    assert latents.isfinite().all()
+    config = work.config({"width": size[0], "height": size[1]})
+    with Image.open(folder / "lowres.png") as preview:
+        assert preview.size == (config.lowres.width, config.lowres.height)
+    assert work.notes == [f"preview: {work.output_dir / 'test' / 'guide' / 'lowres.png'}"]
+
+
+def test_the_preview_is_the_low_res_latents_decoded(work: Work) -> None:
+    found = work.run(until="guide")
+    latents = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
+    plan = {"plan": {}, "note": str, "mark": str}
+    with open_vae(work.config(), decoder=True, **plan) as streamer, torch.inference_mode():
+        vae = streamer.model
+        pixels = vae.decode(to_vae(vae, latents), return_dict=False)[0]
+        expected = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round()
+    with Image.open(found["guide"] / "lowres.png") as preview:
+        got = torch.from_numpy(np.array(preview)).permute(2, 0, 1)
+    assert (got.float() - expected).abs().max() <= 1
+
+
+def test_latent_upscaling_is_bicubic(work: Work) -> None:
+    found = work.run({"guide.upscale": "latent"}, until="guide")
+    small = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
+    expected = torch.nn.functional.interpolate(small, size=(12, 16), mode="bicubic")
+    assert torch.equal(read_tensors(found["guide"] / "latents.safetensors")["latents"], expected)
+
+
+def test_one_tile_is_the_whole_picture_encoded(work: Work, picture: Path) -> None:
+    """A picture of the canvas' size in one tile: the VAE's mode of the whole, nothing else."""
+    with Image.open(picture) as image:
+        image.resize((128, 96)).save(picture)
+    _, latents = guide(work, **{"guide.image": str(picture), "guide.tile_size": 128})
+    with Image.open(picture) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with open_vae(work.config(), encoder=True, plan={}, note=str, mark=str) as streamer, torch.inference_mode():
+        vae = streamer.model
+        expected = from_vae(vae, vae.encode(pixels, return_dict=False)[0].mode())
+    assert torch.allclose(latents, expected, atol=1e-4)
+
+
+def test_the_users_picture_needs_no_low_res_pass(work: Work, picture: Path) -> None:
+    folder, latents = guide(work, **{"guide.image": str(picture)})
+    assert latents.shape == (1, 4, 12, 16)
+    assert not (work.output_dir / ".store" / "lowres").exists()
+    found = work.run({"guide.image": str(picture)})
+    with Image.open(found["stitch"] / "image.png") as image:
+        assert image.size == (128, 96)
+        assert "my photo" not in str(image.info)
+    assert (folder / "lowres.png").is_file()
+
+
+def test_another_picture_in_the_same_file_is_another_guide(work: Work, picture: Path) -> None:
+    _, first = guide(work, **{"guide.image": str(picture)})
+    guide(work, **{"guide.image": str(picture), "run": "again"})
+    assert work.status == "reused"
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(picture)
+    _, second = guide(work, **{"guide.image": str(picture)})
+    assert work.status == "ran" and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "CMYK", "1"])
+def test_pictures_of_any_kind(work: Work, tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("p.tiff" if mode in ("CMYK", "I;16") else "p.png")
+    Image.new("RGB" if mode in ("RGBA", "P", "CMYK") else "L", (33, 21), 90).convert(mode).save(file)
+    _, latents = guide(work, **{"guide.image": str(file)})
+    assert latents.isfinite().all()
+
+
+def test_16_bit_pictures_keep_their_greys(work: Work, tmp_path: Path) -> None:
+    grey = np.full((32, 32), 30_000, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    Image.fromarray((grey // 257).astype(np.uint8)).save(tmp_path / "plain.png")
+    _, deep = guide(work, **{"guide.image": str(tmp_path / "deep.png")})
+    _, plain = guide(work, **{"guide.image": str(tmp_path / "plain.png")})
+    assert torch.allclose(deep, plain, atol=0.05)
+
+
+def test_a_photo_on_its_side_stands_up(work: Work, tmp_path: Path) -> None:
+    """Cameras write the turn to EXIF; viewers and this program follow it."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown a quarter turn clockwise
+    Image.fromarray(pixels).save(tmp_path / "side.png", exif=turned)
+    Image.fromarray(np.rot90(pixels, -1)).save(tmp_path / "up.png")
+    _, side = guide(work, **{"guide.image": str(tmp_path / "side.png")})
+    _, up = guide(work, **{"guide.image": str(tmp_path / "up.png")})
+    assert torch.equal(side, up)
+
+
+def test_what_is_no_picture_is_refused(work: Work, tmp_path: Path) -> None:
+    (tmp_path / "words.png").write_text("not a picture")
+    with pytest.raises(ConfigError, match=r"guide\.image: got .*words\.png"):
+        guide(work, **{"guide.image": str(tmp_path / "words.png")})

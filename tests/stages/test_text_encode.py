@@ -1,0 +1,67 @@
+"""Prompts to embeddings: what is written, what is warned about."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from in_process import Work
+from torch import Tensor
+
+from stages.memory.tensors import read_header, read_tensors
+
+
+def embeddings(work: Work, **values: object) -> dict[str, Tensor]:
+    return read_tensors(work.run(values, until="text_encode")["text_encode"] / "embeddings.safetensors")
+
+
+def test_shapes_and_names(work: Work) -> None:
+    found = embeddings(work, prompt="a cat", negative_prompt="dog")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "prompt_embeds": (1, 77, 32),
+        "negative_prompt_embeds": (1, 77, 32),
+    }
+    swapped = embeddings(work, prompt="dog", negative_prompt="a cat")
+    assert torch.equal(found["prompt_embeds"], swapped["negative_prompt_embeds"])
+
+
+def test_a_prompt_that_is_too_long_is_named_from_where_it_is_cut(work: Work) -> None:
+    words = " ".join(f"w{index}" for index in range(60))
+    short = embeddings(work, prompt=words[:70])
+    assert work.notes == []
+    long = embeddings(work, prompt=words)
+    (note,) = work.notes
+    assert note.startswith("warning: the prompt is longer than 77 tokens; not used: '") and note.endswith("w 5 9'")
+    assert long["prompt_embeds"].shape == short["prompt_embeds"].shape
+
+
+def test_a_negative_prompt_that_is_too_long_is_named_too(work: Work) -> None:
+    embeddings(work, negative_prompt="x" * 90)
+    assert len(work.notes) == 1
+
+
+def test_unknown_words_of_a_closed_vocabulary(work: Work, tmp_path: Path) -> None:
+    shutil.copytree(work.checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer" / "known_words.json").write_text(json.dumps(["a", "cat", "no"]))
+    other = Work(tmp_path / "other", tmp_path / "model")
+    embeddings(other, prompt="A cat, no ZEBRA! a Zebra", negative_prompt="dogs 3d")
+    (note,) = other.notes
+    assert "does not know: zebra, dogs, d." in note and "model=sd15" in note
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n", "😀", "介绍", "${x}", "a" * 10_000])
+def test_hostile_prompts(work: Work, prompt: str) -> None:
+    found = embeddings(work, prompt=prompt)
+    assert found["prompt_embeds"].isfinite().all()
+
+
+def test_the_file_is_the_same_bytes_every_time(work: Work) -> None:
+    first = work.run(until="text_encode")["text_encode"] / "embeddings.safetensors"
+    second = Work(work.output_dir.with_name("b"), work.checkpoint)
+    assert (
+        first.read_bytes() == (second.run(until="text_encode")["text_encode"] / "embeddings.safetensors").read_bytes()
+    )
+    assert list(read_header(first)) == ["negative_prompt_embeds", "prompt_embeds"]
