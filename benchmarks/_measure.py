@@ -22,13 +22,16 @@ PERIOD = 0.02  # seconds between two samples of the tree
 
 
 class Measured(NamedTuple):
-    """A command that has ended. ``peak`` is the highest sum of RES over the tree, ``tallest`` the highest VmHWM of one
-    process of it; bytes and seconds."""
+    """A command that has ended; bytes and seconds.
+
+    ``peak`` is the highest sum of RES over the tree that a sample saw. ``kernel_peak`` is VmHWM of the command plus the
+    highest VmHWM of what it started (one at a time): no peak between samples escapes it, and it can be too high only.
+    """
 
     code: int
     seconds: float
     peak: int
-    tallest: int
+    kernel_peak: int
     output: str
 
     def check(self) -> Measured:
@@ -75,7 +78,8 @@ def measure(
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    peak, highest, count = 0, {}, 0
+    highest: dict[int, int] = {}
+    peak = count = 0
     pids = [process.pid]
     while process.poll() is None:
         if count % 5 == 0:
@@ -88,7 +92,8 @@ def measure(
     reader.join()
     seconds = time.monotonic() - begin
     output = b"".join(lines).decode("utf-8", "replace")
-    return Measured(process.returncode, seconds, peak, max(highest.values(), default=0), output)
+    own = highest.pop(process.pid, 0)
+    return Measured(process.returncode, seconds, peak, own + max(highest.values(), default=0), output)
 
 
 def runner(output_dir: Path, *overrides: str, **options: Any) -> Measured:
@@ -110,10 +115,36 @@ def checkpoint(given: Path | None, kind: str = "sd15", *, small: bool = False) -
 
 
 def model_overrides(model: str, given: Path | None) -> list[str]:
-    """The overrides that choose a model: ``embedded`` as it lies in the repository, else random weights."""
+    """The overrides that choose a model: ``embedded`` as it lies in the repository; ``small``, random weights of about
+    its size; else random weights of the full size."""
     if model == "embedded":
         return ["model=embedded", *([f"model.path={given.resolve()}"] if given else [])]
+    if model == "small":
+        return ["model=sd15", f"model.path={checkpoint(given, small=True)}", "model.native_size=256"]
     return [f"model={model}", f"model.path={checkpoint(given, model)}"]
+
+
+def one_step(steps: int = 1) -> list[str]:
+    """The overrides for runs of ``steps`` low-res and as many high-res steps."""
+    return [f"lowres.num_inference_steps={steps}", f"denoise.num_inference_steps={steps}", "denoise.strength=1.0"]
+
+
+def psnr(first: Path, second: Path) -> float:
+    """Of two pictures of one size, in dB; infinite where they are equal."""
+    import numpy as np
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    total = count = 0.0
+    with Image.open(first) as a, Image.open(second) as b:
+        if a.size != b.size:
+            raise ValueError(f"{first} has {a.size}, {second} has {b.size} pixels")
+        for top in range(0, a.height, 512):
+            box = (0, top, a.width, min(top + 512, a.height))
+            strips = [np.asarray(one.convert("RGB").crop(box), dtype=np.float32) for one in (a, b)]
+            total += float(np.square(strips[0] - strips[1]).sum(dtype=np.float64))
+            count += strips[0].size
+    return float("inf") if not total else float(10 * np.log10(255**2 * count / total))
 
 
 def parser(docstring: str | None) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks._measure import RESULTS, finish, mb, model_overrides, parser, runner, summary, table
+from benchmarks._measure import RESULTS, finish, mb, model_overrides, one_step, parser, runner, summary, table
 from stages.config import parse_bytes
 
 STAGES = "[text_encode,lowres,guide,denoise,decode]"
@@ -23,8 +23,14 @@ OVER, UNDER = 0.10, 0.03  # how far the measured peak may lie under and over the
 def compare(output: Path, model: list[str], size: int, budget: str, steps: int, stages: str) -> list[dict[str, object]]:
     """The rows of one run; the budget that it was told does not stop it (``memory.enforce=off``)."""
     name = f"{size}-{budget}"
-    options = [f"lowres.num_inference_steps={steps}", f"denoise.num_inference_steps={steps}", "denoise.strength=1.0"]
-    common = [*model, f"width={size}", f"height={size}", *options, f"memory.budget={budget}", "memory.enforce=off"]
+    common = [
+        *model,
+        f"width={size}",
+        f"height={size}",
+        *one_step(steps),
+        f"memory.budget={budget}",
+        "memory.enforce=off",
+    ]
     done = runner(output, f"run={name}", f"stage={stages}", "prompt=a benchmark", "force=true", *common)
     if "memory.budget: got" in done.output:
         return [{"size": size, "budget": budget, "stage": "refused", "said": done.output.strip().splitlines()[-2:]}]

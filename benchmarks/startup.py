@@ -1,0 +1,46 @@
+"""What a run costs besides the work: all process starts and imports, and a second run that reuses everything.
+
+A picture of one tile with one step, on a model of the embedded one's size: nearly all of its time is fixed cost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+from benchmarks._measure import RESULTS, finish, model_overrides, one_step, parser, runner, summary, table
+
+FIXED, AIM, AGAIN = 20.0, 12.0, 3.0  # seconds
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--model", default="embedded", choices=("embedded", "small"))
+    given = options.parse_args()
+    output = RESULTS / "runs" / "startup"
+    shutil.rmtree(output, ignore_errors=True)
+    chosen = ["run=x", "prompt=a benchmark", "width=256", "height=256", *model_overrides(given.model, given.checkpoint)]
+    first = runner(output, *chosen, *one_step()).check()
+    stages = {stage["name"]: stage["seconds"] for stage in summary(output, "x")["stages"]}
+    planned = runner(
+        output, "run=x", "seed=1", "stage=lowres"
+    ).check()  # planned before: without the look at the models
+    again = runner(output, "run=x", "seed=0").check()
+    statuses = {stage["status"] for stage in summary(output, "x")["stages"]}
+    shutil.rmtree(output, ignore_errors=True)
+    rest = first.seconds - sum(stages.values())
+    rows = [(name, f"{seconds:.1f} s") for name, seconds in stages.items()]
+    rows += [("runner, planning", f"{rest:.1f} s"), ("first run", f"{first.seconds:.1f} s")]
+    rows += [("one stage again", f"{planned.seconds:.1f} s"), ("all reused", f"{again.seconds:.1f} s")]
+    table(("", "seconds"), rows)
+    checks = {
+        f"first run at most {FIXED:.0f} s: {first.seconds:.1f} s": first.seconds <= FIXED,
+        f"all reused under {AGAIN:.0f} s: {again.seconds:.1f} s": statuses == {"reused"} and again.seconds < AGAIN,
+    }
+    print(f"the aim of {AIM:.0f} s is {'met' if first.seconds <= AIM else 'not met'}")
+    result = {"first": first.seconds, "stages": stages, "one_stage": planned.seconds, "reused": again.seconds}
+    return finish("startup", result, checks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
