@@ -96,7 +96,7 @@ def cuts(
                 "limit": limit,
                 "order": list(dict.fromkeys(name for name in traces[0].order)),
                 "nbytes": {unit.name: unit.nbytes for unit in units},
-                "flops": traces[0].flops,
+                "flops": {unit.name: traces[0].flops_of(unit.name, counts[0]) for unit in units},
                 "lines": [[line.unit, line.fixed, line.slope, line.workspace] for line in lines],
             }
         )
@@ -142,9 +142,7 @@ def _text(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dic
     return {"extra": 0, "weights": weights, "micro_batch": rows, "micro_batches": 1, "steps": 1, "cuts": found}
 
 
-def _denoisers(
-    config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool
-) -> dict[str, dict[str, Any]]:
+def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
     component = checkpoint.component("unet")
     f, native = config.model.vae_scale_factor, config.model.native_size
     low = Size(config.lowres.height // f, config.lowres.width // f)

@@ -37,11 +37,20 @@ class Event:
 
 @dataclass(kw_only=True)
 class Trace:
-    """A pass: its operations in order, the units in order of use, and floating-point operations per sample pass."""
+    """A pass: its operations in order, the units in order of use, and floating-point operations.
+
+    ``flops`` are of one micro-batch in a unit; ``outside``, by the unit that ran before, are those between units
+    (attention itself, where its projections are units), of the whole group.
+    """
 
     events: list[Event] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
-    flops: dict[str, int] = field(default_factory=dict)  # per unit, for one micro-batch
+    flops: dict[str, int] = field(default_factory=dict)
+    outside: dict[str, int] = field(default_factory=dict)
+
+    def flops_of(self, unit: str, micro_batches: int) -> int:
+        """What one micro-batch costs from this unit to the next, the pass being of ``micro_batches``."""
+        return self.flops.get(unit, 0) + self.outside.get(unit, 0) // micro_batches
 
 
 class _AttentionOnMeta(TorchFunctionMode):
@@ -84,7 +93,9 @@ class _Follower(TorchDispatchMode):
         self.trace.order.append(name)
 
     def add_flops(self, count: int) -> None:
-        self.trace.flops[self.unit] = self.trace.flops.get(self.unit, 0) + count
+        last = self.trace.order[-1] if self.trace.order else ""
+        into, unit = (self.trace.flops, self.unit) if self.unit else (self.trace.outside, last)
+        into[unit] = into.get(unit, 0) + count
 
     def _gone(self, nbytes: int) -> None:
         self.live -= nbytes

@@ -1,0 +1,138 @@
+"""From a profile to a plan: the fastest that fits, and an honest refusal."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.memory.planner import MARGIN, Cut, Line, OverBudget, StageProfile, pass_seconds, plan_run, plan_stage
+
+MB = 1_000_000
+
+
+def cut(sizes: list[int], flops: list[int], limit: int, activations: int) -> Cut:
+    names = tuple(f"u{index}" for index in range(len(sizes)))
+    return Cut(
+        limit=limit,
+        order=names,
+        nbytes=dict(zip(names, sizes, strict=True)),
+        flops=dict(zip(names, flops, strict=True)),
+        lines=tuple(
+            Line(unit=name, fixed=activations, slope=activations // 4, workspace=size)
+            for name, size in zip(names, sizes, strict=True)
+        ),
+    )
+
+
+def profile(
+    blocks: list[int], *, flops: int = 10**10, rate: float = 1e11, micro_batches: int = 6, name: str = "denoise"
+) -> StageProfile:
+    """Blocks of the given sizes, each of which can be cut in four."""
+    leaves = [size // 4 for size in blocks for _ in range(4)]
+    return StageProfile(
+        name=name,
+        base=300 * MB,
+        extra=5 * MB,
+        weights=sum(blocks),
+        micro_batch=2,
+        micro_batches=micro_batches,
+        steps=10,
+        cuts=(
+            cut(blocks, [flops] * len(blocks), sum(blocks), 20 * MB),
+            cut(leaves, [flops // 4] * len(leaves), max(leaves), 20 * MB),
+        ),
+        rate=rate,
+        seconds=2.5,
+    )
+
+
+def test_resident_where_it_fits_streamed_where_not_leaf_by_leaf_where_tight() -> None:
+    heavy = profile([80 * MB] * 10, flops=10**10, rate=1e9)  # computing hides reading: streamed costs nothing
+    light = profile([80 * MB] * 10, flops=10**7, rate=1e11)  # reading is all there is
+    assert plan_stage(light, 4000 * MB, 40 * MB).resident == "all"
+    streamed = plan_stage(light, 900 * MB, 40 * MB)
+    assert streamed.resident == () and streamed.ring_bytes < 800 * MB
+    tight = plan_stage(light, 430 * MB, 40 * MB)
+    assert tight.unit_limit == tight.ring_bytes == 20 * MB
+    assert streamed.predicted_seconds < tight.predicted_seconds
+    # of plans that are equally fast the one that takes least
+    assert plan_stage(heavy, 4000 * MB, 40 * MB).predicted_peak_rss_bytes < 1200 * MB
+
+
+def test_weights_are_read_once_for_all_tiles_where_memory_allows() -> None:
+    light = profile([80 * MB] * 10, flops=10**7)
+    assert plan_stage(light, 900 * MB, 40 * MB).group == 6
+
+
+def test_too_small_is_refused_and_the_least_is_enough() -> None:
+    one = profile([80 * MB] * 10)
+    with pytest.raises(OverBudget) as error:
+        plan_stage(one, 400 * MB, 40 * MB)
+    least = error.value.least
+    enough = int(least.predicted_peak_rss_bytes / (1 - MARGIN)) + 1
+    assert plan_stage(one, enough, 40 * MB).predicted_peak_rss_bytes <= least.predicted_peak_rss_bytes
+    with pytest.raises(OverBudget):
+        plan_stage(one, int(least.predicted_peak_rss_bytes / (1 - MARGIN)) - 1000, 40 * MB)
+    assert error.value.fastest.predicted_seconds <= least.predicted_seconds
+
+
+def test_the_stage_that_needs_most_is_named() -> None:
+    small, large = profile([10 * MB] * 3, name="decode"), profile([200 * MB] * 3, name="denoise")
+    with pytest.raises(OverBudget) as error:
+        plan_run([small, large], 350 * MB, 40 * MB)
+    assert error.value.stage == "denoise"
+    assert plan_run([small, large], 2000 * MB, 40 * MB).keys() == {"decode", "denoise"}
+
+
+def least_of(one: StageProfile) -> int:
+    with pytest.raises(OverBudget) as error:
+        plan_stage(one, 1, 40 * MB)
+    return error.value.least.predicted_peak_rss_bytes
+
+
+sizes = st.lists(st.integers(1, 200).map(lambda size: size * MB), min_size=1, max_size=12)
+
+
+@settings(max_examples=60)
+@given(sizes, st.integers(330, 3000), st.integers(1, 9), st.integers(7, 12))
+def test_a_plan_keeps_the_budget_and_more_memory_is_never_slower(
+    blocks: list[int], budget: int, micro_batches: int, flops: int
+) -> None:
+    one = profile(blocks, micro_batches=micro_batches, flops=10**flops)
+    least = least_of(one)
+    if least > budget * MB * (1 - MARGIN):
+        with pytest.raises(OverBudget):
+            plan_stage(one, budget * MB, 40 * MB)
+        budget = -(-int(least / (1 - MARGIN) + 1) // MB)
+    plan = plan_stage(one, budget * MB, 40 * MB)
+    assert plan.predicted_peak_rss_bytes <= budget * MB * (1 - MARGIN)
+    more = plan_stage(one, budget * MB * 2, 40 * MB)
+    assert more.predicted_seconds <= plan.predicted_seconds * 1.0101
+    if plan.resident != "all":
+        chosen = next(cut for cut in one.cuts if cut.limit == plan.unit_limit)
+        assert plan.ring_bytes >= chosen.largest
+        assert 1 <= plan.group <= micro_batches
+
+
+@settings(max_examples=60)
+@given(sizes, st.integers(1, 8), st.floats(1e9, 1e13))
+def test_a_pass_takes_at_least_its_compute_and_its_reading_and_less_with_a_larger_ring(
+    blocks: list[int], group: int, rate: float
+) -> None:
+    one = cut(blocks, [10**9] * len(blocks), sum(blocks), MB)
+    rings = [one.largest, 2 * one.largest, sum(blocks)]
+    seconds = [pass_seconds(one, group, ring, rate) for ring in rings]
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(seconds))
+    assert seconds[-1] >= len(blocks) * 10**9 * group / rate
+    assert seconds[-1] >= sum(blocks) / 1e9
+
+
+def test_without_room_to_read_ahead_disk_and_compute_take_turns() -> None:
+    one = cut([100 * MB] * 4, [10**9] * 4, 400 * MB, MB)
+    together = pass_seconds(one, 1, 200 * MB, 1e10)
+    in_turns = pass_seconds(one, 1, 100 * MB, 1e10)
+    assert in_turns == pytest.approx(4 * (0.1 + 0.1 + 0.1 / 6), rel=0.01)
+    assert together < 0.75 * in_turns

@@ -1,0 +1,126 @@
+"""What a pass on the meta device says of a pass with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process import small_config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stages.memory.layout import Layout, Unit, split_units
+from stages.memory.planner import StageProfile, plan_run
+from stages.memory.profile import Trace, segments, trace
+from stages.models.checkpoint import Checkpoint
+from stages.profile import profile_run
+
+
+class Two(nn.Module):
+    """Two layers, 10 -> 1000 -> 10; what is alive when is easy to count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 1000, bias=False), nn.Linear(1000, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def traced(model: nn.Module, call: Callable[[], Any], micro_batch: int = 0, limit: int = 0) -> tuple[Trace, list[Unit]]:
+    units = split_units(model, Layout(model, torch.float32, channels_last=True), limit)
+    return trace(model, units, call, micro_batch), units
+
+
+def test_live_bytes_and_flops_of_a_pass_that_can_be_counted_by_hand() -> None:
+    model = Two().to("meta")
+    found, _ = traced(model, lambda: model(torch.empty((6, 10), device="meta")))
+    assert found.order == ["up", "down"]
+    assert found.flops == {"up": 2 * 6 * 10 * 1000, "down": 2 * 6 * 10 * 1000}
+    wide, narrow = 6 * 1000 * 4, 6 * 10 * 4
+    assert max(event.live for event in found.events) == narrow + 2 * wide  # the input, and ReLU's argument and result
+    assert found.events[-1].live == narrow * 2 + wide  # ReLU's argument is gone
+    assert {event.workspace for event in found.events if event.workspace} == {10 * 1000 * 4}
+
+
+def test_what_was_there_before_the_pass_is_put_back() -> None:
+    model = Two().to("meta")
+    before = model.up.forward
+    traced(model, lambda: model(torch.empty((2, 10), device="meta")))
+    assert model.up.forward == before
+
+
+def test_attention_is_linear_in_memory_and_counts_its_flops() -> None:
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.to_q(x).unsqueeze(1)
+            return nn.functional.scaled_dot_product_attention(q, q, q).squeeze(1)
+
+    model = Attend().to("meta")
+    found, _ = traced(model, lambda: model(torch.empty((1, 4096, 8), device="meta")))
+    assert max(event.live for event in found.events) < 10 * 4096 * 8 * 4  # far from 4096 * 4096
+    assert found.flops_of("to_q", 1) == 4 * 4096 * 4096 * 8 + 2 * 4096 * 8 * 8
+
+
+def whole_flops(model: Any) -> int:
+    """Of one micro-batch of two samples, counted by torch."""
+    image, embeds = torch.empty((2, 4, 16, 16), device="meta"), torch.empty((2, 77, 32), device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("limit", ["block", "leaf"])
+def test_two_group_sizes_tell_all_others(small: Callable[[str], Path], limit: str) -> None:
+    """The lines through groups of two and three micro-batches pass through those of one to nine."""
+    component = Checkpoint.open(str(small("sd15"))).component("unet")
+    model = component.build()
+    nbytes = Layout(model, torch.float32, channels_last=True).nbytes
+
+    def follow(count: int) -> Trace:
+        def call() -> Any:
+            image = torch.empty((count * 2, 4, 16, 16), device="meta")
+            embeds = torch.empty((count * 2, 77, 32), device="meta")
+            return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
+
+        return traced(model, call, 2, nbytes if limit == "block" else 0)[0]
+
+    lines = segments(follow(2), follow(3))
+    assert all(line.slope >= 0 for line in lines)
+    for count in (2, 4, 9):
+        events = follow(count).events
+        assert max(line.peak(count) for line in lines) == max(event.live + event.workspace for event in events)
+    two, five = follow(2), follow(5)
+    names = dict.fromkeys(two.order)
+    flops = [{name: found.flops_of(name, count) for name in names} for found, count in ((two, 2), (five, 5))]
+    assert flops[0] == flops[1]
+    assert sum(flops[0].values()) == whole_flops(model)  # however it is cut
+
+
+def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path], tmp_path: Path) -> None:
+    found = profile_run(small_config(small("sd15"), tmp_path))
+    assert set(found) == {"text_encode", "lowres", "guide", "denoise", "decode"}
+    for data in found.values():
+        one = StageProfile.of(data)
+        for cut in one.cuts:
+            assert sum(cut.nbytes.values()) == one.weights
+            assert set(cut.order) == set(cut.nbytes)
+            assert cut.peak(2) >= cut.peak(1) > 0
+        assert one.cuts[0].largest >= one.cuts[1].largest
+        block, leaf = (sum(cut.flops.values()) for cut in one.cuts)
+        assert leaf == pytest.approx(block, rel=1e-3)  # the same work, however it is cut
+        assert one.rate > 1e8
+    plans = plan_run([StageProfile.of(data) for data in found.values()], 4 * 10**9, 40_000_000)
+    assert all(plan.predicted_peak_rss_bytes < 2 * 10**9 for plan in plans.values())
+
+
+def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], tmp_path: Path) -> None:
+    plain = profile_run(small_config(small("sd15"), tmp_path, {"guide.mode": "none"}))
+    assert set(plain) == {"text_encode", "denoise", "decode"}
