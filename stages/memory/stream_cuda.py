@@ -194,7 +194,7 @@ class CudaStreamer:
     def _read_ahead(self) -> None:
         """From disk: read units one after the other, over all passes, as far as both rings have room."""
         try:
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self.device), torch.inference_mode():  # the mode is a thread's own
                 self._read_forever()
         except BaseException as error:  # handed to the thread that waits for these weights
             with self._condition:
