@@ -47,7 +47,7 @@ def run(output: Path, budget: str, options: list[str], *, cgroup: bool) -> tuple
     group = Cgroup.create(parse_bytes(budget), "benchmark")
     try:
         command = [sys.executable, "runner.py", f"output_dir={output}", "memory.enforce=watchdog", *arguments]
-        done = measure(group.command(command), echo=True)
+        done = measure(group.command(command), environment=group.environment, echo=True)
         return done, {**group.usage(), "oom_kills": group.oom_kills()}
     finally:
         group.remove()

@@ -24,6 +24,11 @@ class WeightSource(Protocol):
     def close(self) -> None: ...
 
 
+def keep_cached() -> bool:
+    """Whether what is read from a prepared copy may stay in the page cache: not under a cgroup that counts it."""
+    return os.environ.get("HIGHRES_PAGE_CACHE") != "drop"
+
+
 def _advise(fd: int, offset: int, length: int, advice: str) -> None:
     """Tell the kernel about the page cache, where it listens (Linux)."""
     if hasattr(os, "posix_fadvise"):

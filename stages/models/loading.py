@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from stages.config import resolve_dtype
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
-from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, write_prepared
+from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
 from stages.memory.stream import WeightStreamer
 from stages.models.checkpoint import Checkpoint, Component
 from stages.workflow.store import atomic_path
@@ -71,7 +71,7 @@ def open_model(
     resident = frozenset(unit.name for unit in units) if chosen == "all" else frozenset(chosen)
     source: WeightSource
     if plan.get("prepared"):
-        source = PreparedSource(prepared(component, layout, Path(plan["prepared"])), layout)
+        source = PreparedSource(prepared(component, layout, Path(plan["prepared"])), layout, keep_cached=keep_cached())
     else:
         source = CheckpointSource(component.tensors, layout)
     streamer = WeightStreamer(

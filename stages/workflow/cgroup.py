@@ -70,6 +70,12 @@ class Cgroup:
         end = " || exit 1" if must else ""
         return ["/bin/sh", "-c", f'echo 0 > "$0"{end}; exec "$@"', str(self.path / "cgroup.procs"), *arguments]
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes of the group: weights that are read again and again would fill its page cache and make the
+        kernel reclaim all the time (a step took 1.3 times as long; without the pages it takes as long as ever)."""
+        return {"HIGHRES_PAGE_CACHE": "drop"}
+
     def oom_kills(self) -> int:
         """Processes of the group that the kernel has killed for its limit."""
         name = "memory.events" if self.version == 2 else "memory.oom_control"

@@ -40,6 +40,11 @@ class Enforcer:
         """The stage's command line, entering its cgroup first if it has one."""
         return self.cgroup.command(arguments) if self.cgroup else list(arguments)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the stage's environment needs besides."""
+        return self.cgroup.environment if self.cgroup else {}
+
     def adopt(self, pid: int) -> None:
         """The stage process, just started."""
         self.pid = pid

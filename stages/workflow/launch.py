@@ -103,7 +103,7 @@ def run_stage(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(config),
+                env={**environment(config), **enforcer.environment},
                 pass_fds=(writer, marks.fileno()),
             )
         except BaseException:
