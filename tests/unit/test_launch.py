@@ -181,10 +181,10 @@ def test_one_failing_job_does_not_stop_a_sweep(toy):
 
 
 def test_two_runs_at_once_compute_a_shared_stage_once(toy):
-    first = toy.start("run=one", "prompt=a", TOY_SLOW="0.3")
+    first = toy.start("run=one", "prompt=a", TOY_SLOW="1")
     wait_for(lambda: list(toy.output_dir.glob(".store/tiles/*")))
     second = toy("run=two", "prompt=a")
-    first.communicate(timeout=30)
+    first.communicate(timeout=60)
     assert first.returncode == second.returncode == 0
     assert "another process computes the same result" in second.stdout
     assert statuses(toy, "one")[:2] == ["ran"] * 2
