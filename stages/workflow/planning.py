@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from stages import PROFILE
 from stages.config import parse_bytes, resolve_dtype
@@ -18,6 +18,7 @@ from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint, read_json, write_json
 
+LOOK = "500MB"  # for the look at the models at least: a smaller budget fits no stage, but by how much has to be known
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 _COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
 
@@ -45,7 +46,9 @@ def plan(
     if profile.entry.why_invalid():
         profile.reason = "first run with this model and these sizes"
         note("looks at the models (once for these sizes)")
-        launch.run_stage(profile, config, run_dir, pipeline=pipeline, on_event=lambda event: None)
+        enough = OmegaConf.merge(config)
+        enough.memory.budget = max(config.memory.budget, LOOK, key=parse_bytes)
+        launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
     found = read_json(profile.entry.path / "profile.json") or {}
     running = {state.name for state in states if state.status in ("run", "resume", "reuse")}
     profiles = [StageProfile.of(_with_steps(data, config)) for name, data in found.items() if name in running]

@@ -1,0 +1,95 @@
+"""The budget changes speed, never the picture; too small a one is refused with the least that works."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Command
+from in_process import Work
+from whole_run import Run, arguments, start
+
+from stages.config import ROOT
+from stages.memory.planner import Plan, StageProfile, _plans
+from stages.profile import profile_run
+
+# 264x520: tiles of one size on an odd canvas, 18 of them, so that groups end with a rest
+CANVAS = {"width": 264, "height": 520, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
+
+
+def plan_json(plan: Plan, profile: StageProfile, prepared: Path | None) -> dict[str, Any]:
+    pairs = max(1, profile.micro_batch // 2)
+    return {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared and str(prepared)}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, guidance: float) -> None:
+    """Resident, block by block and leaf by leaf; smallest and largest rings and groups; with and without a copy."""
+    values = {**CANVAS, "denoise.guidance_scale": guidance, "lowres.guidance_scale": guidance}
+    values |= {"technique.dtype": "bf16", "denoise.strength": 1.0, "denoise.tile_size": 128, "denoise.overlap": 32}
+    profiles = {name: StageProfile.of(data) for name, data in profile_run(work.config(values)).items()}
+    expected = work.run(values)["stitch"].joinpath("image.png").read_bytes()
+
+    def choose(which: str, prepared: bool) -> dict[str, dict[str, Any]]:
+        found = {}
+        for name, profile in profiles.items():
+            plans = [plan for plan in _plans(profile, 0) if plan.resident != "all"]
+            block = max(plan.unit_limit for plan in plans)
+            wanted = [plan for plan in plans if (plan.unit_limit == block) == which.startswith("block")]
+            size = min if which.endswith("small") else max
+            plan = size(wanted, key=lambda one: (one.group, one.ring_bytes))
+            file = tmp_path / f"{name}-{prepared}.bin" if prepared else None
+            found[name] = plan_json(plan, profile, file)
+        return found
+
+    for which in ("block small", "block large", "leaf small", "leaf large"):
+        plan = choose(which, prepared=which.startswith("leaf"))
+        assert plan["denoise"]["resident"] == ()
+        other = Work(tmp_path / which, work.checkpoint)
+        found = other.run(values, plan=json.loads(json.dumps(plan)))
+        assert found["stitch"].joinpath("image.png").read_bytes() == expected, which
+
+
+def test_too_small_a_budget_is_refused_before_any_stage_and_the_least_works(finished: Run, tmp_path: Path) -> None:
+    checkpoint = Path(finished.command.common[-1].partition("=")[2])
+    command = Command(ROOT / "runner.py", tmp_path, checkpoint)
+    values = {"width": 264, "height": 200}
+    refused = command("run=x", *arguments(**values, **{"memory.budget": "350MB"}))
+    assert refused.returncode == 1
+    found = re.search(r"memory\.budget: got 350MB, but (\w+) needs at least (\d+) MB for 264x200", refused.stderr)
+    assert found, refused.stderr
+    assert f"Use memory.budget={found[2]}MB" in refused.stderr and "Traceback" not in refused.stderr
+    assert not [path for path in (tmp_path / ".store").glob("[a-z]*") if path.name not in ("profile", "weights")]
+    least = start(tmp_path, checkpoint, **values, **{"memory.budget": f"{found[2]}MB", "memory.enforce": "watchdog"})
+    assert least.summary["peak_rss_bytes"] <= int(found[2]) * 10**6
+    roomy = start(tmp_path / "roomy", checkpoint, **values, **{"memory.budget": "4GB"})
+    assert roomy.image == least.image
+    for run in (least, roomy):
+        check_predictions(run)
+
+
+def check_predictions(run: Run) -> None:
+    """Never more than 3% below what was measured, and close: what a process touches besides weights and activations is
+    measured on full-size models (there it is within 10%: tests/slow), a tiny one touches some 35 MB less."""
+    for name, stage in run.stages.items():
+        if name != "stitch":
+            measured, predicted = stage["peak_rss_bytes"], stage["predicted_peak_rss_bytes"]
+            assert 0.97 * measured <= predicted <= 1.15 * measured, (name, measured, predicted)
+
+
+def test_predictions_of_the_shared_run(finished: Run) -> None:
+    check_predictions(finished)
+
+
+def test_plan_computes_nothing_and_predicts_every_stage(finished: Run, tmp_path: Path) -> None:
+    checkpoint = Path(finished.command.common[-1].partition("=")[2])
+    command = Command(ROOT / "runner.py", tmp_path, checkpoint)
+    done = command("run=x", "stage=plan", *arguments())
+    assert done.returncode == 0, done.stderr
+    assert "nothing was computed" in done.stdout
+    assert {path.name for path in (tmp_path / ".store").glob("[a-z]*")} == {"profile"}
+    for name in ("text_encode", "lowres", "guide", "denoise", "decode"):
+        assert re.search(rf"{name} +run +\d+ MB +\S+ s", done.stdout), done.stdout
