@@ -55,6 +55,7 @@ def environment(config: DictConfig) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": "131072",
         "MALLOC_TRIM_THRESHOLD_": "131072",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+        "OMP_WAIT_POLICY": "passive",  # threads that spin for work starve everything else on a small, busy machine
         "TOKENIZERS_PARALLELISM": "false",
     }
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
