@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +30,10 @@ from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
 from stages.workflow.store import write_json
 
-# RES that a stage's process grows by besides what is counted, measured on full-size models: kernels' code and their
-# primitives for every shape (42-46 MB over a denoiser or a VAE with tiles of four shapes), threads' stacks.
-TOUCHED = 44_000_000
-TRANSFORMERS = 77_000_000  # what transformers' CLIP classes take more than diffusers' models, with what they touch
+# RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
+# buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
+CODE, PRIMITIVES, FULL_SIZE = 20_000_000, 24_000_000, 80_000_000
+TRANSFORMERS = 121_000_000  # what transformers' CLIP classes take more than diffusers' models, with all they touch
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -126,8 +126,20 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
     }
     for name, profile in profiles.items():
         profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS}
-        profile["base"] += TOUCHED + STAGING_BYTES
+        profile["base"] += staging(profile["cuts"][-1]["nbytes"].values())
+        if name != "text_encode":
+            profile["base"] += touched(profile["weights"])
     return profiles
+
+
+def touched(weights: int) -> int:
+    """Bytes that a process grows by when a model of ``weights`` bytes has run once in all its shapes."""
+    return CODE + int(PRIMITIVES * min(1.0, weights / FULL_SIZE))
+
+
+def staging(units: Iterable[int]) -> int:
+    """Bytes of the buffer that raw weights are converted from, as far as the largest unit fills it."""
+    return min(STAGING_BYTES, max(units))
 
 
 def _text(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
