@@ -24,7 +24,7 @@ def test_full_size_canvas_is_the_stock_pipelines(full_size: Path, tmp_path: Path
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     got = read_tensors(tmp_path / "x" / "denoise" / "canvas.safetensors")["latents"]
-    pipeline = StableDiffusionPipeline.from_pretrained(full_size, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(full_size, dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     expected = pipeline(
         "a cat",
