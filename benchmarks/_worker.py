@@ -80,6 +80,7 @@ def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
     with tempfile.TemporaryDirectory(dir=spec["scratch"]) as folder:
         weights = f"{spec['checkpoint']}/unet/diffusion_pytorch_model.safetensors"
         map_ = {name: "disk" for name, _ in unet.named_children()}
+        map_["conv_norm_out"] = "cpu"  # with nothing but "disk" accelerate takes it for a device of safetensors
         options: dict[str, Any] = {"offload_folder": folder, "dtype": torch.bfloat16, "force_hooks": True}
         yield looped(load_checkpoint_and_dispatch(unet, weights, map_, **options), torch.bfloat16)
 

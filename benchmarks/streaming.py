@@ -38,7 +38,7 @@ class Worker:
         self.way, self.steps, self.group = spec["way"], [], group
         command = [sys.executable, "-m", "benchmarks._worker", json.dumps(spec)]
         given = environment(OmegaConf.create({"launch": {"threads": None}}))
-        given |= group.environment if group else {}
+        given |= {"TQDM_DISABLE": "1"} | (group.environment if group else {})
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         begin = time.monotonic()
         self.process = subprocess.Popen(group.command(command) if group else command, cwd=ROOT, env=given, **pipes)
