@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ class Stage(NamedTuple):
     parameters: tuple[str, ...]
     needs: Callable[[DictConfig], tuple[str, ...]]
     components: tuple[str, ...] = ()
+    of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
+    size: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
+
+    @property
+    def module(self) -> str:
+        """The file in ``stages`` that does it."""
+        return self.of or self.name
 
 
 def _guide_needs(config: DictConfig) -> tuple[str, ...]:
@@ -97,3 +104,35 @@ PROFILE = Stage(
     needs=lambda config: (),
     components=("text_encoder", "unet", "vae"),
 )
+
+
+def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[Stage, ...]:
+    """The pipeline with the upscaling phases of ``guide.phases`` before ``guide``: ``guide_512``, ``denoise_512`` ...
+
+    Each phase guides and denoises a smaller canvas, whose picture guides the next one.
+    """
+    found: list[Stage] = []
+    previous: tuple[str, ...] = ()
+    by_name = {stage.name: stage for stage in pipeline}
+    for stage in pipeline:
+        if stage.name == "guide" and config.guide.phases and "denoise" in by_name:
+            for long_side in config.guide.phases:
+                size = phase_size(config.width, config.height, long_side, config.model.vae_scale_factor)
+                guide, denoise = f"guide_{long_side}", f"denoise_{long_side}"
+                needs = previous or stage.needs(config)
+                found.append(stage._replace(name=guide, of="guide", size=size, needs=lambda _, n=needs: n))
+                needs = ("text_encode", guide)
+                found.append(
+                    by_name["denoise"]._replace(name=denoise, of="denoise", size=size, needs=lambda _, n=needs: n)
+                )
+                previous = (guide, denoise)
+            found.append(stage._replace(needs=lambda _, n=previous: n))
+        else:
+            found.append(stage)
+    return tuple(found)
+
+
+def phase_size(width: int, height: int, long_side: int, factor: int) -> tuple[int, int]:
+    """(width, height) of a smaller canvas of the same shape, in whole latents."""
+    scale = long_side / max(width, height)
+    return max(factor, round(width * scale / factor) * factor), max(factor, round(height * scale / factor) * factor)

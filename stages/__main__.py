@@ -20,7 +20,7 @@ from stages import PROFILE
 from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.memory.monitor import own_peak_rss
-from stages.workflow.plan import StageState, build, state_of
+from stages.workflow.plan import StageState, build, config_of, state_of
 from stages.workflow.store import Store, read_json
 
 _PR_SET_PDEATHSIG = 1
@@ -92,7 +92,7 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
         if not force and state.entry.manifest() is not None:
             return "reused"
         state.entry.prepare(force=force)
-        info = importlib.import_module(f"{module}.{state.name}").run(context)
+        info = importlib.import_module(f"{module}.{state.stage.module}").run(context)
         context.progress.flush()
         state.entry.commit(info)
         return "resumed" if context.progress.resumed_because else "ran"
@@ -117,7 +117,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
             hint = f"Make them: python -m stages {name} {run_dir}"
             raise ConfigError("stage", stage, f"the results of {name} ({why})", hint)
     context = StageContext(
-        config=config,
+        config=config_of(config, state.stage),
         run_dir=run_dir,
         output=state.entry.path,
         inputs={name: states[name].entry.path for name in state.needs},

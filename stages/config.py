@@ -48,6 +48,10 @@ class ModelConfig:
     vae_scale_factor: int = 8
     latent_channels: int = 4
     size_multiple: int = 8  # low-res sides are rounded to this many pixels
+    phase_growth: float = 4.0  # how much larger one upscaling phase may make the picture
+    guidance_scale: float = 7.5  # default of lowres.guidance_scale
+    tile_guidance_scale: float = 7.5  # default of denoise.guidance_scale with a guide
+    strength: float = 0.4  # default of denoise.strength
 
 
 @dataclass(kw_only=True)
@@ -99,7 +103,7 @@ class LowresConfig:
     """The low-resolution picture that guides the canvas."""
 
     num_inference_steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # derived: model.guidance_scale
     width: int | None = None  # derived: the canvas' shape at the native area
     height: int | None = None
 
@@ -111,6 +115,7 @@ class GuideConfig:
     mode: str = "sdedit"
     image: str | None = None
     upscale: str = "lanczos"  # lanczos | latent
+    phases: Any = None  # long sides of smaller canvases on the way up, pixels; [] for none; derived
     tile_size: int | None = None  # of the tiled encode, pixels; derived
     hold_steps: float = 0.3  # hold: share of the steps that are overwritten with the noised guide
     skip_residual_power: float = 3.0  # skip_residual: exponent a of DemoFusion's cosine weight
@@ -121,8 +126,8 @@ class DenoiseConfig:
     """Mixture of Diffusers over the canvas."""
 
     num_inference_steps: int = 20
-    guidance_scale: float = 7.5
-    strength: float = 0.4
+    guidance_scale: float | None = None  # derived: model.tile_guidance_scale; without a guide model.guidance_scale
+    strength: float | None = None  # derived: model.strength
     tile_size: int | None = None  # pixels; derived: native size
     overlap: int | None = None  # pixels; derived: a quarter of the tile
     blend: str = "gaussian"
@@ -188,6 +193,14 @@ def lowres_size(width: int, height: int, native: int, multiple: int) -> tuple[in
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (width, height))  # type: ignore[return-value]
 
 
+def phase_sides(start: int, end: int, growth: float, multiple: int) -> list[int]:
+    """Long sides of the canvases between ``start`` and ``end`` (pixels), evenly growing by at most ``growth``."""
+    count = math.ceil(math.log(max(1.0, end / start)) / math.log(growth) - 1e-9) if growth > 1 else 1
+    sides = [start * (end / start) ** (index / max(1, count)) for index in range(1, count)]
+    rounded = [round(side / multiple) * multiple for side in sides]
+    return [side for side in dict.fromkeys(rounded) if start < side < end]
+
+
 def resolve(config: DictConfig) -> DictConfig:
     """Fill derived defaults in, so that the saved ``config.yaml`` names every value that is used."""
     c = OmegaConf.to_container(config, resolve=False)
@@ -197,6 +210,19 @@ def resolve(config: DictConfig) -> DictConfig:
     if lowres["width"] is None or lowres["height"] is None:
         size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"])
         lowres["width"], lowres["height"] = lowres["width"] or size[0], lowres["height"] or size[1]
+    guided = guide["mode"] != "none"
+    if lowres["guidance_scale"] is None:
+        lowres["guidance_scale"] = c["model"]["guidance_scale"]
+    if denoise["guidance_scale"] is None:
+        denoise["guidance_scale"] = c["model"]["tile_guidance_scale" if guided else "guidance_scale"]
+    if denoise["strength"] is None:
+        denoise["strength"] = c["model"]["strength"]
+    if guide["phases"] is None:
+        start = None if guide["image"] or not guided else max(lowres["width"], lowres["height"])
+        longest = max(c["width"], c["height"])
+        guide["phases"] = phase_sides(
+            start or longest, longest, c["model"]["phase_growth"], c["model"]["size_multiple"]
+        )
     if denoise["tile_size"] is None:
         denoise["tile_size"] = native
     if denoise["overlap"] is None:

@@ -78,3 +78,15 @@ class StageContext:
     inputs: dict[str, Path] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def name(self) -> str:
+        """Of the stage; an upscaling phase has its own (``guide_512``)."""
+        return self.output.parent.name
+
+    def input(self, stage: str) -> Path:
+        """Folder of the upstream ``stage``, or of the upscaling phase of it that this one needs. KeyError if none."""
+        for name, folder in self.inputs.items():
+            if name == stage or name.startswith(f"{stage}_"):
+                return folder
+        raise KeyError(stage)

@@ -22,7 +22,7 @@ def run(context: StageContext) -> None:
     guide: dict[str, Any] = {}
     if config.guide.mode != "none":
         guide = {
-            "guide": read_tensors(context.inputs["guide"] / "latents.safetensors")["latents"],
+            "guide": read_tensors(context.input("guide") / "latents.safetensors")["latents"],
             "guide_mode": config.guide.mode,
             "strength": config.denoise.strength,
             "hold_share": config.guide.hold_steps,

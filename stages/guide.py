@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(context: StageContext) -> None:
             picture = open_picture(Path(config.guide.image))
             _preview(context, picture.resize((config.lowres.width, config.lowres.height), Image.Resampling.LANCZOS))
         else:
-            latents = read_tensors(context.inputs["lowres"] / "latents.safetensors")["latents"]
+            latents = _source(context)
             picture = _decode(streamer, latents, config.guide.tile_size // f)
             _preview(context, picture)
         if latents is not None and latents.shape[-2:] == tuple(size):
@@ -56,6 +57,13 @@ def run(context: StageContext) -> None:
         write_tensors(temporary, {"latents": guide})
 
 
+def _source(context: StageContext) -> Tensor:
+    """The latents to enlarge: of the low-res picture, or of the canvas of the upscaling phase before this one."""
+    if "lowres" in context.inputs:
+        return read_tensors(context.inputs["lowres"] / "latents.safetensors")["latents"]
+    return read_tensors(context.input("denoise") / "canvas.safetensors")["latents"]
+
+
 def open_picture(path: Path) -> Image.Image:
     """The user's picture as 8-bit RGB, turned as its EXIF says. ConfigError if it is none."""
     try:
@@ -68,10 +76,15 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _preview(context: StageContext, picture: Image.Image) -> None:
-    path = Path(context.output / "lowres.png")
-    with atomic_path(path) as temporary:
+    """``lowres.png``, and in a later upscaling phase ``previous.png``: the picture that it enlarges."""
+    name = "lowres.png"
+    if any(stage.startswith("guide") for stage in context.inputs):
+        with atomic_path(context.output / name) as temporary:
+            shutil.copyfile(context.input("guide") / name, temporary)
+        name = "previous.png"
+    with atomic_path(context.output / name) as temporary:
         picture.save(temporary, format="PNG")
-    context.progress.note(f"preview: {context.run_dir / 'guide' / 'lowres.png'}")
+    context.progress.note(f"preview: {context.run_dir / context.name / name}")
 
 
 def _tiles(size: Size, side: int) -> list[Tile]:

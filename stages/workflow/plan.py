@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from stages import PIPELINE, Stage
+from stages import PIPELINE, Stage, expanded
 from stages.config import ConfigError, close_match, resolve_dtype
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.store import Entry, Store, fingerprint
@@ -42,6 +43,7 @@ class StageState:
 
 def active(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[Stage]:
     """The stages that the last one needs, directly or not, in order; the others have no part in this picture."""
+    pipeline = expanded(config, pipeline)
     wanted = {pipeline[-1].name}
     for stage in reversed(pipeline):
         if stage.name in wanted:
@@ -59,7 +61,10 @@ def asked(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[str]
     names = [str(name) for name in value] if isinstance(value, ListConfig | list | tuple) else [str(value)]
     if names in (["all"], ["plan"]):
         return [stage.name for stage in active(config, pipeline)]
-    known, possible = [stage.name for stage in pipeline], {stage.name for stage in active(config, pipeline)}
+    known, possible = (
+        [stage.name for stage in expanded(config, pipeline)],
+        {stage.name for stage in active(config, pipeline)},
+    )
     for name in names:
         if name not in known:
             hint = close_match(name, [*known, "all", "plan"])
@@ -130,6 +135,7 @@ def build(
 def state_of(config: DictConfig, store: Store, stage: Stage, upstream: Mapping[str, str]) -> StageState:
     """The stage's payload and fingerprint; ``upstream`` maps what it needs to fingerprints."""
     cache = store.root / ".identity"
+    config = config_of(config, stage)
     payload: dict[str, Any] = {
         "stage": stage.name,
         "version": stage.version,
@@ -143,6 +149,15 @@ def state_of(config: DictConfig, store: Store, stage: Stage, upstream: Mapping[s
     print_ = fingerprint(payload)
     entry = store.entry(stage.name, print_, payload)
     return StageState(stage=stage, needs=tuple(upstream), payload=payload, fingerprint=print_, entry=entry)
+
+
+def config_of(config: DictConfig, stage: Stage) -> DictConfig:
+    """The config as the stage sees it: an upscaling phase has a canvas of its own."""
+    if stage.size is None:
+        return config
+    config = copy.deepcopy(config)
+    config.width, config.height = stage.size
+    return config
 
 
 def _decide(config: DictConfig, states: dict[str, StageState], wanted: list[str], previous: Mapping[str, Any]) -> None:

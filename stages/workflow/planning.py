@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages import PROFILE
+from stages import PROFILE, Stage
 from stages.config import parse_bytes, resolve_dtype
 from stages.memory.monitor import usage
 from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
@@ -50,8 +51,12 @@ def plan(
         enough.memory.budget = max(config.memory.budget, LOOK, key=parse_bytes)
         launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
     found = read_json(profile.entry.path / "profile.json") or {}
-    running = {state.name for state in states if state.status in ("run", "resume", "reuse")}
-    profiles = [StageProfile.of(_with_steps(data, config)) for name, data in found.items() if name in running]
+    running = [state for state in states if state.status in ("run", "resume", "reuse")]
+    profiles = [
+        StageProfile.of(_of_phase(_with_steps(found[state.stage.module], config), state.stage, config))
+        for state in running
+        if state.stage.module in found
+    ]
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
     try:
         plans = plan_run(profiles, parse_bytes(config.memory.budget), runner)
@@ -61,6 +66,14 @@ def plan(
     written = {name: _as_json(one, by_name[name], config, store) for name, one in plans.items()}
     write_json(run_dir / "plan.json", written)
     return written
+
+
+def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[str, Any]:
+    """An upscaling phase runs the same shapes as the final canvas, fewer times."""
+    if stage.size is None:
+        return data
+    share = stage.size[0] * stage.size[1] / (config.width * config.height)
+    return {**data, "name": stage.name, "micro_batches": max(1, math.ceil(data["micro_batches"] * share * 1.3))}
 
 
 def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
@@ -74,6 +87,11 @@ def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
     return {**data, "steps": max(1, steps)}
 
 
+def _base(name: str) -> str:
+    """The stage that ``guide_512`` is a phase of."""
+    return name if name in _COMPONENT else name.rpartition("_")[0]
+
+
 def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store) -> dict[str, Any]:
     """What the stage reads: the plan, groups in views, and where the prepared copy of the weights lies."""
     pairs = max(1, profile.micro_batch // 2)
@@ -81,10 +99,10 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
     prepared = None
     if streamed and not profile.single_pass and config.memory.prepared:
         key = {
-            "component": _COMPONENT[profile.name],
-            "model": model_identity(config, (_COMPONENT[profile.name],), store.root / ".identity"),
-            "half": profile.name if _COMPONENT[profile.name] == "vae" else "",
-            "image": str(config.guide.image is None) + config.guide.upscale if profile.name == "guide" else "",
+            "component": _COMPONENT[_base(profile.name)],
+            "model": model_identity(config, (_COMPONENT[_base(profile.name)],), store.root / ".identity"),
+            "half": _base(profile.name) if _COMPONENT[_base(profile.name)] == "vae" else "",
+            "image": str(config.guide.image is None) + config.guide.upscale if _base(profile.name) == "guide" else "",
             "dtype": resolve_dtype(config),
             "channels_last": bool(config.technique.channels_last),
         }

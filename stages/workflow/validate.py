@@ -107,6 +107,17 @@ def _one_of(config: DictConfig, key: str, allowed: Iterable[str]) -> None:
         raise ConfigError(key, value, f"one of {', '.join(allowed)}", close_match(value, allowed))
 
 
+def _check_phases(config: DictConfig) -> None:
+    sides, longest = config.guide.phases, max(config.width, config.height)
+    expected = f"a list of growing numbers of pixels, multiples of {config.model.vae_scale_factor}, under {longest}"
+    plain = OmegaConf.to_container(sides) if OmegaConf.is_config(sides) else sides
+    if not isinstance(plain, list) or not all(isinstance(side, int) for side in plain):
+        raise ConfigError("guide.phases", plain, expected)
+    grows = all(a < b for a, b in zip(plain, [*plain[1:], longest], strict=True)) if plain else True
+    if not grows or any(side < 1 or side % config.model.vae_scale_factor for side in plain):
+        raise ConfigError("guide.phases", plain, expected)
+
+
 def validate(config: DictConfig) -> None:
     """Check a resolved config.
 
@@ -160,6 +171,7 @@ def _numbers(config: DictConfig) -> None:
     for key in ("lowres.num_inference_steps", "denoise.num_inference_steps"):
         if not 1 <= OmegaConf.select(config, key) <= 1000:
             raise ConfigError(key, OmegaConf.select(config, key), "1 to 1000 steps")
+    _check_phases(config)
     if not 0 < config.denoise.strength <= 1:
         raise ConfigError("denoise.strength", config.denoise.strength, "more than 0, at most 1")
     for key in ("lowres.guidance_scale", "denoise.guidance_scale"):
