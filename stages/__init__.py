@@ -53,7 +53,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(
         name="lowres",
         version=1,
-        parameters=("seed", "lowres", *_SCHEDULER, *_NUMERICS),
+        parameters=("seed", "lowres", "regions", "reroll", *_SCHEDULER, *_NUMERICS),
         needs=lambda config: ("text_encode",),
         components=("unet", "transformer", "scheduler"),
     ),
@@ -95,11 +95,11 @@ PIPELINE: tuple[Stage, ...] = (
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=3,
+    version=4,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "decode", "technique.channels_last"),
-        *("guide.mode", "guide.image", "guide.upscale", "guide.tile_size", "model.native_size"),
+        *("guide.mode", "guide.image", "guide.upscale", "guide.tile_size", "guide.phases", "model.native_size"),
     ),
     needs=lambda config: (),
     components=("text_encoder", "unet", "vae"),

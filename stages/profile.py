@@ -16,6 +16,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from stages.canvas.regions import from_config
+from stages import phase_size
 from stages.canvas.tiles import Size, grid, latent_grid
 from stages.context import StageContext
 from stages.memory.imports import light_imports
@@ -28,6 +30,7 @@ from stages.models.loading import compute_dtype, open_checkpoint
 from stages.models.schedulers import make_scheduler
 from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
+from stages.sampling import denoise_canvas, lowres_canvas
 from stages.workflow.store import write_json
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
@@ -144,40 +147,32 @@ def staging(units: Iterable[int]) -> int:
 
 def _text(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Any]:
     component = checkpoint.component("text_encoder")
-    rows = 2 * (1 + len(config.regions))
+    rows = 2  # a prompt and its negative at a time, whatever the number of regions
     length = component.config.get("max_position_embeddings", 77)
 
     def call(model: nn.Module, samples: int) -> Any:
         return model(torch.zeros((rows * samples, length), dtype=torch.long, device="meta"))
 
     weights, found = cuts(component, dtype, call, channels_last=False)
-    return {"extra": 0, "weights": weights, "micro_batch": rows, "micro_batches": 1, "steps": 1, "cuts": found}
+    count = len(from_config(config).texts)
+    return {"extra": 0, "weights": weights, "micro_batch": rows, "micro_batches": count, "steps": 1, "cuts": found}
 
 
 def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
     component = checkpoint.component("unet")
-    f, native = config.model.vae_scale_factor, config.model.native_size
-    low = Size(config.lowres.height // f, config.lowres.width // f)
-    side = 2 * native // f
-    low_tiles = grid(low, Size(side, side), side // 4)
-    tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, f)
     steps = config.denoise.num_inference_steps
     running = steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
-    canvas = config.model.latent_channels * (config.width // f) * (config.height // f) * 4
     jobs = {
-        "lowres": (
-            low_tiles,
-            config.lowres.guidance_scale,
-            config.lowres.num_inference_steps,
-            low.height * low.width * 16,
-        ),
-        "denoise": (tiles, config.denoise.guidance_scale, running, canvas),
+        "lowres": (lowres_canvas, config.lowres.num_inference_steps),
+        "denoise": (denoise_canvas, running),
     }
     if config.guide.mode == "none" or config.guide.image:
         del jobs["lowres"]
     found: dict[str, dict[str, Any]] = {}
-    for name, (views, guidance, count, nbytes) in jobs.items():
-        height, width = views[0].size
+    for name, (canvas_of, count) in jobs.items():
+        canvas, views, _ = canvas_of(config)
+        nbytes = config.model.latent_channels * canvas.height * canvas.width * 4
+        height, width = views[0].tile.size
         size = micro_batch(component.config, height, width)
         channels, context = component.config["in_channels"], component.config["cross_attention_dim"]
 
@@ -188,12 +183,14 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
             return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
 
         weights, cut = cuts(component, dtype, call, channels_last=last, size=size)
-        samples = len(views) * (1 if guidance == 1 else 2)
+        # views with and without guidance do not share a micro-batch
+        samples = [sum(view.passes for view in views if view.passes == passes) for passes in (1, 2)]
+        masks = sum(view.weight.mask.nbytes for view in views if view.weight.mask is not None)
         found[name] = {
-            "extra": 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
+            "extra": masks + 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
             "weights": weights,
             "micro_batch": size,
-            "micro_batches": -(-samples // size),
+            "micro_batches": sum(-(-number // size) for number in samples),
             "steps": count,
             "cuts": cut,
         }
@@ -236,12 +233,21 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     count = len(grid(Size(config.height // f, config.width // f), Size(*[config.guide.tile_size // f] * 2), 4))
     found["guide"] = {
         **single,
-        "extra": 3 * canvas // f**2 * config.model.latent_channels * 4,
+        # guide latents and the blend's; the picture that is enlarged, as floats, as bytes and as Pillow's
+        "extra": 3 * canvas // f**2 * config.model.latent_channels * 4 + _source_pixels(config) * 3 * 6,
         "weights": sum(half[0] for half in halves),
         "micro_batches": count + 1,
         "cuts": _joined([half[1] for half in halves]),
     }
     return found
+
+
+def _source_pixels(config: DictConfig) -> int:
+    """Of the picture that the last guide enlarges."""
+    if config.guide.phases:
+        width, height = phase_size(config.width, config.height, config.guide.phases[-1], config.model.vae_scale_factor)
+        return width * height
+    return config.lowres.width * config.lowres.height
 
 
 def _joined(halves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ def make_config(checkpoint: Path, tmp_path: Path) -> Callable[..., DictConfig]:
 
     def make(values: dict | None = None, *, derive: bool = True) -> DictConfig:
         model = {"name": "toy", "family": "sd", "path": str(checkpoint), "native_size": 256, "size_multiple": 32}
+        model |= {"phase_growth": 1.0}  # no upscaling phases, unless a test asks for them
         scheduler = {"name": "ddim", "class_name": "DDIMScheduler"}
         base = {"prompt": "a cat", "output_dir": str(tmp_path / "outputs"), "model": model, "scheduler": scheduler}
         config = OmegaConf.merge(OmegaConf.structured(Config), base)

@@ -36,7 +36,7 @@ def _import_scipy() -> None:
     import scipy.stats  # noqa: F401
 
     with light_imports():
-        importlib.import_module("diffusers.utils.import_utils")._scipy_available = True
+        setattr(importlib.import_module("diffusers.utils.import_utils"), "_scipy_available", True)  # noqa: B010
 
 
 def _lms() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
 from stages.config import parse_bytes, resolve_dtype
@@ -47,7 +48,7 @@ def plan(
     if profile.entry.why_invalid():
         profile.reason = "first run with this model and these sizes"
         note("looks at the models (once for these sizes)")
-        enough = OmegaConf.merge(config)
+        enough = copy.deepcopy(config)
         enough.memory.budget = max(config.memory.budget, LOOK, key=parse_bytes)
         launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
     found = read_json(profile.entry.path / "profile.json") or {}

@@ -32,7 +32,8 @@ def picture(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("upscale", ["lanczos", "latent"])
 @pytest.mark.parametrize("size", [(128, 96), (264, 520), (32, 32), (512, 32)])
 def test_latents_of_the_canvas_and_a_preview(work: Work, size: tuple[int, int], upscale: str) -> None:
-    folder, latents = guide(work, width=size[0], height=size[1], **{"guide.upscale": upscale})
+    options = {"guide.upscale": upscale, "guide.phases": []}
+    folder, latents = guide(work, width=size[0], height=size[1], **options)
     assert latents.shape == (1, 4, size[1] // 8, size[0] // 8) and latents.dtype == torch.float32
     assert latents.isfinite().all()
     config = work.config({"width": size[0], "height": size[1]})
