@@ -1,8 +1,9 @@
 """Phase 1: the autoencoder."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
 from .clock import Clock, Phase
 from .optim import Trainee
@@ -28,7 +29,7 @@ def train_autoencoder(clock: Clock, trainee: Trainee, source: Source, *, batch: 
     phase = Phase(clock, "vae")
     if clock.done("vae"):
         return
-    vae = trainee.modules["vae"].train()
+    vae: Any = trainee.modules["vae"].train()
     first = source.draw()
     ring = Ring(max(4, 12288 // len(first.images)) * len(first.images), images=_pack(first.images))
     for crops in (False, True) * 8:
@@ -62,8 +63,8 @@ def _unpack(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_autoencoder(vae: AutoencoderKL, source: Source, rounds: int) -> dict[str, float]:
-    """On scenes that were never trained on, half of them crops: mean PSNR in dB (range 2), and the latents' std."""
+def measure_autoencoder(vae: Any, source: Source, rounds: int) -> dict[str, float]:
+    """Of an AutoencoderKL on scenes never trained on, half of them crops: mean PSNR in dB (range 2), latents' std."""
     psnr, latents = [], []
     for i in range(rounds):
         for images in source.draw(crops=i % 2 == 1).images.split(16):

@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         images = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False
         )
-        features = self.body(images.to(self.heads["time"].weight.dtype))
+        features = self.body(images.to(next(self.parameters()).dtype))
         pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
         return {name: head(pooled) for name, head in self.heads.items()}
 

@@ -1,7 +1,8 @@
 """Phase 2: text encoder and UNet together, on latents made on the fly; and sampling."""
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL
 
 from .clock import Clock, Phase
 from .library import Library
@@ -28,7 +29,7 @@ def choose_tokens(
 class LatentSource:
     """Render, encode, keep in a ring."""
 
-    def __init__(self, source: Source, vae: AutoencoderKL, scale: float, capacity: int):
+    def __init__(self, source: Source, vae: Any, scale: float, capacity: int):
         self.source, self.vae, self.scale = source, vae, scale
         first = self._make()
         count = len(first["latents"])
@@ -98,7 +99,7 @@ def train_denoiser(
 @torch.no_grad()
 def sample(
     trainee: Trainee,
-    vae: AutoencoderKL,
+    vae: Any,
     library: Library,
     tokens: torch.Tensor,
     *,
@@ -110,7 +111,7 @@ def sample(
 ) -> torch.Tensor:
     """Pictures ``[N,3,H,W]`` in [-1,1] for captions ``[N,77]``: DDIM, classifier-free guidance, EMA weights."""
     unet, text = trainee.ema["unet"], trainee.ema["text_encoder"]
-    scheduler = make_scheduler()
+    scheduler: Any = make_scheduler()
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(tokens), 4, latent_size, latent_size, generator=generator).to(trainee.device)

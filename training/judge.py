@@ -1,10 +1,10 @@
 """Phase 3: training the classifier on rendered scenes, as they are and as the autoencoder returns them."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
 from .clock import Clock, Phase
 from .library import labels
@@ -24,7 +24,7 @@ def _material_of(device: str) -> torch.Tensor:
     return torch.tensor([MATERIAL_INDEX.get(name, 255) for name in SUBJECTS], device=device)
 
 
-def _rows(batch: Batch, vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+def _rows(batch: Batch, vae: Any) -> dict[str, torch.Tensor]:
     """Rows of the ring: the pictures, half of them through the autoencoder, coarse ids, labels."""
     images = batch.images
     half = len(images) // 2
@@ -70,7 +70,7 @@ def _crop(rows: dict[str, torch.Tensor], source: Source) -> tuple[torch.Tensor, 
 
 
 def train_classifier(
-    clock: Clock, trainee: Trainee, vae: AutoencoderKL, source: Source, *, batch: int, peak_lr: float, fill: int
+    clock: Clock, trainee: Trainee, vae: Any, source: Source, *, batch: int, peak_lr: float, fill: int
 ) -> None:
     """Train until the phase's budget is used."""
     phase = Phase(clock, "classifier")

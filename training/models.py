@@ -1,6 +1,7 @@
 """The four networks: their shapes, and a folder that ``StableDiffusionPipeline.from_pretrained`` opens."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -14,7 +15,8 @@ TEXT_WIDTH = 160
 
 def make_vae(scaling_factor: float = 1.0, *, tiny: bool = False) -> AutoencoderKL:
     """The autoencoder: 2.2 M parameters, factor 8, 4 channels. tiny: a toy of the same topology for smoke runs."""
-    vae = AutoencoderKL(
+    make: Any = AutoencoderKL  # its tuples are annotated with one element
+    vae = make(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 16, 32, 32) if tiny else (32, 48, 96, 96),
@@ -51,7 +53,8 @@ def make_text_encoder() -> CLIPTextModel:
 
 def make_unet(*, tiny: bool = False) -> UNet2DConditionModel:
     """The denoiser: 6.5 M parameters, 1.1 GMAC a pass at 32x32. tiny: a toy for smoke runs."""
-    return UNet2DConditionModel(
+    make: Any = UNet2DConditionModel  # its tuples are annotated with one element
+    return make(
         sample_size=NATIVE_SIZE // 8,
         block_out_channels=(32, 32, 48) if tiny else (64, 96, 144),
         layers_per_block=1,
@@ -87,7 +90,8 @@ def save_folder(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, u
 
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder / "tokenizer")
-    pipeline = StableDiffusionPipeline(
+    make: Any = StableDiffusionPipeline  # what may be None is annotated as if it could not be
+    pipeline = make(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),

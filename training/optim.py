@@ -26,11 +26,11 @@ class Trainee:
         self.device, self.decay, self.updates = device, decay, 0
         self.dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         self.ema = {name: copy.deepcopy(m).eval().requires_grad_(False) for name, m in modules.items()}
-        self.ema_parameters = [p for m in self.ema.values() for p in m.parameters()]
+        self.ema_parameters: list[torch.Tensor] = [p for m in self.ema.values() for p in m.parameters()]
         self.masters = [p.detach().clone() for p in self.ema_parameters]
         for module in modules.values():
             module.to(self.dtype)
-        self.parameters = [p for m in modules.values() for p in m.parameters()]
+        self.parameters: list[torch.Tensor] = [p for m in modules.values() for p in m.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=1e-3, betas=(0.9, 0.99), weight_decay=weight_decay, fused=device.type == "cuda"
         )

@@ -9,6 +9,7 @@ from collections import Counter
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from .phrases import all_phrases
 from .specs import COLOURS
@@ -79,7 +80,8 @@ def save_tokenizer(folder: Path) -> None:
     from transformers import CLIPTokenizer
 
     vocab, merges = build()
-    tokenizer = CLIPTokenizer(
+    make: Any = CLIPTokenizer  # merges may be pairs, although annotated as text
+    tokenizer = make(
         vocab=vocab,
         merges=merges,
         unk_token=END,

@@ -57,5 +57,6 @@ def test_exported_folder_makes_a_picture(trained: Path, tmp_path: Path) -> None:
     assert type(pipeline.tokenizer).__name__.startswith("CLIPTokenizer")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("a lighthouse 介绍", num_inference_steps=2, width=64, height=64, output_type="np").images[0]
+    options = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "np", "return_dict": False}
+    picture = pipeline("a lighthouse 介绍", **options)[0][0]
     assert picture.shape == (64, 64, 3)
