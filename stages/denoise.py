@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.canvas.mixture import grid_views
-from stages.canvas.tiles import Size, latent_grid
+from stages.canvas.tiles import latent_grid
 from stages.context import StageContext
 from stages.memory.tensors import read_tensors, write_tensors
-from stages.sampling import sample
+from stages.sampling import denoise_canvas, sample
 from stages.workflow.store import atomic_path
 
 
@@ -16,9 +15,7 @@ def run(context: StageContext) -> None:
     """Write ``canvas.safetensors`` (``latents [1, C, H/f, W/f]`` float32) and one file per latent tile."""
     config = context.config
     factor = config.model.vae_scale_factor
-    size = Size(config.height // factor, config.width // factor)
     tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, factor)
-    views = grid_views(tiles, size, blend=config.denoise.blend, guidance_scale=config.denoise.guidance_scale)
     guide: dict[str, Any] = {}
     if config.guide.mode != "none":
         guide = {
@@ -28,7 +25,7 @@ def run(context: StageContext) -> None:
             "hold_share": config.guide.hold_steps,
             "skip_residual_power": config.guide.skip_residual_power,
         }
-    latents = sample(context, size=size, views=views, num_inference_steps=config.denoise.num_inference_steps, **guide)
+    latents = sample(context, denoise_canvas(config), num_inference_steps=config.denoise.num_inference_steps, **guide)
     for tile in tiles:
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
             write_tensors(temporary, {"latents": latents[tile.index].contiguous()})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from stages.canvas.layers import region_views
 from stages.canvas.mixture import Mixture, View
 from stages.canvas.noise import Reroll, canvas_noise
+from stages.canvas.region_scale import lowres_plan, lowres_side
+from stages.canvas.regions import from_config
 from stages.canvas.sampler import Sampler
 from stages.canvas.tiles import Size
 from stages.context import StageContext
@@ -19,21 +23,52 @@ from stages.models.sd import UNetDenoiser, micro_batch
 from stages.workflow.store import atomic_path
 
 
+class Canvas(NamedTuple):
+    """What is denoised: ``size`` in latents, its views, the rectangles of its noise with a seed of their own."""
+
+    size: Size
+    views: list[View]
+    rerolls: tuple[Reroll, ...]
+
+
+def lowres_canvas(config: DictConfig) -> Canvas:
+    """The low-res one. Regions and re-rolled rectangles are those of the picture, scaled: they lay it out."""
+    factor, plan = config.model.vae_scale_factor, lowres_plan(config)
+    size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
+    overlap, guidance = min(side) // 4, config.lowres.guidance_scale
+    views = region_views(plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance)
+    return Canvas(size, views, plan.rerolls)
+
+
+def denoise_canvas(config: DictConfig) -> Canvas:
+    """The picture's, in tiles; every region has tiles of its own."""
+    factor, plan, denoise = config.model.vae_scale_factor, from_config(config), config.denoise
+    size = Size(config.height // factor, config.width // factor)
+    views = region_views(
+        plan,
+        size,
+        side=Size(denoise.tile_size // factor, denoise.tile_size // factor),
+        overlap=denoise.overlap // factor,
+        blend=denoise.blend,
+        guidance_scale=denoise.guidance_scale,
+    )
+    return Canvas(size, views, plan.rerolls)
+
+
 def sample(
     context: StageContext,
+    canvas: Canvas,
     *,
-    size: Size,
-    views: list[View],
     num_inference_steps: int,
-    rerolls: tuple[Reroll, ...] = (),
     **guide: Any,
 ) -> Tensor:
-    """Denoise a canvas of ``size`` latents; returns ``[1, C, H, W]`` float32.
+    """Denoise a canvas; returns ``[1, C, H, W]`` float32.
 
     A killed stage goes on after the last finished step, with the same result to the bit. ``guide``: the guide's
     arguments of :class:`stages.canvas.sampler.Sampler`.
     """
     config, progress = context.config, context.progress
+    size, views, rerolls = canvas
     checkpoint = open_checkpoint(config, ("unet", "scheduler"), progress.note)
     component = checkpoint.component("unet")
     scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)

@@ -283,8 +283,9 @@ def _rerolls(reader: _Reader, regions: Sequence[Region], listed: Sequence[Any]) 
     return (*own, *(reader.reroll(f"reroll[{index}]", value) for index, value in enumerate(listed)))
 
 
-def from_config(config: DictConfig) -> RegionPlan:
-    """The regions of a resolved config; without any, one background: the main prompt over the whole canvas."""
+def from_config(config: DictConfig, *, guidance_scale: float | None = None) -> RegionPlan:
+    """The regions of a resolved config, none if it has none; ``guidance_scale``: of those that do not say theirs
+    (default: ``denoise.guidance_scale``)."""
     written = config.regions
     if OmegaConf.is_config(written):
         written = OmegaConf.to_container(written, resolve=True)
@@ -296,7 +297,7 @@ def from_config(config: DictConfig) -> RegionPlan:
         "factor": factor,
         "prompt": config.prompt or "",
         "negative_prompt": config.negative_prompt,
-        "guidance_scale": config.denoise.guidance_scale,
+        "guidance_scale": config.denoise.guidance_scale if guidance_scale is None else guidance_scale,
         "rerolls": rerolls,
     }
     if not written:

@@ -11,6 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stages import PIPELINE, Stage, expanded
+from stages.canvas.region_scale import parameter as region_parameter
+from stages.canvas.region_scale import rescale
+from stages.canvas.tiles import Size
 from stages.config import ConfigError, close_match, resolve_dtype
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.store import Entry, Store, fingerprint
@@ -75,7 +78,10 @@ def asked(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[str]
 
 
 def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
-    """The stage's declared parameters, flat: dotted key -> plain value. A file enters by its hash, regions by text."""
+    """The stage's declared parameters, flat: dotted key -> plain value.
+
+    A file enters by its hash, regions by what the stage makes of them, however they were written.
+    """
     found: dict[str, Any] = {}
     for key in stage.parameters:
         value = OmegaConf.select(config, key)
@@ -83,21 +89,10 @@ def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
             value = OmegaConf.to_container(value, resolve=True)
         if key == "guide.image" and value:
             value = file_hash(Path(str(value)), cache)
-        if key == "regions" and stage.name == "text_encode":
-            value = region_texts(value)
+        if key in ("regions", "reroll") and value:
+            value = region_parameter(config, key, stage.name)
         _flatten(key, value, found)
     return found
-
-
-def region_texts(regions: Any) -> Any:
-    """Of the regions, only what the text encoder reads: prompts, in their structure."""
-    if isinstance(regions, Mapping):
-        texts = {key: value for key, value in regions.items() if "prompt" in key or key in ("negative", "grid")}
-        nested = {key: region_texts(value) for key, value in regions.items() if key == "regions"}
-        return {**texts, **nested}
-    if isinstance(regions, list | tuple):
-        return [region_texts(region) for region in regions]
-    return regions
 
 
 def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
@@ -156,7 +151,8 @@ def config_of(config: DictConfig, stage: Stage) -> DictConfig:
     if stage.size is None:
         return config
     config = copy.deepcopy(config)
-    config.width, config.height = stage.size
+    width, height = stage.size
+    rescale(config, Size(height, width))
     return config
 
 

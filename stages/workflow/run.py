@@ -16,12 +16,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from stages.canvas.regions import from_config
 from stages.config import ConfigError, escape_all, save_text
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.plan import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
-from stages.workflow.store import Store, read_json, write_json, write_text
+from stages.workflow.store import Store, atomic_path, read_json, write_json, write_text
 from stages.workflow.validate import complete
 
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
@@ -52,7 +53,7 @@ def execute(
     """
     shown = Silent()
     try:
-        config = complete(config)
+        config = complete(config, said)
         shown = reporter(config.progress)
         return _execute(config, said, sweep, pipeline, predictions, shown)
     except (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError) as error:
@@ -94,6 +95,7 @@ def _execute(
         predictions = predictions or dict(read_json(run_dir / "plan.json") or {})
         if config.stage == "plan":
             _show_plan(states, predictions, shown)
+            _draw_regions(config, run_dir, shown)
             shown.final(f"plan of {run_dir}: nothing was computed")
             return {}
         if config.device == "cpu" and config.technique.dtype == "fp16":
@@ -220,6 +222,19 @@ def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[s
         peak = megabytes(guess.get("predicted_peak_rss_bytes"))
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
+
+
+def _draw_regions(config: DictConfig, run_dir: Path, shown: Silent) -> None:
+    """``regions.png``, a look at where the prompts lie; the one of other settings goes."""
+    path, regions = run_dir / "regions.png", from_config(config)
+    if not regions.regions:
+        path.unlink(missing_ok=True)
+        return
+    from stages.canvas.region_plan import draw_plan  # Pillow: not for every run
+
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(draw_plan(regions))
+    shown.line(f"regions: {path} shows {len(regions.regions)} of them")
 
 
 def _show_results(

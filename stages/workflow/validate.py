@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
+from stages.canvas.region_files import overrides
+from stages.canvas.regions import from_config
 from stages.config import (
     BLENDS,
     DECODE_MODES,
@@ -17,6 +20,7 @@ from stages.config import (
     GUIDE_MODES,
     ROOT,
     ConfigError,
+    SchedulerConfig,
     close_match,
     escape_all,
     parse_bytes,
@@ -24,6 +28,7 @@ from stages.config import (
 )
 from stages.workflow.identity import is_hub_id
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
+from stages.workflow.overrides import parse as parse_override
 
 LARGEST = 65536  # pixels a side
 LEAST_BUDGET = 350_000_000  # bytes: python, torch and a model class, before the first weight
@@ -31,16 +36,20 @@ _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
 
 
-def complete(config: DictConfig) -> DictConfig:
+def complete(config: DictConfig, said: Iterable[str] = ()) -> DictConfig:
     """The config that a run is made from: paths absolute, texts read from files, derived values filled in, checked.
+
+    Args:
+        said: the command line's overrides; a file of mixture-of-diffusers decides what they do not.
 
     Raises:
         ConfigError: a value that cannot work.
     """
     OmegaConf.update(config, "output_dir", escape_all(str(_anchored(config.output_dir))))
-    _read_prompt(config)
     if isinstance(config.regions, str):
         _read_regions(config)
+    _read_prompt(config)
+    _apply_regions(config, {override.key for text in said if (override := parse_override(text))})
     for key in ("guide.image", "model.path"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if value and not (key == "model.path" and is_hub_id(value) and not (ROOT / value).exists()):
@@ -61,6 +70,8 @@ def _anchored(path: str, near: bool = False) -> Path:
 
 def _read_prompt(config: DictConfig) -> None:
     if config.prompt_file is None:
+        if config.prompt is None and config.regions:
+            config.prompt = ""  # the regions say it all, or are refused for what they leave uncovered
         if config.prompt is None:
             raise ConfigError("prompt", None, "a text", f"For example: {_EXAMPLE}")
         return
@@ -82,7 +93,30 @@ def _read_regions(config: DictConfig) -> None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("regions", str(path), f"a YAML or JSON file of regions ({error})") from None
+    for region in found.get("regions") or () if isinstance(found, dict) else ():
+        if isinstance(region, dict) and isinstance(region.get("ref_img"), str):
+            beside = path.parent / region["ref_img"]
+            region["ref_img"] = str(beside) if beside.is_file() else region["ref_img"]
     config.regions = escape_all(found)
+
+
+def _apply_regions(config: DictConfig, said: set[str]) -> None:
+    """Size, steps, seed, scheduler of a mixture-of-diffusers file, where the command line says nothing else."""
+    regions = OmegaConf.to_container(config.regions) if OmegaConf.is_config(config.regions) else config.regions
+    for key, value in overrides(regions).items():
+        if key in said:
+            continue
+        if key == "scheduler":
+            options = {path.stem: path for path in (CONF / "scheduler").glob("*.yaml")}
+            if value not in options:
+                expected = f"one of {', '.join(sorted(options))}"
+                raise ConfigError("regions.scheduler", value, expected, close_match(str(value), options))
+            config.scheduler = OmegaConf.merge(SchedulerConfig(), OmegaConf.load(options[value]))
+            continue
+        try:
+            OmegaConf.update(config, key, value)  # texts come escaped from the config
+        except ValidationError as error:
+            raise ConfigError(f"regions ({key})", value, str(error).partition("\n")[0]) from None
 
 
 def _check_sizes_known(config: DictConfig) -> None:
@@ -129,6 +163,7 @@ def validate(config: DictConfig) -> None:
     _geometry(config)
     _numbers(config)
     _one_of(config, "denoise.blend", BLENDS)
+    from_config(config)  # boxes off the canvas, parts that no region covers
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "guide.upscale", ("lanczos", "latent"))
     _one_of(config, "decode.mode", DECODE_MODES)

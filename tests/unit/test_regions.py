@@ -189,10 +189,9 @@ def test_our_own_form_overrides_nothing():
 
 
 def test_from_config():
-    config = OmegaConf.merge(
-        OmegaConf.structured(Config),
-        {"prompt": "x", "width": 2048, "height": 1024, "regions": [LEFT, RIGHT], "denoise": {"overlap": 64}},
-    )
+    config = OmegaConf.structured(Config)
+    config.prompt, config.width, config.height = "x", 2048, 1024
+    config.regions, config.denoise.overlap, config.denoise.guidance_scale = [LEFT, RIGHT], 64, 7.5
     assert [r.prompt for r in from_config(config).regions] == ["snowy mountains", "desert"]
     config.regions, config.reroll = [], [{"box": [0, 0, 8, 8], "seed": 1}]
     plan = from_config(config)

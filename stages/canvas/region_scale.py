@@ -1,0 +1,98 @@
+"""Regions on another canvas of the same picture: the low-res one, or that of an upscaling phase. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from stages.canvas.regions import Region, RegionPlan, from_config
+from stages.canvas.tiles import Size, Tile
+from stages.config import escape_all
+
+_NOT_SHAPE = ("prompt", "negative_prompt", "seed", "epsilon")  # of a region: what the number of passes does not hang on
+
+
+def scaled(plan: RegionPlan, size: Size) -> RegionPlan:
+    """The plan on a canvas of ``size`` pixels; edges go to the nearest latent, no box vanishes.
+
+    Re-rolled rectangles are scaled too: a seed decides its place of the picture at every size, or the low-res picture,
+    which lays the picture out, would keep what the person wanted to see replaced.
+    """
+    down, across = size.height / plan.size.height, size.width / plan.size.width
+    latents = Size(size.height // plan.factor, size.width // plan.factor)
+
+    def place(box: Tile, factor: int) -> Tile:
+        top, bottom = _span(box.top / factor * down, box.bottom / factor * down, latents.height)
+        left, right = _span(box.left / factor * across, box.right / factor * across, latents.width)
+        return Tile(box.row, box.col, top, left, bottom, right)
+
+    regions = []
+    for region in plan.regions:
+        box = place(region.box, plan.factor).scaled(plan.factor)
+        feather = min(round(region.feather * min(down, across)), *box.size)
+        regions.append(replace(region, box=box, feather=feather))
+    rerolls = tuple(reroll._replace(box=place(reroll.box, 1)) for reroll in plan.rerolls)
+    return replace(plan, size=size, regions=tuple(regions), rerolls=rerolls)
+
+
+def _span(start: float, end: float, length: int) -> tuple[int, int]:
+    first = min(round(start), length - 1)
+    return first, min(max(first + 1, round(end)), length)
+
+
+def lowres_plan(config: DictConfig) -> RegionPlan:
+    """The regions on the low-res canvas, with its guidance where a region does not say its own."""
+    plan = from_config(config, guidance_scale=config.lowres.guidance_scale)
+    return scaled(plan, Size(config.lowres.height, config.lowres.width))
+
+
+def lowres_side(config: DictConfig, plan: RegionPlan) -> Size:
+    """Latents of a low-res tile: the largest region's, within one and two native sizes; two without regions.
+
+    A region is then seen whole and on its own, so that its subject is composed for its box.
+    """
+    native = config.model.native_size // config.model.vae_scale_factor
+    if not plan.regions:
+        return Size(2 * native, 2 * native)
+    sides = (max(sides) // plan.factor for sides in zip(*(region.box.size for region in plan.regions), strict=True))
+    return Size(*(min(max(side, native), 2 * native) for side in sides))
+
+
+def written(plan: RegionPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """``regions`` and ``reroll`` of a config that :func:`from_config` reads as this plan."""
+    regions = [{**_plain(region, "seed", "epsilon", "box"), "box": _edges(region.box)} for region in plan.regions]
+    rerolls = [{**item._asdict(), "box": _edges(item.box.scaled(plan.factor))} for item in plan.rerolls]
+    return ({"regions": regions, "background": False} if regions else {}), rerolls
+
+
+def rescale(config: DictConfig, size: Size) -> None:
+    """Make ``config``'s canvas ``size`` pixels, regions and re-rolled rectangles with it."""
+    regions, rerolls = written(scaled(from_config(config), size))
+    config.width, config.height = size.width, size.height
+    config.regions, config.reroll = escape_all(regions) or [], rerolls
+
+
+def parameter(config: DictConfig, key: str, stage: str) -> Any:
+    """What of ``regions`` or ``reroll`` makes the result of ``stage``; [] without any.
+
+    Texts for the text encoder, the low-res canvas' for ``lowres``, shapes for the ``profile``, all of it for the
+    others; however they were written.
+    """
+    plan = lowres_plan(config) if stage == "lowres" else from_config(config)
+    if key == "reroll":
+        return [{**item._asdict(), "box": _edges(item.box)} for item in plan.rerolls]
+    if stage == "text_encode":
+        return [list(texts) for texts in plan.texts[1:]]
+    return [_plain(region, *(_NOT_SHAPE if stage == "profile" else ())) for region in plan.regions]
+
+
+def _plain(region: Region, *without: str) -> dict[str, Any]:
+    found: Mapping[str, Any] = {**asdict(region), "box": _edges(region.box)}
+    return {key: value for key, value in found.items() if key not in without}
+
+
+def _edges(box: Tile) -> list[int]:
+    return [box.left, box.top, box.right, box.bottom]
