@@ -44,6 +44,12 @@ def factor(vae: Any) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+def placed(vae: Any, tensor: Tensor) -> Tensor:
+    """``tensor`` where the VAE computes and in its dtype; streamed weights wait on ``meta`` and compute on the CPU."""
+    device = vae.device
+    return tensor.to("cpu" if device.type == "meta" else device, vae.dtype)
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
     """[-1, 1] to 0..255 as diffusers' ``VaeImageProcessor`` does."""
     return (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -60,8 +66,8 @@ def decode_tile(vae: Any, latents: Tensor, keep: Tile) -> Tensor:
     Returns:
         Pixels ``[N, 3, keep.height * f, keep.width * f]`` in [-1, 1] and in the VAE's dtype.
     """
-    decoded = vae.decode(to_vae(vae, latents).to(vae.dtype), return_dict=False)[0]
-    return decoded[keep.scaled(factor(vae)).index]
+    decoded = vae.decode(placed(vae, to_vae(vae, latents)), return_dict=False)[0]
+    return decoded[keep.scaled(factor(vae)).index].cpu()
 
 
 def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:
@@ -75,7 +81,7 @@ def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:
     Returns:
         ``[N, C, keep.height, keep.width]`` float32, in the denoiser's space.
     """
-    posterior = vae.encode(pixels.to(vae.dtype), return_dict=False)[0]
+    posterior = vae.encode(placed(vae, pixels), return_dict=False)[0]
     return from_vae(vae, posterior.mode()[keep.index])
 
 
@@ -129,7 +135,7 @@ def decoder_statistics(vae: Any, latents: Tensor, side: int) -> GroupNormStatist
     """Statistics for ``shared`` decoding: of one decode of the canvas ``latents [1, C, H, W]`` at ``side`` latents."""
     statistics = GroupNormStatistics()
     with statistics.collect(vae):
-        vae.decode(to_vae(vae, small_canvas(latents.float(), side)).to(vae.dtype), return_dict=False)
+        vae.decode(placed(vae, to_vae(vae, small_canvas(latents.float(), side))), return_dict=False)
     return statistics
 
 
@@ -137,5 +143,5 @@ def encoder_statistics(vae: Any, pixels: Tensor) -> GroupNormStatistics:
     """Statistics for ``shared`` encoding: of the picture at a small size, ``[1, 3, h, w]`` in [-1, 1]."""
     statistics = GroupNormStatistics()
     with statistics.collect(vae):
-        vae.encode(pixels.to(vae.dtype), return_dict=False)
+        vae.encode(placed(vae, pixels), return_dict=False)
     return statistics

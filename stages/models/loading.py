@@ -16,6 +16,7 @@ from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
 from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
 from stages.memory.stream import WeightStreamer
+from stages.memory.stream_cuda import CudaStreamer
 from stages.models.checkpoint import Checkpoint, Component
 from stages.workflow.store import atomic_path
 
@@ -50,12 +51,14 @@ def open_model(
     mark: Callable[[str], None] = lambda _: None,
     optional: Iterable[str] = (),
     drop: Iterable[str] = (),
-) -> Iterator[WeightStreamer]:
+    device: str = "cpu",
+) -> Iterator[WeightStreamer | CudaStreamer]:
     """Build ``component`` on ``meta`` and give it its weights as ``plan`` says.
 
     ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit`` and ``ring_bytes`` (bytes), ``order`` (names
     of units as one pass calls them), ``prepared`` (path of the packed copy, or None). Without a plan all weights are
-    resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only decodes).
+    resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only decodes). On a GPU
+    the plan also says ``host`` and ``device_budget`` (bytes that the allocator may reserve, or None).
 
     Yields the streamer; its ``.model`` is the stock model.
     """
@@ -74,16 +77,22 @@ def open_model(
         source = PreparedSource(prepared(component, layout, Path(plan["prepared"])), layout, keep_cached=keep_cached())
     else:
         source = CheckpointSource(component.tensors, layout)
-    streamer = WeightStreamer(
-        model,
-        layout=layout,
-        units=units,
-        source=source,
-        resident=resident,
-        ring_bytes=plan.get("ring_bytes", 0),
-        micro_batch=micro_batch,
-        mark=mark,
-    )
+    common: dict[str, Any] = {
+        "layout": layout,
+        "units": units,
+        "source": source,
+        "resident": resident,
+        "ring_bytes": plan.get("ring_bytes", 0),
+        "micro_batch": micro_batch,
+        "mark": mark,
+    }
+    if device.startswith("cuda"):
+        if plan.get("device_budget"):
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, plan["device_budget"] / total), device)
+        streamer = CudaStreamer(model, device=device, host=plan.get("host", "pinned"), **common)
+    else:
+        streamer = WeightStreamer(model, **common)
     with streamer, torch.inference_mode():
         yield streamer
 

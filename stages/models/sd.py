@@ -99,7 +99,9 @@ class UNetDenoiser:
         """``[N, C, h, w]`` float32 predictions (noise or velocity, as the model was trained)."""
         samples = batch.samples.to(self.device, self.dtype).contiguous(memory_format=self._format)
         embeds = torch.stack(self._rows(batch.prompt_rows, batch.unconditional))
-        return self.unet(samples, timestep, encoder_hidden_states=embeds, return_dict=False)[0].float()
+        timestep = timestep.to(self.device)
+        predicted = self.unet(samples, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        return predicted.float().to(batch.samples.device)
 
     def _rows(self, rows: Sequence[int], unconditional: Sequence[bool]) -> list[Tensor]:
         return [(self._negative if u else self._positive)[row] for row, u in zip(rows, unconditional, strict=True)]

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint, read_json, write_json
 
 LOOK = "500MB"  # for the look at the models at least: a smaller budget fits no stage, but by how much has to be known
+DEVICE_LIBRARIES = 80_000_000  # bytes: workspaces of the matrix and convolution libraries
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 _COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
 
@@ -59,8 +61,13 @@ def plan(
         if state.stage.module in found
     ]
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
+    budget = parse_bytes(config.memory.budget)
+    on_gpu = str(config.device).startswith("cuda")
+    if on_gpu:  # what is planned is the device's memory: there is no process on it but this one's libraries
+        runner, budget = 0, parse_bytes(config.memory.device_budget or "1TB", "memory.device_budget")
+        profiles = [replace(one, base=DEVICE_LIBRARIES) for one in profiles]
     try:
-        plans = plan_run(profiles, parse_bytes(config.memory.budget), runner)
+        plans = plan_run(profiles, budget, runner)
     except OverBudget as error:
         raise DoesNotFit(_refusal(error, config)) from None
     by_name = {one.name: one for one in profiles}
@@ -108,7 +115,14 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
             "channels_last": bool(config.technique.channels_last),
         }
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
-    return {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared}
+    made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared}
+    if str(config.device).startswith("cuda"):
+        made["predicted_peak_vram_bytes"] = made.pop("predicted_peak_rss_bytes")
+        made["host"] = config.memory.host
+        made["device_budget"] = parse_bytes(config.memory.device_budget) if config.memory.device_budget else None
+        if _COMPONENT[_base(profile.name)] != "unet":  # small, and called in no fixed order
+            made |= {"resident": "all", "prepared": None}
+    return made
 
 
 def _refusal(error: OverBudget, config: DictConfig) -> str:
