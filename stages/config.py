@@ -166,7 +166,7 @@ class Config:
     force: bool = False
     progress: bool = True
     output_dir: str = "outputs"
-    regions: Any = field(default_factory=list)
+    regions: Any = None  # a list, a mapping, or the name of a file with either
     reroll: list[Any] = field(default_factory=list)
     device: str = "cpu"
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -15,8 +15,8 @@ from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
 from stages.context import StageContext
-from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import TensorRef, read_header, read_rows, read_tensor, write_tensors
+from stages.models.loading import Streamer
 from stages.models.vae import open_vae
 from stages.workflow.store import atomic_path
 
@@ -80,7 +80,7 @@ def _statistics(context: StageContext, vae: Any, canvas: TensorRef, side: int) -
     return statistics
 
 
-def _exact(context: StageContext, streamer: WeightStreamer, canvas: TensorRef, missing: list[Tile]) -> None:
+def _exact(context: StageContext, streamer: Streamer, canvas: TensorRef, missing: list[Tile]) -> None:
     """The whole canvas layer by layer over scratch files, then cut into tiles.
 
     Raises:

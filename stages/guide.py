@@ -17,8 +17,8 @@ from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, enc
 from stages.canvas.weights import grid_weights
 from stages.config import ConfigError
 from stages.context import StageContext
-from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import read_tensors, write_tensors
+from stages.models.loading import Streamer
 from stages.models.vae import open_vae
 from stages.workflow.store import atomic_path
 
@@ -91,7 +91,7 @@ def _tiles(size: Size, side: int) -> list[Tile]:
     return grid(size, Size(side, side), min(4, side // 4))
 
 
-def _decode(streamer: WeightStreamer, latents: Tensor, side: int) -> Image.Image:
+def _decode(streamer: Streamer, latents: Tensor, side: int) -> Image.Image:
     """The low-res picture; in tiles with shared statistics if it is larger than one."""
     vae: Any = streamer.model
     size = Size(latents.shape[-2], latents.shape[-1])
@@ -117,7 +117,7 @@ def _to_tensor(picture: Image.Image) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def _encode(context: StageContext, streamer: WeightStreamer, picture: Image.Image, size: Size) -> Tensor:
+def _encode(context: StageContext, streamer: Streamer, picture: Image.Image, size: Size) -> Tensor:
     """Guide latents of the canvas: each crop is cut from the enlarged picture, which never exists as a whole."""
     config, progress = context.config, context.progress
     vae: Any = streamer.model

@@ -16,8 +16,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from stages.canvas.regions import from_config
 from stages import phase_size
+from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, grid, latent_grid
 from stages.context import StageContext
 from stages.memory.imports import light_imports

@@ -103,6 +103,7 @@ def sample(
         plan=context.plan,
         micro_batch=batch,
         mark=progress.mark,
+        device=config.device,
     ) as streamer:
         denoiser = UNetDenoiser(
             streamer.model,

@@ -36,10 +36,11 @@ def run(context: StageContext) -> None:
         channels_last=False,
         plan=context.plan,
         mark=progress.mark,
+        device=config.device,
     ) as streamer:
         for prompt, negative in rows:  # a pair at a time: regions by the dozen take no more memory than one
             tokens = [known[prompt]], [known[negative]]
-            found.append(encode(streamer.model, *tokens, config.text_encode.clip_skip).float())
+            found.append(encode(streamer.model, *tokens, config.text_encode.clip_skip, config.device).float().cpu())
             progress.advance(2)
     embeds = torch.stack(found, dim=1)
     with atomic_path(context.output / "embeddings.safetensors") as temporary:

@@ -72,11 +72,11 @@ def rescale(config: DictConfig, size: Size) -> None:
     """Make ``config``'s canvas ``size`` pixels, regions and re-rolled rectangles with it."""
     regions, rerolls = written(scaled(from_config(config), size))
     config.width, config.height = size.width, size.height
-    config.regions, config.reroll = escape_all(regions) or [], rerolls
+    config.regions, config.reroll = escape_all(regions) or None, rerolls
 
 
 def parameter(config: DictConfig, key: str, stage: str) -> Any:
-    """What of ``regions`` or ``reroll`` makes the result of ``stage``; [] without any.
+    """What of ``regions`` or ``reroll`` makes the result of ``stage``.
 
     Texts for the text encoder, the low-res canvas' for ``lowres``, shapes for the ``profile``, all of it for the
     others; however they were written.

@@ -290,7 +290,8 @@ class CudaStreamer:
 
     def _capture(self, call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Any:
         static = [value.clone() for value in inputs]
-        call(*static)  # libraries set themselves up, which a capture does not allow
+        # libraries set themselves up, which a capture does not allow: two samples are enough, and take little memory
+        call(*(value[:2] if value.dim() else value for value in static))
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # the graph has a pool of its own; what the other one holds is of no use to it
         if self._graph_pool is None:

@@ -20,6 +20,7 @@ from stages.memory.stream_cuda import CudaStreamer
 from stages.models.checkpoint import Checkpoint, Component
 from stages.workflow.store import atomic_path
 
+Streamer = WeightStreamer | CudaStreamer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +53,7 @@ def open_model(
     optional: Iterable[str] = (),
     drop: Iterable[str] = (),
     device: str = "cpu",
-) -> Iterator[WeightStreamer | CudaStreamer]:
+) -> Iterator[Streamer]:
     """Build ``component`` on ``meta`` and give it its weights as ``plan`` says.
 
     ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit`` and ``ring_bytes`` (bytes), ``order`` (names

@@ -44,14 +44,19 @@ def unknown_words(prompt: str, tokenizer_folder: Path) -> list[str]:
 
 
 def encode(
-    text_encoder: nn.Module, prompts: Sequence[Tokens], negatives: Sequence[Tokens], clip_skip: int | None
+    text_encoder: nn.Module,
+    prompts: Sequence[Tokens],
+    negatives: Sequence[Tokens],
+    clip_skip: int | None,
+    device: str = "cpu",
 ) -> Tensor:
     """Hidden states ``[P + N, S, D]`` of the prompts and the negatives, in one pass.
 
     As diffusers' ``encode_prompt``: ``clip_skip`` is for the prompts, negatives always come from the last layer.
     """
     config: Any = text_encoder.config
-    ids, mask = (torch.cat([getattr(tokens, name) for tokens in (*prompts, *negatives)]) for name in ("ids", "mask"))
+    texts = (*prompts, *negatives)
+    ids, mask = (torch.cat([getattr(tokens, name) for tokens in texts]).to(device) for name in ("ids", "mask"))
     attended = mask if getattr(config, "use_attention_mask", False) else None
     if clip_skip is None:
         return text_encoder(ids, attention_mask=attended)[0]

@@ -8,9 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.memory.stream import WeightStreamer
-from stages.memory.stream_cuda import CudaStreamer
-from stages.models.loading import compute_dtype, open_checkpoint, open_model
+from stages.models.loading import Streamer, compute_dtype, open_checkpoint, open_model
 
 ENCODER, DECODER = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
 
@@ -24,7 +22,7 @@ def open_vae(
     decoder: bool = False,
     note: Callable[[str], None],
     mark: Callable[[str], None],
-) -> Iterator[WeightStreamer | CudaStreamer]:
+) -> Iterator[Streamer]:
     """The stock ``AutoencoderKL`` without the half that is not asked for; its weights as ``plan`` says."""
     unused = (() if encoder else ENCODER) + (() if decoder else DECODER)
     component = open_checkpoint(config, ("vae",), note).component("vae")
