@@ -74,12 +74,12 @@ def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
     with light_imports():
         from accelerate import init_empty_weights, load_checkpoint_and_dispatch
         from diffusers import UNet2DConditionModel
-    config = UNet2DConditionModel.load_config(f"{spec['checkpoint']}/unet")
+    config: Any = UNet2DConditionModel.load_config(f"{spec['checkpoint']}/unet")
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
+        unet: Any = UNet2DConditionModel.from_config(config)
     with tempfile.TemporaryDirectory(dir=spec["scratch"]) as folder:
         weights = f"{spec['checkpoint']}/unet/diffusion_pytorch_model.safetensors"
-        map_ = {name: "disk" for name, _ in unet.named_children()}
+        map_: dict[str, Any] = {name: "disk" for name, _ in unet.named_children()}
         map_["conv_norm_out"] = "cpu"  # with nothing but "disk" accelerate takes it for a device of safetensors
         options: dict[str, Any] = {"offload_folder": folder, "dtype": torch.bfloat16, "force_hooks": True}
         yield looped(load_checkpoint_and_dispatch(unet, weights, map_, **options), torch.bfloat16)

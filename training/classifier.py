@@ -14,7 +14,7 @@ from .specs import SETTINGS, SUBJECTS, TIMES
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 ATTRIBUTES = {"time": TIMES, "subject": SUBJECTS, "setting": SETTINGS}
-INPUT_SIZE = 128
+INPUT_SIZE = 192
 
 
 class Classifier(nn.Module):
