@@ -182,14 +182,17 @@ class Config:
     stitch: StitchConfig = field(default_factory=StitchConfig)
 
 
-def lowres_size(width: int, height: int, native: int, multiple: int) -> tuple[int, int]:
+def lowres_size(width: int, height: int, native: int, multiple: int, regions: bool = False) -> tuple[int, int]:
     """(width, height) of the low-res picture: the canvas' shape, scaled to the native area.
 
+    With regions its short side is native: each is a picture of its own, and the model follows its prompt far better
+    at its native size (two halves at 2:1, embedded model: 7 of 8 seeds as asked against 4 of 8).
     The short side never falls under half the native size (very long canvases are then denoised in
     tiles at low resolution too), and the picture is never larger than the canvas.
     """
     scale = native / math.sqrt(width * height)
-    scale = min(1.0, max(scale, native / 2 / min(width, height)))
+    least = native if regions else native / 2
+    scale = min(1.0, max(scale, least / min(width, height)))
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (width, height))  # type: ignore[return-value]
 
 
@@ -208,7 +211,7 @@ def resolve(config: DictConfig) -> DictConfig:
     native, factor = c["model"]["native_size"], c["model"]["vae_scale_factor"]
     denoise, decode, guide, lowres = c["denoise"], c["decode"], c["guide"], c["lowres"]
     if lowres["width"] is None or lowres["height"] is None:
-        size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"])
+        size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"], bool(c["regions"]))
         lowres["width"], lowres["height"] = lowres["width"] or size[0], lowres["height"] or size[1]
     guided = guide["mode"] != "none"
     if lowres["guidance_scale"] is None:
