@@ -95,7 +95,7 @@ def test_text_to_image(kind: str, folder: Path, tmp_path: Path, scheduler: str) 
     want = expected(stock(StableDiffusionPipeline, folder, scheduler), steps=6, size=(128, 64), guidance_scale=7.5)
     assert got.dtype == torch.float32 and got.shape == want.shape == (1, 4, 8, 16)
     assert want.std() > 0.1
-    assert torch.allclose(got, want, **CLOSE), (got - want).abs().max()
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
 
 
 def test_prediction_types_differ(small: Callable[[str], Path]) -> None:
@@ -120,7 +120,7 @@ def test_options(folder: Path, tmp_path: Path, values: dict[str, Any], arguments
     got = canvas(Work(tmp_path, folder), {**values, "denoise.num_inference_steps": 3})
     pipeline = stock(StableDiffusionPipeline, folder, "ddim")
     want = expected(pipeline, steps=3, size=(128, 64), **{"guidance_scale": 7.5, **arguments})
-    assert torch.allclose(got, want, **CLOSE), (got - want).abs().max()
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
     plain = expected(pipeline, steps=3, size=(128, 64), guidance_scale=7.5)
     assert not torch.allclose(plain, want, **CLOSE)  # the option does something
 
@@ -137,7 +137,7 @@ def test_single_file(kind: str, folder: Path, tmp_path: Path) -> None:
     got = canvas(work, {"model.config": str(folder), "denoise.num_inference_steps": 3})
     pipeline = stock(StableDiffusionPipeline, folder, "ddim", single=file)
     want = expected(pipeline, steps=3, size=(128, 64), guidance_scale=7.5)
-    assert torch.allclose(got, want, **CLOSE), (got - want).abs().max()
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_lowres(folder: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     found = Work(tmp_path, folder).run(values, until="lowres")
     got = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
     want = expected(stock(StableDiffusionPipeline, folder, "dpmpp_2m"), steps=4, size=size, guidance_scale=7.5)
-    assert torch.allclose(got, want, **CLOSE), (got - want).abs().max()
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -200,7 +200,7 @@ def test_guided_canvas_is_image_to_image(
         generator=torch.Generator().manual_seed(7),
         output_type="latent",
     ).images
-    assert torch.allclose(got, want, **CLOSE), (got - want).abs().max()
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
 
 
 @pytest.mark.parametrize("mode", ["independent", "shared"])
