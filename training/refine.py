@@ -48,7 +48,7 @@ def picture(spec: Spec, seeds: torch.Tensor, colours: torch.Tensor, vae: Any | N
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def scenes(seconds: float, seed: int, vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def scenes(seconds: float, seed: int, vae: Any | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Render for so long: pictures ``[N,3,S,S]`` uint8, labels ``[N,3]``; each subject in turn."""
     rng = random.Random(seed)
     images, targets = [], []
