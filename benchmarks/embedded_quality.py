@@ -4,7 +4,7 @@
     python -m benchmarks embedded_quality --run NAME      # judges outputs/NAME (or the folder of a run)
     python -m benchmarks embedded_quality --reuse         # judges the 64 pictures that lie there again
 
-The prompts are in benchmarks/embedded_prompts.txt; they were written before any of their pictures was made. A classifier
+The prompts are in benchmarks/embedded_prompts.txt, written before any of their pictures was made. A classifier
 trained on rendered scenes only (training/classifier.py) says what the pictures show: what it mixes up in rendered
 held-out scenes limits what it can confirm here, so its own accuracy is printed beside.
 The pictures are left in outputs/benchmarks/embedded_quality/, with a contact sheet: look at them.
