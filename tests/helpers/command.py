@@ -17,8 +17,9 @@ class Command:
 
     def __init__(self, script: Path, output_dir: Path, checkpoint: Path) -> None:
         self.output_dir = output_dir
-        self.common = [sys.executable, str(script), f"output_dir={output_dir}", f"model.path={checkpoint}"]
-        self.common.append("model.phase_growth=1")  # no upscaling phases, unless a test asks for them
+        # no upscaling phases, unless a test asks for them
+        self.common = [sys.executable, str(script), f"output_dir={output_dir}", "model.phase_growth=1"]
+        self.common.append(f"model.path={checkpoint}")
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
         search = os.pathsep.join([str(ROOT), str(HELPERS)])
