@@ -15,7 +15,8 @@ def result(name: str, status: str = "ran", peak: int = 500_000_000) -> StageResu
     return StageResult(name, status, "no result yet", 5.0, peak, 0, "f" * 64, "unet.20", (("unet.20", peak),), timeline)
 
 
-def test_both_files(make_config, tmp_path):
+def test_both_files(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "runner_peak", lambda: 40_000_000)  # this process has run other tests before
     config = make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"})
     (tmp_path / "image.png").write_bytes(b"png")
     predictions = {"denoise": {"predicted_peak_rss_bytes": 123_000_000}}
