@@ -17,9 +17,9 @@ class Command:
 
     def __init__(self, script: Path, output_dir: Path, checkpoint: Path) -> None:
         self.output_dir = output_dir
-        # no upscaling phases, unless a test asks for them
-        self.common = [sys.executable, str(script), f"output_dir={output_dir}", "model.phase_growth=1", "model.strength=0.4"]
-        self.common.append(f"model.path={checkpoint}")
+        # no upscaling phases, unless a test asks for them, and a strength that no model's file changes
+        self.common = [sys.executable, str(script), f"output_dir={output_dir}"]
+        self.common += ["model.phase_growth=1", "model.strength=0.4", f"model.path={checkpoint}"]
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
         search = os.pathsep.join([str(ROOT), str(HELPERS)])

@@ -61,7 +61,7 @@ def test_help_is_readable(cli):
 
 def test_groups_reach_the_config(toy):
     arguments = ["scheduler=dpmpp_2m_karras", "memory=minimal", "device=cuda", "experiment=quick", "model=sd15"]
-    done = toy("prompt=a", "run=x", "stage=plan", *arguments, f"model.path={toy.common[3].split('=')[1]}")
+    done = toy("prompt=a", "run=x", "stage=plan", *arguments, f"model.path={toy.common[-1].split('=')[1]}")
     assert done.returncode == 0, done.stderr
     saved = yaml.safe_load((toy.output_dir / "x" / "config.yaml").read_text())
     assert saved["scheduler"]["options"]["use_karras_sigmas"] is True
