@@ -169,6 +169,7 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
     if config.guide.mode == "none" or config.guide.image:
         del jobs["lowres"]
     found: dict[str, dict[str, Any]] = {}
+    passes: dict[tuple[int, int], tuple[int, list[dict[str, Any]]]] = {}
     for name, (canvas_of, count) in jobs.items():
         canvas, views, _ = canvas_of(config)
         nbytes = config.model.latent_channels * canvas.height * canvas.width * 4
@@ -182,9 +183,11 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
             embeds = torch.empty((samples, 77, context), dtype=dtype, device="meta")
             return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
 
-        weights, cut = cuts(component, dtype, call, channels_last=last, size=size)
+        if (height, width) not in passes:  # the low-res picture is often as large as a tile
+            passes[height, width] = cuts(component, dtype, call, channels_last=last, size=size)
+        weights, cut = passes[height, width]
         # views with and without guidance do not share a micro-batch
-        samples = [sum(view.passes for view in views if view.passes == passes) for passes in (1, 2)]
+        samples = [sum(view.passes for view in views if view.passes == guided) for guided in (1, 2)]
         masks = sum(view.weight.mask.nbytes for view in views if view.weight.mask is not None)
         found[name] = {
             "extra": masks + 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
