@@ -35,21 +35,21 @@ TILES, MB = 25, 1_000_000
 
 
 def make_unet(device: str) -> Any:
-    """The UNet with the same random weights in every process, made on ``device``, fp16."""
+    """The UNet with the same random weights in every process, on ``device``, fp16."""
     with light_imports():
         from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
-    unet = unet.half().to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    unet = unet.half().to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)  # of the CPU: one sequence, whatever the device
     for name, parameter in unet.named_parameters():
         if parameter.dim() > 1:
             std = parameter[0].numel() ** -0.5
             parameter.data.normal_(0, std, generator=generator)
         else:
             parameter.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return unet.eval().requires_grad_(False)
+    return unet.to(device).eval().requires_grad_(False)
 
 
 def inputs(samples: int, side: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ class _CompilerStandIn(ModuleType):
         return False
 
 
-_OPTIONAL = ("transformers", "peft")  # diffusers runs without them
+_OPTIONAL = ("transformers", "peft", "scipy", "torchvision")  # diffusers runs without them
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def light_imports() -> Iterator[None]:
 
     name = "torch._dynamo"
     stand_in = None if name in sys.modules else _CompilerStandIn(name)
-    hidden = [package for package in ("transformers", "peft", "scipy", "torchvision") if package not in sys.modules]
+    hidden = [package for package in _OPTIONAL if package not in sys.modules]
     if stand_in is not None:
         sys.modules[name] = stand_in
         torch._dynamo = stand_in  # type: ignore[attr-defined]
