@@ -49,7 +49,8 @@ def make_unet(device: str) -> Any:
             parameter.data.normal_(0, std, generator=generator)
         else:
             parameter.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return unet.to(device).eval().requires_grad_(False)
+    made: Any = unet.eval().requires_grad_(False)
+    return made.to(device)
 
 
 def inputs(samples: int, side: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
