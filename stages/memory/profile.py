@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stages.memory import stream
 from stages.memory.layout import Unit
+from stages.memory.planner import Line
 
 _aten = torch.ops.aten
 # Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight).
@@ -169,20 +170,7 @@ def trace(model: nn.Module, units: Sequence[Unit], call: Callable[[], Any], micr
     return follower.trace
 
 
-@dataclass(kw_only=True)
-class Segment:
-    """A unit's peak as a straight line: ``fixed + slope * micro_batches`` bytes of activations, plus workspace."""
-
-    unit: str
-    fixed: int
-    slope: int
-    workspace: int
-
-    def peak(self, micro_batches: int) -> int:
-        return self.fixed + self.slope * micro_batches + self.workspace
-
-
-def segments(two: Trace, three: Trace) -> list[Segment]:
+def segments(two: Trace, three: Trace) -> list[Line]:
     """Lines through the traces of two and of three micro-batches; dominated lines of a unit are left out."""
     if len(two.events) != len(three.events):
         raise RuntimeError(f"traces differ: {len(two.events)} and {len(three.events)} operations")
@@ -191,7 +179,7 @@ def segments(two: Trace, three: Trace) -> list[Segment]:
         slope = b.live - a.live
         key = (a.unit, a.live - 2 * slope, slope)
         best[key] = max(best.get(key, 0), a.workspace)
-    lines = [Segment(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
+    lines = [Line(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
     kept = []
     for unit in dict.fromkeys(line.unit for line in lines):
         mine = [line for line in lines if line.unit == unit]
