@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib
 import json
 import mmap
@@ -80,6 +81,16 @@ def peak_vram() -> int:
     return int(torch.cuda.max_memory_reserved())
 
 
+def stage_module(name: str) -> Any:
+    """Import it without looking for garbage meanwhile: half a million objects that stay (a fifth of the time)."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def compute(state: StageState, context: StageContext, module: str, force: bool) -> str:
     """Run the stage under its lock unless another process did meanwhile; returns ran | resumed | reused."""
     lock = state.entry.lock()
@@ -92,7 +103,7 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
         if not force and state.entry.manifest() is not None:
             return "reused"
         state.entry.prepare(force=force)
-        info = importlib.import_module(f"{module}.{state.stage.module}").run(context)
+        info = stage_module(f"{module}.{state.stage.module}").run(context)
         context.progress.flush()
         state.entry.commit(info)
         return "resumed" if context.progress.resumed_because else "ran"
@@ -160,4 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; taking libraries down in order would take half a second more

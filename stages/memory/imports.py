@@ -1,9 +1,10 @@
-"""Import diffusers' models without what they pull in but these stages never call: graph compiler, transformers, scipy.
+"""Import diffusers' and transformers' models without what they pull in but these stages never call.
 
 ``torch.compiler.disable`` imports ``torch._dynamo`` (and with it sympy, fsdp and symbolic shapes) at class definition,
-and diffusers imports transformers and scipy wherever they are installed: together about 165 MB of RES and 3 s per
-process. While diffusers is imported, decorators meet an identity instead and the two look as if they were not installed
-(which diffusers supports); afterwards all can be imported as ever.
+diffusers imports transformers and scipy wherever they are installed, and transformers distributed tensors, its losses
+(scipy) and its image processors (torchvision): 145 to 165 MB of RES and 3 s per process. While they are imported,
+decorators meet an identity instead, and the rest looks as if it were not installed (which both libraries support);
+afterwards all can be imported as ever.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 
 def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
@@ -32,27 +34,39 @@ class _CompilerStandIn(ModuleType):
         return False
 
 
+class _TransformGetItemToIndex:
+    """A context that transformers' masks enter where they are made with vmap, which these stages' models do not."""
+
+    def __enter__(self) -> None:
+        raise RuntimeError("masks by vmap need torch._dynamo: import transformers without light_imports")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 _OPTIONAL = ("transformers", "peft", "scipy", "torchvision")  # diffusers runs without them
 
 
 @contextmanager
-def light_imports() -> Iterator[None]:
-    """Import diffusers classes inside; what is loaded already stays as it is."""
+def light_imports(*needed: str) -> Iterator[None]:
+    """Import classes of diffusers, or of ``needed`` (transformers), inside; what is loaded already stays as it is."""
     import torch
+    import torch.distributed
 
-    name = "torch._dynamo"
-    stand_in = None if name in sys.modules else _CompilerStandIn(name)
-    hidden = [package for package in _OPTIONAL if package not in sys.modules]
-    if stand_in is not None:
-        sys.modules[name] = stand_in
-        torch._dynamo = stand_in  # type: ignore[attr-defined]
-    for package in hidden:
-        sys.modules[package] = None  # type: ignore[assignment]
+    stand_ins: dict[str, Any] = {}
+    if "torch._dynamo" not in sys.modules:
+        wrapped = ModuleType("torch._dynamo._trace_wrapped_higher_order_op")
+        wrapped.TransformGetItemToIndex = _TransformGetItemToIndex  # type: ignore[attr-defined]
+        compiler = _CompilerStandIn("torch._dynamo")
+        stand_ins = {compiler.__name__: compiler, wrapped.__name__: wrapped}
+        torch._dynamo = compiler  # type: ignore[attr-defined]
+    hidden = [name for name in _OPTIONAL if name not in needed and name not in sys.modules]
+    sys.modules |= {**stand_ins, **dict.fromkeys(hidden)}  # type: ignore[arg-type]
     try:
-        yield
+        with patch.object(torch.distributed, "is_available", lambda: False):
+            yield
     finally:
-        for package in hidden:
-            del sys.modules[package]
-        if stand_in is not None:
+        for name in (*hidden, *stand_ins):
             del sys.modules[name]
+        if stand_ins:
             del torch._dynamo  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +174,8 @@ class Checkpoint:
 
     def tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
         """The CLIP tokenizer; a single file's is in ``config`` or the hub's cache. CheckpointError if it is nowhere."""
-        from transformers import CLIPTokenizer
+        with light_imports("transformers"):
+            from transformers import CLIPTokenizer
 
         if (self.folder / name).is_dir():
             return CLIPTokenizer.from_pretrained(self.folder / name)
@@ -186,16 +186,19 @@ class Checkpoint:
 
 def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
     """An instance of a stock class, its parameters on ``meta``. The class is looked up by name in its library."""
-    from_diffusers = "_class_name" in config
-    with light_imports() if from_diffusers else nullcontext():
-        library = importlib.import_module("diffusers" if from_diffusers else "transformers")
-        model_class = getattr(library, class_name, None)
+    library = "diffusers" if "_class_name" in config else "transformers"
+    with light_imports(library):
         from accelerate import init_empty_weights
+
+        model_class = getattr(importlib.import_module(library), class_name, None)
     if model_class is None:
-        raise CheckpointError(f"{library.__name__} has no class {class_name}, which the checkpoint's config names.")
-    with init_empty_weights():
-        if from_diffusers:
+        raise CheckpointError(f"{library} has no class {class_name}, which the checkpoint's config names.")
+    if library == "diffusers":
+        with init_empty_weights():
             return model_class.from_config(config)
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(), no_init_weights():  # random numbers for a meta tensor would import torch._dynamo
         return model_class(model_class.config_class.from_dict(config))
 
 

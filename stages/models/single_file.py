@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header
 from stages.models.locate import CheckpointError, local_path
 
@@ -64,7 +65,8 @@ class SingleFile:
 
     def tokenizer(self) -> CLIPTokenizer:
         """CLIP's tokenizer from the hub or its cache: a single file does not hold the vocabulary."""
-        from transformers import CLIPTokenizer
+        with light_imports("transformers"):
+            from transformers import CLIPTokenizer
 
         pad: dict[str, Any] = {"pad_token": "!"} if self.family == "sd21" else {}
         try:
