@@ -36,7 +36,7 @@ from stages.workflow.store import write_json
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
 # buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
 CODE, PRIMITIVES, FULL_SIZE = 20_000_000, 24_000_000, 80_000_000
-TRANSFORMERS = 121_000_000  # what transformers' CLIP classes take more than diffusers' models, with all they touch
+TRANSFORMERS = 4_000_000  # what transformers' CLIP classes take more than diffusers' models, with all they touch
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -89,10 +89,10 @@ def cuts(
     largest_leaf = max(unit.nbytes for unit in split_units(model, layout, 0))
     for limit in (layout.nbytes, largest_leaf):
         units = split_units(model, layout, limit)
-        counts = (2, 3) if size else (1, 1)
+        counts = (2, 3) if size else (1,)  # nothing grows with a group of one
         traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
-        lines = segments(*traces)
-        if not size:  # nothing grows with a group of one
+        lines = segments(traces[0], traces[-1])
+        if not size:
             lines = [replace(line, slope=0) for line in lines]
         found.append(
             {
@@ -122,11 +122,12 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
     base = usage(os.getpid()).rss
     del held
     rate = flops_per_second(dtype)
-    profiles = {
-        "text_encode": {**_text(config, checkpoint, dtype), "base": base + TRANSFORMERS},
-        **{name: {**found, "base": base} for name, found in _denoisers(config, checkpoint, dtype, last).items()},
-        **{name: {**found, "base": base} for name, found in _vaes(config, checkpoint, dtype, last).items()},
-    }
+    with light_imports("transformers"):  # passes on meta too would import the graph compiler
+        profiles = {
+            "text_encode": {**_text(config, checkpoint, dtype), "base": base + TRANSFORMERS},
+            **{name: {**found, "base": base} for name, found in _denoisers(config, checkpoint, dtype, last).items()},
+            **{name: {**found, "base": base} for name, found in _vaes(config, checkpoint, dtype, last).items()},
+        }
     for name, profile in profiles.items():
         profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS}
         profile["base"] += staging(profile["cuts"][-1]["nbytes"].values())
