@@ -1,0 +1,159 @@
+"""Polish the shipped autoencoder's decoder: ``python -m training.polish --out DIR``, five minutes on a GPU.
+
+A small convolutional decoder draws steps between the 8-pixel squares of neighbouring latents a little steeper than
+steps within them: a lattice, and tile borders lie on its lines. This goes on from the shipped decoder with a term that
+asks for the scene's own steepness on every line, whatever its place in the square. The encoder stays as it is, so that
+latents, and the denoiser that was trained on them, stay valid.
+"""
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .autoencoder import measure_autoencoder, reconstruction_loss
+from .clock import Clock, Phase
+from .library import Library
+from .optim import Trainee
+from .source import Ring, Source
+from .train import HELD_OUT
+
+MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
+FACTOR = 8
+LATENT_NOISE = 0.15  # at most, in standard deviations of a latent: what a denoiser leaves
+
+
+def steepness(images: torch.Tensor) -> torch.Tensor:
+    """Mean step across the lines at each place in the square of a latent: ``[2, 8]``, columns and rows.
+
+    Line 0 lies between two latents, line 4 in the middle of one. images ``[B,3,H,W]``, H and W multiples of 8.
+    """
+    across = (images[..., 1:] - images[..., :-1]).abs().mean((0, 1, 2))
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((0, 1, 3))
+    found = []
+    for steps in (across, down):  # entry i is the line before pixel i + 1
+        place = torch.arange(1, len(steps) + 1, device=steps.device) % FACTOR
+        sums = torch.zeros(FACTOR, device=steps.device, dtype=steps.dtype).index_add(0, place, steps)
+        found.append(sums / torch.bincount(place, minlength=FACTOR))
+    return torch.stack(found)
+
+
+def lattice_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """How unevenly the steepness of ``want`` is met over the places in a square: 0 when all are met alike."""
+    share = steepness(got) / steepness(want).clamp_min(1e-4)
+    return (share - share.mean(1, keepdim=True)).abs().mean() + (share[:, 0] - share[:, 1:].mean(1)).abs().mean()
+
+
+def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: float, weight: float, pool: int) -> Any:
+    """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched."""
+    device = source.device
+    polished, vae = vae, copy.deepcopy(vae).train()
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    trainee = Trainee(modules, device=device, decay=0.999)
+    vae.encoder.to(trainee.dtype).requires_grad_(False)
+    vae.quant_conv.to(trainee.dtype).requires_grad_(False)
+    first = source.draw()
+    ring = Ring(max(2, pool // len(first.images)) * len(first.images), images=_pack(first.images))
+    for crops in (False, True) * 8:
+        ring.add(images=_pack(source.draw(crops).images))
+    size, std = source.size, 1 / vae.config.scaling_factor
+    phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
+    while phase.go():
+        ring.add(images=_pack(source.draw().images))
+        images = ring.sample(batch, source.generator)["images"]
+        if phase.share < 0.75:
+            top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
+            images = images[..., top : top + size // 2, left : left + size // 2]
+        else:
+            images = images[: max(1, batch // 4)]
+        images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.encode(images.to(trainee.dtype)).latent_dist.mode().float()
+            noise = torch.rand(len(latents), 1, 1, 1, generator=source.generator, device=device) ** 2
+            latents = latents + LATENT_NOISE * std * noise * torch.randn_like(latents)
+        got = vae.decode(latents.to(trainee.dtype)).sample.float()
+        lattice = lattice_loss(got, images)
+        loss = reconstruction_loss(got, images)
+        trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
+        phase.tick(len(images), loss=loss.detach(), lattice=lattice.detach())
+    for name, module in trainee.ema.items():
+        getattr(polished, name).load_state_dict(module.state_dict())
+    return polished
+
+
+def _pack(images: torch.Tensor) -> torch.Tensor:
+    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+@torch.no_grad()
+def lattice(vae: Any, source: Source, rounds: int) -> float:
+    """Steepness between latents / elsewhere in decoded held-out scenes, over the same of the scenes (1: no lattice)."""
+    got, want = [], []
+    for i in range(rounds):
+        for images in source.draw(crops=i % 2 == 1).images.split(16):
+            got.append(steepness(vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)))
+            want.append(steepness(images))
+    share = torch.stack(got).mean(0) / torch.stack(want).mean(0)
+    return (share[:, 0].mean() / share[:, 1:].mean()).item()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    from diffusers import AutoencoderKL
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for vae.safetensors (fp16) and polish.json")
+    parser.add_argument("--model", type=Path, default=MODEL, help="diffusers folder to go on from")
+    parser.add_argument("--minutes", type=float, default=4.5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--weight", type=float, default=0.3, help="of the lattice term")
+    parser.add_argument("--groups", type=int, default=400)
+    parser.add_argument("--per-group", type=int, default=64)
+    parser.add_argument("--held-groups", type=int, default=32)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--pool", type=int, default=12288)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    began, device = time.monotonic(), torch.device(given.device)
+    torch.manual_seed(given.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = vae.to(device, memory_format=torch.channels_last)
+    library = Library.make(given.groups, given.per_group, given.seed + 101, device)
+    source = Source(library, device, given.seed + 102, size=given.size)
+
+    def figures(model: Any) -> dict[str, float]:
+        held = Library.make(given.held_groups, 8, given.seed + 7919, device)
+        scenes = [Source(held, device, 99, size=given.size, seed_base=HELD_OUT) for _ in range(2)]
+        measured = measure_autoencoder(model, scenes[0], given.held_groups)
+        return measured | {"lattice": lattice(model, scenes[1], given.held_groups)}
+
+    result: dict[str, Any] = {"before": figures(vae.eval())}
+    print("before", result["before"], flush=True)
+    vae = polish(
+        vae,
+        source,
+        seconds=60 * given.minutes,
+        batch=given.batch,
+        peak_lr=given.lr,
+        weight=given.weight,
+        pool=given.pool,
+    )
+    result |= {"after": figures(vae), "seconds": time.monotonic() - began}
+    print("after", result["after"], flush=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in vae.state_dict().items()}
+    save_file(weights, given.out / "vae.safetensors")
+    (given.out / "polish.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
