@@ -98,7 +98,8 @@ PROFILE = Stage(
     version=4,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
-        *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "decode", "technique.channels_last"),
+        *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "denoise.dilated.enabled"),
+        *("decode", "technique.channels_last"),
         *("guide.mode", "guide.image", "guide.upscale", "guide.tile_size", "guide.phases", "model.native_size"),
     ),
     needs=lambda config: (),

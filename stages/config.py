@@ -122,6 +122,16 @@ class GuideConfig:
 
 
 @dataclass(kw_only=True)
+class DilatedConfig:
+    """DemoFusion's dilated sampling: a global look at the canvas in every step, up to twice the passes."""
+
+    enabled: bool = False
+    cosine_scale: float = 1.0  # exponent of its weight, which falls with the noise
+    sigma: float = 0.8  # latents: of the blur before it, where the noise is strongest
+    sigma_scale: float = 1.0  # exponent of the blur's fall
+
+
+@dataclass(kw_only=True)
 class DenoiseConfig:
     """Mixture of Diffusers over the canvas."""
 
@@ -131,6 +141,7 @@ class DenoiseConfig:
     tile_size: int | None = None  # pixels; derived: native size
     overlap: int | None = None  # pixels; derived: a quarter of the tile
     blend: str = "gaussian"
+    dilated: DilatedConfig = field(default_factory=DilatedConfig)
 
 
 @dataclass(kw_only=True)

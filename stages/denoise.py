@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.canvas.dilated import Dilated
 from stages.canvas.tiles import latent_grid
 from stages.context import StageContext
 from stages.memory.tensors import read_tensors, write_tensors
@@ -16,9 +17,9 @@ def run(context: StageContext) -> None:
     config = context.config
     factor = config.model.vae_scale_factor
     tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, factor)
-    guide: dict[str, Any] = {}
+    guide: dict[str, Any] = {"dilated": Dilated.of(config)}
     if config.guide.mode != "none":
-        guide = {
+        guide |= {
             "guide": read_tensors(context.input("guide") / "latents.safetensors")["latents"],
             "guide_mode": config.guide.mode,
             "strength": config.denoise.strength,

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from stages import phase_size
+from stages.canvas.dilated import dilated_views
 from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, grid, latent_grid
 from stages.context import StageContext
@@ -189,7 +190,12 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
         weights, cut = passes[height, width]
         # views with and without guidance do not share a micro-batch
         samples = [sum(view.passes for view in views if view.passes == guided) for guided in (1, 2)]
-        masks = sum(view.weight.mask.nbytes for view in views if view.weight.mask is not None)
+        more = dilated_views(config)[2] if name == "denoise" else []
+        samples += [sum(view.passes for view in more if view.passes == guided) for guided in (1, 2)]
+        kept = {id(mask): mask.nbytes for view in (*views, *more) if (mask := view.weight.mask) is not None}
+        masks = sum(kept.values())  # the sub-canvases share theirs
+        if more:
+            masks += 4 * nbytes  # the blurred canvas, its sub-canvases side by side, padding, their accumulator
         found[name] = {
             "extra": masks + 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
             "weights": weights,

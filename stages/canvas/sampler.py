@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.canvas import guides
+from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, TileBatch
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -30,6 +31,7 @@ class Sampler:
         guide_mode: ``sdedit``, ``hold``, ``skip_residual`` or ``none``.
         strength: share of the schedule that runs, as in diffusers' img2img; 1 without a guide.
         hold_share, skip_residual_power: see :mod:`stages.canvas.guides`.
+        dilated: the global term that joins every prediction, if there is one.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Sampler:
         strength: float = 1.0,
         hold_share: float = 0.0,
         skip_residual_power: float = 3.0,
+        dilated: Dilated | None = None,
     ) -> None:
-        self.scheduler, self.mixture, self.generator = scheduler, mixture, generator
+        self.scheduler, self.mixture, self.generator, self.dilated = scheduler, mixture, generator, dilated
         self._noise, self._guide, self._mode = noise, guide, guide_mode
         self._hold_share, self._power = hold_share, skip_residual_power
         scheduler.set_timesteps(num_inference_steps)
@@ -97,6 +100,11 @@ class Sampler:
         scaled = self.scheduler.scale_model_input(latents, timestep)
         # a copy: some schedulers keep the prediction for the next steps, and the mixture uses its tensor again
         prediction = self.mixture.predict(scaled, lambda batch: denoise(batch, timestep), group_size).clone()
+        if self.dilated is not None:
+            total = self.scheduler.config.num_train_timesteps
+            self.dilated.mix(
+                prediction, scaled, lambda batch: denoise(batch, timestep), float(timestep), total, group_size
+            )
         del scaled
         self.latents = self.scheduler.step(prediction, timestep, latents, **self._step_arguments, return_dict=False)[0]
         self.step += 1

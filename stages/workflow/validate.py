@@ -216,6 +216,9 @@ def _numbers(config: DictConfig) -> None:
         raise ConfigError("guide.hold_steps", config.guide.hold_steps, "a share of the steps, 0 to 1")
     if not 0 < config.guide.skip_residual_power <= 100:
         raise ConfigError("guide.skip_residual_power", config.guide.skip_residual_power, "more than 0, at most 100")
+    for name in ("cosine_scale", "sigma", "sigma_scale"):
+        if not 0 < config.denoise.dilated[name] <= 100:
+            raise ConfigError(f"denoise.dilated.{name}", config.denoise.dilated[name], "more than 0, at most 100")
     if config.text_encode.clip_skip is not None:
         _at_least(config, "text_encode.clip_skip", 0)
     if not 0 <= config.stitch.compression <= 9:

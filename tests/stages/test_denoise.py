@@ -167,3 +167,43 @@ def test_weights_are_not_touched_by_inference_mode(work: Work) -> None:
     """The latents can be used by whoever called the stage: they are no inference tensors of a closed model."""
     latents = canvas(work.run(QUICK, until="denoise")["denoise"])
     assert nn.functional.relu(latents.requires_grad_()).sum().backward() is None
+
+
+@pytest.mark.parametrize("size", [(192, 128), (200, 168)])
+def test_dilated_sampling_joins_every_mode_and_resumes(
+    work: Work, monkeypatch: pytest.MonkeyPatch, samples: list[int], size: tuple[int, int]
+) -> None:
+    values = {"width": size[0], "height": size[1], "denoise.num_inference_steps": 3, "denoise.strength": 1.0}
+    plan = {"denoise": {"micro_batch": 4, "group_size": 2}}
+    on = {**values, "denoise.dilated.enabled": True}
+    for mode in ("sdedit", "skip_residual", "none"):
+        plain = canvas(work.run({**values, "guide.mode": mode}, until="denoise", plan=plan)["denoise"])
+        found = canvas(work.run({**on, "guide.mode": mode}, until="denoise", plan=plan)["denoise"])
+        assert found.isfinite().all() and not torch.equal(found, plain)
+    samples.clear()
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+    on["guide.mode"] = "none"
+    original = sd.UNetDenoiser.__call__
+
+    def fails(self: Any, batch: Any, timestep: Tensor) -> Tensor:
+        if float(timestep) < 500:
+            raise RuntimeError("pulled the plug")
+        return original(self, batch, timestep)
+
+    monkeypatch.setattr(sd.UNetDenoiser, "__call__", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        second.run(on, until="denoise", plan=plan)
+    monkeypatch.setattr(sd.UNetDenoiser, "__call__", original)
+    again = canvas(second.run(on, until="denoise", plan=plan)["denoise"])
+    assert second.status == "resumed" and torch.equal(again, found)
+
+
+def test_dilated_sampling_is_planned(work: Work) -> None:
+    from stages.profile import profile_run
+
+    values = {"width": 192, "height": 128, "guide.mode": "none"}
+    off = profile_run(work.config(values))["denoise"]
+    on = profile_run(work.config({**values, "denoise.dilated.enabled": True}))["denoise"]
+    # 4 x 3 tiles, and two in each of 2 x 2 sub-canvases of 12 x 8 latents: pairs in micro-batches of 16
+    assert (off["micro_batch"], off["micro_batches"], on["micro_batches"]) == (16, 2, 3)
+    assert on["extra"] > off["extra"]
