@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks._measure import RESULTS, finish, runner, table
 from stages.canvas import seams
-from stages.canvas.tiles import Tile, latent_grid
+from stages.canvas.tiles import latent_grid
 from stages.config import ROOT, load
 from stages.workflow.store import atomic_path
 
@@ -200,24 +200,9 @@ def judge_run(run: Path) -> dict[str, Any]:
         found[f"{name}_seams"] = {
             "ratio": seen.ratio,
             "local_ratio": seen.local_ratio,
-            "lattice_ratio": lattice_ratio(seen, tiles, factor),
+            "lattice_ratio": seen.lattice_ratio,
         }
     return found
-
-
-def lattice_ratio(seen: seams.SeamReport, tiles: list[Tile], factor: int) -> float:
-    """Mean gradient across tile borders / across the other lines between latents.
-
-    Borders always lie between two latents, and there a small VAE's decoder makes steeper steps with or without tiles
-    (7 to 13% in the embedded model's pictures): only lines of the same phase show what the tiles themselves add.
-    """
-    at, elsewhere = [], []
-    steps = (seen.columns.mean(axis=0), seen.rows.mean(axis=1))
-    for line, borders in zip(steps, seams.border_positions(tiles, seen.size), strict=True):
-        others = sorted(set(range(factor, len(line) + 1, factor)) - set(borders))
-        at += [line[p - 1] for p in borders]
-        elsewhere += [line[[p - 1 for p in others]].mean()] * len(borders)
-    return float(np.mean(at) / np.mean(elsewhere))
 
 
 def own_run() -> Path:

@@ -49,7 +49,8 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--width", type=int, default=2048)
     options.add_argument("--height", type=int, default=1024)
-    options.add_argument("--seeds", type=int, default=20)
+    options.add_argument("--seeds", type=int, default=20, help="how many")
+    options.add_argument("--first", type=int, default=0, help="the first of them")
     options.add_argument("overrides", nargs="*", help="more overrides of the runs, for example guide.mode=none")
     given = options.parse_args()
     output, pictures = RESULTS / "runs" / "regions", RESULTS / "regions"
@@ -57,7 +58,7 @@ def main() -> int:
     pictures.mkdir(parents=True, exist_ok=True)
     size = [f"width={given.width}", f"height={given.height}"]
     rows: list[dict[str, Any]] = []
-    for seed in range(given.seeds):
+    for seed in range(given.first, given.first + given.seeds):
         chosen = [*model_overrides("embedded", given.checkpoint), *size, regions(), GUIDANCE, f"seed={seed}"]
         done = runner(output, "run=x", "progress=false", *chosen, *given.overrides).check()
         picture = pictures / f"{given.width}x{given.height}_{seed:02d}.png"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stages.canvas import seams
+from stages.canvas import seam_map, seams
 from stages.canvas.bands import Bands
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.config import load
@@ -115,10 +115,12 @@ def judge(run: Path) -> dict[str, Any]:
         # from the tiles, not the PNG: a picture of any size is then read band by band
         with Bands(run / "decode" / "tiles", grids["decode"]) as bands:
             report = seams.measure(bands, tiles)
-        print(f"{node}: ratio {report.ratio:.3f}, near the borders {report.local_ratio:.3f}\n{seams.table(report)}\n")
+        print(
+            f"{node}: ratio {report.ratio:.3f}, near the borders {report.local_ratio:.3f}\n{seam_map.table(report)}\n"
+        )
         with atomic_path(run / f"seams_{node}.png") as temporary:
-            temporary.write_bytes(seams.heat_map(report))
-        found[node] = {"ratio": report.ratio, "local_ratio": report.local_ratio}
+            temporary.write_bytes(seam_map.heat_map(report))
+        found[node] = {"ratio": report.ratio, "local_ratio": report.local_ratio, "lattice_ratio": report.lattice_ratio}
     return found
 
 

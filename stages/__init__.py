@@ -86,7 +86,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="stitch",
-        version=1,
+        version=2,
         parameters=("width", "height", "decode.tile_size", "decode.overlap", "stitch", "model.name", "scheduler.name"),
         needs=lambda config: ("decode",),
     ),

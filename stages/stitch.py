@@ -13,9 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from stages import PIPELINE
 from stages.canvas.bands import Bands
 from stages.canvas.png import PngWriter
-from stages.canvas.tiles import latent_grid
+from stages.canvas.seam_map import heat_map, plain
+from stages.canvas.seams import Gradients, Meter, judge
+from stages.canvas.tiles import Size, latent_grid
 from stages.context import StageContext
-from stages.workflow.store import atomic_path
+from stages.workflow.store import atomic_path, write_json
 
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
 
@@ -55,7 +57,7 @@ def parameters(config: DictConfig) -> str:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Blend ``decode/tiles`` into ``image.png``.
+    """Blend ``decode/tiles`` into ``image.png``; beside it ``seams.json`` and maps: how visible the tiles' borders are.
 
     Raises:
         ValueError: a tile is missing or is no tile of this canvas.
@@ -68,7 +70,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "parameters": parameters(config),
         "highres_lowram": json.dumps(settings(config), ensure_ascii=False, sort_keys=True),
     }
-    image = context.output / "image.png"
+    image, meter = context.output / "image.png", Meter(Size(config.height, config.width))
     threads = config.launch.threads or os.cpu_count() or 1
     try:
         with Bands(context.inputs["decode"] / "tiles", tiles) as bands, atomic_path(image) as temporary:
@@ -82,14 +84,34 @@ def run(context: StageContext) -> dict[str, Any]:
                 for band in bands:
                     context.progress.mark("blend")
                     png.write(band)
+                    meter.add(band)
                     context.progress.advance()
     except ValueError as error:
         hint = f"Make the tiles again: python runner.py run={config.run} stage=decode force=true"
         raise ValueError(f"stitch: {error}. {hint}") from error
+    write_seams(context, meter.gradients())
     if config.stitch.format != "png":
         context.progress.mark(config.stitch.format)
         convert(image, config.stitch.format)
     return {"width": config.width, "height": config.height, "tiles": len(tiles)}
+
+
+def write_seams(context: StageContext, gradients: Gradients) -> None:
+    """``seams.json`` (``{grid: ratios and borders}``) and ``seams_<grid>.png`` of the denoise and the decode tiles.
+
+    Regions have tiles of their own, whose borders are not those of one grid: then only the decode tiles'.
+    """
+    config, found = context.config, {}
+    factor = config.model.vae_scale_factor
+    for name in ("decode",) if config.regions else ("denoise", "decode"):
+        node = config[name]
+        tiles = latent_grid(config.width, config.height, node.tile_size, node.overlap, factor)
+        if len(tiles) > 1:
+            report = judge(gradients, [tile.scaled(factor) for tile in tiles], factor)
+            found[name] = plain(report)
+            with atomic_path(context.output / f"seams_{name}.png") as temporary:
+                temporary.write_bytes(heat_map(report, side=480))
+    write_json(context.output / "seams.json", found)
 
 
 def convert(image: Path, kind: str) -> None:

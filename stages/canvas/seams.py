@@ -1,11 +1,10 @@
 """How visible tile borders are: the gradient across them against the gradient elsewhere. numpy and Pillow only.
 
-A picture is read once, in row bands, so its size does not matter.
+A picture is read once, in row bands, and only sums are kept, so its size does not matter; ``seam_map`` draws them.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,8 +14,9 @@ from PIL import Image
 
 from stages.canvas.tiles import Size, Tile
 
-BLOCK = 64  # pixels: borders are judged in pieces of this length
+BLOCK, PIECES = 64, 128  # borders are judged in pieces of 64 pixels, or as many as make 128 pieces of the longer side
 NEAR = 16  # pixels to both sides that a border is compared with
+NEAR_LATENTS = 4  # latents to both sides, of which it is compared with the lines of its own phase
 
 
 class Border(NamedTuple):
@@ -26,22 +26,33 @@ class Border(NamedTuple):
     position: int
     gradient: float  # mean step across the border
     nearby: float  # mean step of the lines within NEAR pixels
-    ratio: float
-    worst: float  # highest ratio of a piece of BLOCK pixels
+    aligned: float  # mean step of the lines nearby that lie between two latents, as every border does
+    ratio: float  # gradient / nearby
+    worst: float  # highest ratio of a piece
+
+
+class Gradients(NamedTuple):
+    """Mean steps between neighbouring pixels in 8-bit levels, over pieces of ``block`` pixels."""
+
+    columns: np.ndarray  # [H / block, W - 1] between columns
+    rows: np.ndarray  # [H - 1, W / block] between rows
+    size: Size
+    block: int
 
 
 class SeamReport(NamedTuple):
-    """``ratio``: mean gradient across borders / elsewhere; ``local_ratio``: / near the borders (1: no seam).
+    """``ratio``: mean gradient across borders / elsewhere; ``local_ratio``: / near the borders; ``lattice_ratio``: /
+    the lines near the borders that lie between two latents as well. No seam: 1.
 
-    The first is what is usually reported; the second does not mind what the picture shows where the borders are.
+    The first is what is usually reported; the second does not mind what the picture shows where the borders are; the
+    third does not mind either that a VAE's decoder makes steeper steps between latents, with tiles or without.
     """
 
     ratio: float
     local_ratio: float
+    lattice_ratio: float
     borders: tuple[Border, ...]
-    columns: np.ndarray  # [H / BLOCK, W - 1] mean step between columns
-    rows: np.ndarray  # [H - 1, W / BLOCK] mean step between rows
-    size: Size
+    gradients: Gradients
 
 
 def border_positions(tiles: Sequence[Tile], size: Size) -> tuple[list[int], list[int]]:
@@ -59,115 +70,105 @@ def picture_bands(path: Path, height: int = 256) -> Iterator[np.ndarray]:
             yield np.asarray(image.crop((0, top, image.width, min(top + height, image.height))))
 
 
-def gradients(bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray, Size]:
-    """(columns, rows, size) as in ``SeamReport``, from bands ``[h, W, 3]`` uint8 in order, of any heights."""
-    across: list[np.ndarray] = []
-    down: list[np.ndarray] = []
-    waiting: list[np.ndarray] = []
-    last: np.ndarray | None = None
-    height = width = 0
-    for band in bands:
-        grey = band.astype(np.float32).mean(axis=2)
-        width = grey.shape[1]
-        starts = np.arange(0, width, BLOCK)
-        above = grey[:-1] if last is None else np.concatenate([last, grey[:-1]])
-        below = grey[1:] if last is None else grey
-        down.append(np.add.reduceat(np.abs(below - above), starts, axis=1) / np.diff([*starts, width]))
-        last = grey[-1:]
-        for row in np.abs(np.diff(grey, axis=1)):
-            waiting.append(row)
-            if len(waiting) == BLOCK:
-                across.append(np.mean(waiting, axis=0))
-                waiting.clear()
-        height += len(grey)
-    if waiting:
-        across.append(np.mean(waiting, axis=0))
-    return np.array(across), np.concatenate(down), Size(height, width)
+class Meter:
+    """Sums the steps of a picture of ``size`` that comes in row bands; whole numbers: any bands give the same."""
+
+    def __init__(self, size: Size) -> None:
+        self.size, self._top = size, 0
+        self.block = max(BLOCK, -(-max(size) // PIECES))
+        self._starts = np.arange(0, size.width, self.block)
+        self._across = np.zeros((-(-size.height // self.block), size.width - 1), np.int64)
+        self._down = np.zeros((size.height - 1, len(self._starts)), np.int32)
+        self._last: np.ndarray | None = None
+
+    def add(self, band: np.ndarray) -> None:
+        """The next rows, ``[h, W, 3]`` uint8."""
+        light = band[..., 0].astype(np.int16) + band[..., 1] + band[..., 2]
+        steps, top = np.abs(light[:, 1:] - light[:, :-1]), self._top
+        for piece in range(top // self.block, -(-(top + len(band)) // self.block)):
+            rows = steps[max(0, piece * self.block - top) : (piece + 1) * self.block - top]
+            self._across[piece] += rows.sum(axis=0, dtype=np.int32)
+        if self._last is not None:
+            light, top = np.concatenate([self._last, light]), top - 1
+        if len(light) > 1:
+            down = np.abs(light[1:] - light[:-1])
+            self._down[top : top + len(down)] = np.add.reduceat(down, self._starts, axis=1, dtype=np.int32)
+        self._last, self._top = light[-1:], self._top + len(band)
+
+    def gradients(self) -> Gradients:
+        """When all rows have come. ValueError if not."""
+        if self._top != self.size.height:
+            raise ValueError(f"{self._top} rows of a picture of {self.size.height}.")
+        heights = np.diff([*range(0, self.size.height, self.block), self.size.height])
+        columns = self._across / (3.0 * heights[:, None])
+        rows = self._down / (3.0 * np.diff([*self._starts, self.size.width]))
+        return Gradients(columns.astype(np.float32), rows.astype(np.float32), self.size, self.block)
 
 
-def _border(axis: Literal["column", "row"], position: int, steps: np.ndarray, borders: set[int]) -> Border:
-    """``steps [pieces, positions - 1]``: the step before position p is entry p - 1."""
-    near = range(max(1, position - NEAR), min(steps.shape[1], position + NEAR) + 1)
-    beside = [p - 1 for p in near if all(abs(p - border) > 1 for border in borders)]
-    here = steps[:, position - 1]
-    around = steps[:, beside].mean(axis=1) if beside else np.full_like(here, np.nan)
-    worst = float(np.max(here / np.maximum(around, 0.25)))  # a quarter of a level: flat sky has no steps at all
-    gradient, nearby = float(here.mean()), float(around.mean())
-    return Border(axis, position, gradient, nearby, _ratio(gradient, nearby), worst)
-
-
-def _ratio(gradient: float, reference: float) -> float:
-    return gradient / reference if reference > 0 else (1.0 if gradient == 0 else float("inf"))
-
-
-def measure(bands: Iterable[np.ndarray], tiles: Sequence[Tile]) -> SeamReport:
-    """Judge the borders of ``tiles`` (pixels) in a picture given as row bands.
+def measure(bands: Iterable[np.ndarray], tiles: Sequence[Tile], factor: int = 8) -> SeamReport:
+    """Judge the borders of ``tiles`` (pixels) in a picture given as row bands ``[h, W, 3]`` uint8, in order.
 
     Raises:
         ValueError: the picture is not as large as the tiles, or there is no border in it.
     """
-    columns, rows, size = gradients(bands)
     extent = Size(max(tile.bottom for tile in tiles), max(tile.right for tile in tiles))
-    if size != extent:
-        raise ValueError(f"the picture is {size.width}x{size.height}, its tiles cover {extent.width}x{extent.height}.")
+    meter, rows = Meter(extent), 0
+    for band in bands:
+        if band.shape[1] != extent.width or rows + len(band) > extent.height:
+            raise ValueError(f"the picture is not {extent.width}x{extent.height}, as its tiles are.")
+        meter.add(band)
+        rows += len(band)
+    if rows != extent.height:
+        raise ValueError(f"the picture is {extent.width}x{rows}, its tiles cover {extent.width}x{extent.height}.")
+    return judge(meter.gradients(), tiles, factor)
+
+
+def judge(gradients: Gradients, tiles: Sequence[Tile], factor: int = 8) -> SeamReport:
+    """Judge the borders of ``tiles`` (pixels), ``factor`` pixels to a latent.
+
+    Raises:
+        ValueError: one tile covers the picture.
+    """
+    columns, rows, size, _ = gradients
     xs, ys = border_positions(tiles, size)
     if not xs and not ys:
         raise ValueError("one tile covers the picture: there is no border to judge.")
-    borders = [_border("column", x, columns, set(xs)) for x in xs] + [_border("row", y, rows.T, set(ys)) for y in ys]
+    borders = [
+        *(_border("column", x, columns, set(xs), factor) for x in xs),
+        *(_border("row", y, rows.T, set(ys), factor) for y in ys),
+    ]
     on_x, on_y = np.zeros(columns.shape[1], bool), np.zeros(rows.shape[0], bool)
     on_x[[x - 1 for x in xs]], on_y[[y - 1 for y in ys]] = True, True
     across, down = columns.mean(axis=0), rows.mean(axis=1)
-    at = np.concatenate([across[on_x], down[on_y]])
+    at = float(np.concatenate([across[on_x], down[on_y]]).mean())
     # a picture changes differently across and down: 'elsewhere' has the borders' share of both
     elsewhere = np.concatenate([np.full(len(xs), across[~on_x].mean()), np.full(len(ys), down[~on_y].mean())])
-    nearby = [border.nearby for border in borders]
     return SeamReport(
-        ratio=_ratio(float(at.mean()), float(elsewhere.mean())),
-        local_ratio=_ratio(float(at.mean()), float(np.mean(nearby))),
+        ratio=_ratio(at, float(elsewhere.mean())),
+        local_ratio=_ratio(at, float(np.mean([border.nearby for border in borders]))),
+        lattice_ratio=_ratio(at, float(np.mean([border.aligned for border in borders]))),
         borders=tuple(borders),
-        columns=columns,
-        rows=rows,
-        size=size,
+        gradients=gradients,
     )
 
 
-def table(report: SeamReport, most: int = 20) -> str:
-    """The borders with the highest ratios, as a Markdown table."""
-    lines = ["| border | at | gradient | nearby | ratio | worst piece |", "|---|---|---|---|---|---|"]
-    for border in sorted(report.borders, key=lambda b: -b.ratio)[:most]:
-        values = f"{border.gradient:.2f} | {border.nearby:.2f} | {border.ratio:.3f} | {border.worst:.2f}"
-        lines.append(f"| {border.axis} | {border.position} | {values} |")
-    return "\n".join(lines)
+def _border(axis: Literal["column", "row"], position: int, steps: np.ndarray, borders: set[int], factor: int) -> Border:
+    """``steps [pieces, positions - 1]``: the step before position p is entry p - 1."""
+    reach = max(NEAR, NEAR_LATENTS * factor)
+    around_it = range(max(1, position - reach), min(steps.shape[1], position + reach) + 1)
+    free = [p for p in around_it if not {p - 1, p, p + 1} & borders]
+    beside = [p - 1 for p in free if abs(p - position) <= NEAR]
+    alike = [p - 1 for p in free if p % factor == position % factor and abs(p - position) <= NEAR_LATENTS * factor]
+    here = steps[:, position - 1]
+    around = steps[:, beside].mean(axis=1) if beside else np.full_like(here, np.nan)
+    worst = float(np.max(here / np.maximum(around, 0.25)))  # a quarter of a level: flat sky has no steps at all
+    gradient, nearby = float(here.mean()), float(around.mean())
+    aligned = float(steps[:, alike].mean()) if alike else nearby
+    return Border(axis, position, gradient, nearby, aligned, _ratio(gradient, nearby), worst)
 
 
-def heat_map(report: SeamReport, side: int = 768) -> bytes:
-    """A PNG: the picture's gradients in grey, and every border in pieces from blue (no step) over white to red (2x)."""
-    scale = side / max(report.size)
-    extent = (max(1, round(report.size.width * scale)), max(1, round(report.size.height * scale)))
-    texture = np.minimum(255, np.sqrt(report.columns) * 40).astype(np.uint8)
-    picture = np.array(Image.fromarray(texture).resize(extent).convert("RGB")) // 3
-    for border in report.borders:
-        steps = report.columns if border.axis == "column" else report.rows.T
-        pieces = steps[:, border.position - 1] / max(border.nearby, 0.25)
-        line = _colors(
-            np.interp(
-                np.linspace(0, 1, extent[1 if border.axis == "column" else 0]), np.linspace(0, 1, len(pieces)), pieces
-            )
-        )
-        at = min(round(border.position * scale), (extent[0] if border.axis == "column" else extent[1]) - 1)
-        if border.axis == "column":
-            picture[:, at] = line
-        else:
-            picture[at] = line
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _colors(ratios: np.ndarray) -> np.ndarray:
-    """``[n, 3]`` uint8: blue at 0, white at 1, red from 2 on."""
-    high, low = np.clip(ratios - 1, 0, 1), np.clip(1 - ratios, 0, 1)
-    return np.stack([255 * (1 - low), 255 * (1 - high - low), 255 * (1 - high)], axis=-1).clip(0, 255).astype(np.uint8)
+def _ratio(gradient: float, reference: float) -> float:
+    return gradient / reference if reference > 0 else (1.0 if gradient == 0 else float("inf"))
 
 
 def psnr(one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> float:

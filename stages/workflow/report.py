@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ from omegaconf import DictConfig
 from stages.config import parse_bytes, save_text
 from stages.memory.monitor import Sample
 from stages.workflow.launch import StageResult, runner_peak
-from stages.workflow.store import write_json, write_text
+from stages.workflow.store import read_json, write_json, write_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 260, 60, 30
+_BORDERS = 10  # rows of a table of seams
 
 
 def write(
@@ -79,7 +79,7 @@ def render(
     predictions: Mapping[str, Mapping[str, Any]],
     error: str,
 ) -> str:
-    """The page: picture, stages, memory over time, heaviest modules, parameters. No scripts, nothing from outside."""
+    """The page: picture, stages, memory, heaviest modules, seams, parameters. No scripts, nothing from outside."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -100,9 +100,18 @@ def render(
         heaviest=sorted(heaviest, key=lambda row: -row[2])[:10],
         picture="image.png" if (run_dir / "image.png").exists() else None,
         lowres="guide/lowres.png" if (run_dir / "guide" / "lowres.png").exists() else None,
+        seams=_seams(run_dir),
         parameters=save_text(config),
-        files=json.dumps(sorted(path.name for path in run_dir.iterdir())),
     )
+
+
+def _seams(run_dir: Path) -> list[dict[str, Any]]:
+    """What ``stitch`` measured at the borders of the tiles: a grid's name, ratios, most visible borders, map."""
+    found = read_json(run_dir / "stitch" / "seams.json") or {}
+    return [
+        {**one, "name": name, "borders": one["borders"][:_BORDERS], "map": f"stitch/seams_{name}.png"}
+        for name, one in found.items()
+    ]
 
 
 def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:

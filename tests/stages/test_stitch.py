@@ -157,3 +157,28 @@ def test_tiff_and_deepzoom(tmp_path):
 def test_no_torch_is_imported():
     code = "import sys, stages.stitch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_borders_of_the_tiles_are_measured(tmp_path):
+    tiles = [tile.scaled(8) for tile in latent_grid(704, 600, 288, 32, 8)]
+    edge = max(tile.left for tile in tiles)
+    picture = random_picture(600, 704) // 8 + 100
+    picture[:, edge:] += 60
+    folder = stitched(tmp_path, picture).parent
+    found = json.loads((folder / "seams.json").read_text())
+    assert set(found) == {"denoise", "decode"}
+    worst = found["decode"]["borders"][0]
+    assert (worst["axis"], worst["position"]) == ("column", edge) and worst["ratio"] > 2
+    for name in found:
+        with Image.open(folder / f"seams_{name}.png") as heat:
+            assert max(heat.size) == 480
+
+
+def test_regions_have_no_grid_of_denoise_tiles(tmp_path):
+    folder = stitched(tmp_path, random_picture(600, 704), regions={"grid": [["a", "b"]]}).parent
+    assert set(json.loads((folder / "seams.json").read_text())) == {"decode"}
+
+
+def test_one_tile_has_no_seams(tmp_path):
+    folder = stitched(tmp_path, random_picture(256, 256)).parent
+    assert json.loads((folder / "seams.json").read_text()) == {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.embedded_quality import asked, high_frequency_energy, lattice_ratio
+from benchmarks.embedded_quality import asked, high_frequency_energy
 from stages.canvas import seams
 from stages.canvas.tiles import Tile
 from training.captions import caption
@@ -62,8 +62,8 @@ def test_fine_detail_counts_and_smooth_shades_do_not():
 def test_steps_between_all_latents_are_no_seam_and_higher_ones_at_borders_are():
     even = seams.measure([lattice_picture(10, 10)], TILES)
     assert even.ratio > 1.2  # 'elsewhere' has mostly lines inside of latents
-    assert lattice_ratio(even, TILES, 8) == pytest.approx(1, abs=0.05)
-    assert lattice_ratio(seams.measure([lattice_picture(10, 40)], TILES), TILES, 8) > 1.5
+    assert even.lattice_ratio == pytest.approx(1, abs=0.05)
+    assert seams.measure([lattice_picture(10, 40)], TILES).lattice_ratio > 1.5
 
 
 def test_refining_learns_rendered_scenes():

@@ -52,3 +52,16 @@ def test_the_plot_stays_inside_its_box(budget):
     assert all(60 <= float(x) <= 960.1 and 0 <= float(y) <= 230 for x, y in points)
     assert 0 <= drawn["budget"] <= 230
     assert drawn["bands"][1].left == pytest.approx(510)
+
+
+def test_the_seams_that_stitch_measured_are_shown(make_config, tmp_path):
+    border = {"axis": "column", "position": 256, "gradient": 3.0, "nearby": 2.0, "aligned": 2.0, "ratio": 1.5}
+    borders = [{**border, "worst": 2.5, "position": 8 * index} for index in range(40)]
+    found = {"decode": {"ratio": 1.01, "local_ratio": 1.02, "lattice_ratio": 0.99, "borders": borders}}
+    (tmp_path / "stitch").mkdir()
+    (tmp_path / "stitch" / "seams.json").write_text(json.dumps(found))
+    report.write(tmp_path, make_config({"run": "x"}), [result("stitch")], {})
+    html = (tmp_path / "report.html").read_text()
+    assert 'src="stitch/seams_decode.png"' in html
+    assert html.count("<td>column</td>") == 10
+    assert all(text in html for text in ("1.010", "1.020", "0.990"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.canvas.seams import border_positions, gradients, heat_map, measure, picture_bands, psnr, table
+from stages.canvas.seam_map import heat_map, plain, table
+from stages.canvas.seams import Meter, border_positions, measure, picture_bands, psnr
 from stages.canvas.tiles import Size, Tile, grid
 
 SIZE = Size(300, 420)
@@ -52,15 +53,43 @@ def test_a_border_that_was_smoothed_is_seen_as_well():
     assert measure([picture], TILES).local_ratio < 0.7
 
 
+def gradients(bands):
+    meter = Meter(SIZE)
+    for band in bands:
+        meter.add(band)
+    return meter.gradients()
+
+
 @pytest.mark.parametrize("height", [1, 7, 64, 65, 300])
 def test_bands_of_any_height_give_the_same(height):
     picture = noisy()
     whole, parts = gradients([picture]), gradients(split(picture, height))
-    assert whole[2] == parts[2] == SIZE
-    assert np.allclose(whole[0], parts[0], rtol=1e-5) and np.allclose(whole[1], parts[1], rtol=1e-5)
+    assert whole.size == parts.size == SIZE and whole.block == 64
+    assert np.array_equal(whole.columns, parts.columns) and np.array_equal(whole.rows, parts.rows)
     grey = picture.astype(np.float64).mean(axis=2)
-    assert np.allclose(parts[0].shape, (5, 419)) and np.allclose(parts[1].shape, (299, 7))
-    assert np.allclose(parts[1][:, 0], np.abs(np.diff(grey[:, :64], axis=0)).mean(axis=1), rtol=1e-4)
+    assert parts.columns.shape == (5, 419) and parts.rows.shape == (299, 7)
+    assert np.allclose(parts.rows[:, 0], np.abs(np.diff(grey[:, :64], axis=0)).mean(axis=1), rtol=1e-4)
+    assert np.allclose(parts.columns[4], np.abs(np.diff(grey[256:], axis=1)).mean(axis=0), rtol=1e-4)
+
+
+def test_large_pictures_have_longer_pieces_not_more():
+    meter = Meter(Size(20, 65536))
+    meter.add(np.zeros((20, 65536, 3), np.uint8))
+    assert meter.block == 512 and meter.gradients().rows.shape == (19, 128)
+
+
+def test_a_picture_that_is_not_whole_is_refused():
+    meter = Meter(SIZE)
+    meter.add(noisy()[:100])
+    with pytest.raises(ValueError, match="100 rows of a picture of 300"):
+        meter.gradients()
+
+
+def test_plain_values_are_sorted_and_short():
+    found = plain(measure([noisy()], TILES))
+    ratios = [border["ratio"] for border in found["borders"]]
+    assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(measure([noisy()], TILES).borders)
+    assert set(found) == {"ratio", "local_ratio", "lattice_ratio", "borders"}
 
 
 def test_a_flat_picture_has_no_seam():
