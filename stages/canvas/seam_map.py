@@ -15,7 +15,11 @@ def plain(report: SeamReport) -> dict[str, Any]:
     """The ratios, and every border from the most to the least visible."""
     ratios = {name: round(getattr(report, name), 4) for name in ("ratio", "local_ratio", "lattice_ratio")}
     borders = [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in border._asdict().items()}
+        {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in border._asdict().items()
+            if key != "pieces"
+        }
         for border in sorted(report.borders, key=lambda border: -border.ratio)
     ]
     return {**ratios, "borders": borders}
@@ -35,16 +39,12 @@ def heat_map(report: SeamReport, side: int = 768) -> bytes:
     gradients = report.gradients
     scale = side / max(gradients.size)
     extent = (max(1, round(gradients.size.width * scale)), max(1, round(gradients.size.height * scale)))
-    texture = np.minimum(255, np.sqrt(gradients.columns) * 40).astype(np.uint8)
-    picture = np.array(Image.fromarray(texture).resize(extent).convert("RGB")) // 3
+    texture = np.minimum(255, 40 + np.sqrt(gradients.columns) * 60).astype(np.uint8)
+    picture = np.array(Image.fromarray(texture).resize(extent).convert("RGB")) // 2
     for border in report.borders:
-        steps = gradients.columns if border.axis == "column" else gradients.rows.T
-        pieces = steps[:, border.position - 1] / max(border.nearby, 0.25)
-        line = _colors(
-            np.interp(
-                np.linspace(0, 1, extent[1 if border.axis == "column" else 0]), np.linspace(0, 1, len(pieces)), pieces
-            )
-        )
+        along = extent[1 if border.axis == "column" else 0]
+        places = (np.arange(along) + 0.5) / along * len(border.pieces) - 0.5
+        line = _colors(np.interp(places, np.arange(len(border.pieces)), border.pieces))
         at = min(round(border.position * scale), (extent[0] if border.axis == "column" else extent[1]) - 1)
         if border.axis == "column":
             picture[:, at] = line

@@ -29,6 +29,7 @@ class Border(NamedTuple):
     aligned: float  # mean step of the lines nearby that lie between two latents, as every border does
     ratio: float  # gradient / nearby
     worst: float  # highest ratio of a piece
+    pieces: np.ndarray  # ratio of each piece of it; a quarter of a level is added to both: flat sky has no steps at all
 
 
 class Gradients(NamedTuple):
@@ -161,10 +162,10 @@ def _border(axis: Literal["column", "row"], position: int, steps: np.ndarray, bo
     alike = [p - 1 for p in free if p % factor == position % factor and abs(p - position) <= NEAR_LATENTS * factor]
     here = steps[:, position - 1]
     around = steps[:, beside].mean(axis=1) if beside else np.full_like(here, np.nan)
-    worst = float(np.max(here / np.maximum(around, 0.25)))  # a quarter of a level: flat sky has no steps at all
+    pieces = (here + 0.25) / (around + 0.25)
     gradient, nearby = float(here.mean()), float(around.mean())
     aligned = float(steps[:, alike].mean()) if alike else nearby
-    return Border(axis, position, gradient, nearby, aligned, _ratio(gradient, nearby), worst)
+    return Border(axis, position, gradient, nearby, aligned, _ratio(gradient, nearby), float(pieces.max()), pieces)
 
 
 def _ratio(gradient: float, reference: float) -> float:

@@ -13,7 +13,7 @@ from stages.memory.monitor import Sample
 from stages.workflow.launch import StageResult, runner_peak
 from stages.workflow.store import read_json, write_json, write_text
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 260, 60, 30
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
 _BORDERS = 10  # rows of a table of seams
 
 

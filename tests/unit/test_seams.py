@@ -1,6 +1,7 @@
 """The seam metric sees seams that are there, and only those."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -89,6 +90,7 @@ def test_plain_values_are_sorted_and_short():
     found = plain(measure([noisy()], TILES))
     ratios = [border["ratio"] for border in found["borders"]]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(measure([noisy()], TILES).borders)
+    assert json.loads(json.dumps(found)) == found
     assert set(found) == {"ratio", "local_ratio", "lattice_ratio", "borders"}
 
 
