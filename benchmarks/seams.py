@@ -4,9 +4,9 @@
     python -m benchmarks seams RUN --table            # decode its canvas again in every mode, overlap 0, 8, 16 latents
     python -m benchmarks seams RUN --table --crop 96  # of the canvas' middle only (latents)
 
-``ratio`` is the mean step across borders / elsewhere; ``of its phase``: / the lines near the borders that lie between
-two latents too; ``of the whole decode's``: / the ratio of the same lines where no tile ends, so that 1 is no seam
-whatever the picture shows there. The whole decode needs memory for the whole picture: crop what does not fit.
+``ratio`` is the mean step across borders, over that elsewhere. ``/ whole`` divides it by the whole decode's, where no
+tile ends: 1 is no seam, whatever the picture shows there. ``phase / whole`` does the same against the lines near the
+borders that lie between two latents too. The whole decode needs memory for the whole picture: crop what does not fit.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def compare(run: Path, crop: int | None) -> list[dict[str, Any]]:
                         "mode": mode,
                         "overlap": overlap,
                         "ratio": round(report.ratio, 4),
-                        "lattice_ratio": round(report.lattice_ratio, 4),
                         "over_whole": round(report.ratio / reference.ratio, 4),
+                        "lattice_over_whole": round(report.lattice_ratio / reference.lattice_ratio, 4),
                         "psnr_db": round(seams.psnr([picture], [whole]), 2),
                         "seconds": round(seconds, 1),
                     }
@@ -139,7 +139,7 @@ def main() -> None:
     if not needed.exists():
         sys.exit(f"seams: {needed} is missing. Make it: python runner.py run={run.name} prompt=...")
     if given.table:
-        print("| mode | overlap | ratio | of its phase | of the whole decode's | PSNR dB | s |")
+        print("| mode | overlap | ratio | / whole | phase / whole | PSNR dB | s |")
         print("|---|---|---|---|---|---|---|")
     figures: Any = compare(run, given.crop) if given.table else judge(run)
     if given.json:

@@ -26,6 +26,7 @@ from stages.memory.layout import Layout, split_units
 from stages.memory.monitor import usage
 from stages.memory.profile import segments, trace
 from stages.memory.source import STAGING_BYTES
+from stages.memory.trim import drop_clean_pages
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import compute_dtype, open_checkpoint
 from stages.models.schedulers import make_scheduler
@@ -120,6 +121,7 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
         make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),
         checkpoint.component("unet").build(),
     )
+    drop_clean_pages()
     base = usage(os.getpid()).rss
     del held
     rate = flops_per_second(dtype)

@@ -102,7 +102,7 @@ class Meter:
             raise ValueError(f"{self._top} rows of a picture of {self.size.height}.")
         heights = np.diff([*range(0, self.size.height, self.block), self.size.height])
         columns = self._across / (3.0 * heights[:, None])
-        rows = self._down / (3.0 * np.diff([*self._starts, self.size.width]))
+        rows = self._down / (3.0 * np.diff(np.append(self._starts, self.size.width)))
         return Gradients(columns.astype(np.float32), rows.astype(np.float32), self.size, self.block)
 
 

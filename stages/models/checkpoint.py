@@ -16,6 +16,7 @@ from torch import nn
 
 from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
+from stages.models.copies import skip_copies
 from stages.models.locate import (
     CheckpointError,
     choose_weights,
@@ -68,7 +69,7 @@ class Component:
         for name, buffer in model.named_buffers():  # persistent ones (few and small) come from the file
             if name in self.tensors:
                 buffer.copy_(read_tensor(self.tensors[name]))
-        return model.eval().requires_grad_(False)
+        return skip_copies(model.eval().requires_grad_(False))
 
 
 class Checkpoint:

@@ -17,6 +17,7 @@ from stages.memory.layout import Layout, split_units
 from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
 from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
+from stages.memory.trim import drop_clean_pages
 from stages.models.checkpoint import Checkpoint, Component
 from stages.workflow.store import atomic_path
 
@@ -71,6 +72,7 @@ def open_model(
     units = split_units(model, layout, plan.get("unit_limit", layout.nbytes))
     order = {name: index for index, name in enumerate(plan.get("order", ()))}
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
+    drop_clean_pages()  # all is imported, nothing is loaded yet
     chosen = plan.get("resident", "all")
     resident = frozenset(unit.name for unit in units) if chosen == "all" else frozenset(chosen)
     source: WeightSource

@@ -1,4 +1,4 @@
-"""Light imports: what they leave out, that the models are the stock ones all the same, and that nothing stays hidden."""
+"""Light imports: what they leave out, that the models are the stock ones all the same, and that nothing hides."""
 
 import json
 import subprocess

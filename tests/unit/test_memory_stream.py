@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import OTHER
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from stages.memory.tensors import write_tensors
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import open_model, prepared
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, OTHER]
 RINGS = ["largest", "pair", "all"]
 
 
@@ -278,7 +279,7 @@ def halves(to: Path, folder: Path) -> Path:
 
 def test_a_prepared_copy_that_is_torn_is_made_again(folder: Path, tmp_path: Path) -> None:
     component = Checkpoint.open(str(folder)).component("unet")
-    layout = Layout(component.build(), torch.bfloat16, channels_last=True)
+    layout = Layout(component.build(), OTHER, channels_last=True)
     file = prepared(component, layout, tmp_path / "unet.bin")
     whole = file.read_bytes()
     made = file.stat().st_mtime_ns
@@ -292,12 +293,12 @@ def test_a_prepared_copy_that_is_torn_is_made_again(folder: Path, tmp_path: Path
 def test_a_model_streamed_from_its_prepared_copy(folder: Path, tmp_path: Path) -> None:
     component = Checkpoint.open(str(folder)).component("unet")
     samples, embeds = seeded(4, 4, 8, 8), seeded(4, 77, 32, seed=1)
-    limit, nbytes = sizes(component, torch.bfloat16, "leaf", "pair")
-    with opened(component, torch.bfloat16, {}) as streamer:
+    limit, nbytes = sizes(component, OTHER, "leaf", "pair")
+    with opened(component, OTHER, {}) as streamer:
         expected = predict(streamer.model, samples, embeds, 4)
     plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes, "prepared": str(tmp_path / "unet.bin")}
     for _ in range(2):  # made, then read
-        with opened(component, torch.bfloat16, plan) as streamer:
+        with opened(component, OTHER, plan) as streamer:
             assert torch.equal(predict(streamer.model, samples, embeds, 4), expected)
 
 
