@@ -1,0 +1,187 @@
+"""Where subjects stand: a small per-pixel classifier of rendered scenes, to count what a picture shows.
+
+``count(image, "lighthouse")`` is the public face: tests ask a canvas of many tiles for one subject, and count.
+
+    python -m training.finder --seconds 240     # trains it again and writes finder.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .scenes import MATERIALS, View, render
+from .specs import Spec, sample_spec
+
+WEIGHTS = Path(__file__).parent / "finder.safetensors"
+CLASSES = ("none", "lighthouse", "house", "castle", "windmill", "tree")  # what stands on land and can be doubled
+SIDE = 320  # pixels of the longer side that pictures are looked at with
+CELL = 4  # pixels of that to one of the map
+FAINT, LEAST = 0.15, 3  # probability that still joins parts; sure cells of a subject: less is a speck
+
+
+class Finder(nn.Module):
+    """Three strided convolutions, a dilated trunk, one skip; 0.1 M parameters."""
+
+    def __init__(self, width: int = 40):
+        super().__init__()
+        self.fine = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.GroupNorm(4, 24)
+        )
+        self.down = nn.Conv2d(24, width, 3, 2, 1)
+        self.trunk = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(4, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=d, dilation=d))
+            for d in (1, 2, 4, 8, 2, 1)
+        )
+        self.out = nn.Sequential(
+            nn.Conv2d(width + 24, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, len(CLASSES), 1)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images ``[B,3,H,W]`` in [-1,1], sides multiples of 8. Returns logits ``[B,classes,H/4,W/4]``."""
+        fine = self.fine(images)
+        deep = self.down(F.silu(fine))
+        for layer in self.trunk:
+            deep = deep + layer(deep)
+        wide = F.interpolate(deep, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.out(torch.cat([wide, F.silu(fine)], 1))
+
+
+@lru_cache(maxsize=1)
+def load_finder(path: Path = WEIGHTS) -> Finder:
+    """The trained finder. FileNotFoundError where the weights are missing."""
+    from safetensors.torch import load_file
+
+    model = Finder()
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return model.eval()
+
+
+@torch.no_grad()
+def subject_map(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | None = None) -> torch.Tensor:
+    """Probability of ``subject``, ``[h, w]``, of a picture ``[1,3,H,W]`` in [-1,1] looked at with ``side`` pixels."""
+    scale = side / max(image.shape[-2:])
+    size = [max(8, round(length * scale / 8) * 8) for length in image.shape[-2:]]
+    small = F.interpolate(image.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return (model or load_finder())(small).softmax(1)[0, CLASSES.index(subject)]
+
+
+def count(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | None = None) -> int:
+    """How many ``subject`` a picture ``[1,3,H,W]`` in [-1,1] shows: connected parts of its map.
+
+    A part reaches as far as ``FAINT`` (a lamp and its tower are one), and counts if it is sure somewhere.
+    """
+    from scipy import ndimage
+
+    found = subject_map(image, subject, side, model).numpy()
+    labelled: Any = ndimage.label(ndimage.binary_dilation(found > FAINT), structure=np.ones((3, 3)))
+    parts, number = labelled
+    sizes = ndimage.sum_labels(found > 0.5, parts, range(1, number + 1))
+    return int((np.asarray(sizes) >= LEAST).sum())
+
+
+def _specs(rng: random.Random) -> Spec:
+    """Half lighthouses and the same places without one, which is what has to be told apart."""
+    if rng.random() < 0.35:
+        return sample_spec(rng)
+    spec = sample_spec(rng)
+    subject = rng.choice(("lighthouse", "lighthouse", "none", "none", "house", "castle", "tree", "windmill"))
+    setting = rng.choice(("cliff", "cliff", "sea", "beach")) if subject in ("lighthouse", "none") else spec.setting
+    setting = "meadow" if setting in ("sea", "lake") and subject not in ("lighthouse", "none") else setting
+    return Spec(spec.time, spec.weather, setting, subject, spec.body, spec.backdrop)
+
+
+def scenes(rng: random.Random, count: int, size: int = 192) -> tuple[torch.Tensor, torch.Tensor]:
+    """``count`` times 4 scenes: pictures ``[N,3,s,s]`` uint8, classes of their pixels ``[N,s,s]`` uint8."""
+    table = torch.tensor([CLASSES.index(name) if name in CLASSES else 0 for name in MATERIALS], dtype=torch.uint8)
+    images, classes = [], []
+    for _ in range(count):
+        seeds = torch.tensor([rng.randrange(1, 2**31) for _ in range(4)])
+        colours = torch.tensor([rng.randrange(8) for _ in range(4)])
+        pixels, ids = render(_specs(rng), seeds, colours, View.whole(4, size=size))
+        images.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte())
+        classes.append(table[ids.long()])
+    order = torch.randperm(4 * count, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
+    return torch.cat(images)[order], torch.cat(classes)[order]
+
+
+def _batch(images: torch.Tensor, classes: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pictures, or mosaics of two by two, at a random size: subjects from a twentieth to half of what is seen."""
+    cells, columns = (8, 2) if rng.random() < 0.6 else (2, 1)
+    picks = torch.tensor([rng.randrange(len(images)) for _ in range(cells)])
+    big = images[picks].float() / 127.5 - 1
+    ids = classes[picks].float()[:, None]
+    side = rng.choice((192, 240, 288) if columns == 2 else (128, 192, 288))
+    each = side // columns
+    big = F.interpolate(big, (each, each), mode="bilinear", antialias=True, align_corners=False)
+    ids = F.interpolate(ids, (each, each), mode="nearest-exact")
+
+    def mosaic(parts: torch.Tensor) -> torch.Tensor:
+        n = len(parts) // columns**2
+        grid = parts.view(n, columns, columns, *parts.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(n, parts.shape[1], side, side)
+
+    big, ids = mosaic(big), mosaic(ids)
+    gain = 1 + 0.2 * (torch.rand((len(big), 3, 1, 1)) - 0.5)
+    big = (
+        big * gain + 0.1 * (torch.rand((len(big), 1, 1, 1)) - 0.5) + torch.randn_like(big) * rng.uniform(0, 0.06)
+    ).clamp(-1, 1)
+    if rng.random() < 0.5:
+        big = F.avg_pool2d(big, 3, 1, 1, count_include_pad=False)
+    flat = F.one_hot(ids[:, 0].long(), len(CLASSES)).permute(0, 3, 1, 2).float()
+    return big, F.avg_pool2d(flat, CELL)
+
+
+def train(seconds: float, seed: int = 0, groups: int = 120, echo: bool = True) -> Finder:
+    """A finder trained for ``seconds`` on rendered scenes, half of them replaced as time goes."""
+    rng, begin = random.Random(seed), time.monotonic()
+    torch.manual_seed(seed)
+    images, classes = scenes(rng, groups)
+    if echo:
+        print(f"{len(images)} scenes in {time.monotonic() - begin:.0f} s", flush=True)
+    model, begin, step = Finder(), time.monotonic(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    weight = torch.tensor([1.0] + [4.0] * (len(CLASSES) - 1)).view(1, -1, 1, 1)
+    while (spent := (time.monotonic() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent))
+        pixels, target = _batch(images, classes, rng)
+        loss = -(model(pixels).log_softmax(1) * target * weight).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 50 == 0:
+            if echo:
+                print(f"step {step}, {spent:.0%}: loss {loss.detach():.4f}", flush=True)
+            new, ids = scenes(rng, 1)
+            at = torch.tensor([rng.randrange(len(images)) for _ in range(4)])
+            images[at], classes[at] = new, ids
+    return model.eval()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument("--seconds", type=float, default=240)
+    options.add_argument("--out", type=Path, default=WEIGHTS)
+    given = options.parse_args()
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in train(given.seconds).state_dict().items()}, given.out
+    )
+
+
+if __name__ == "__main__":
+    main()
