@@ -30,6 +30,7 @@ def compare(output: Path, model: list[str], size: int, budget: str, steps: int, 
         *one_step(steps),
         f"memory.budget={budget}",
         "memory.enforce=off",
+        "guide.phases=[]",
     ]
     done = runner(output, f"run={name}", f"stage={stages}", "prompt=a benchmark", "force=true", *common)
     if "memory.budget: got" in done.output:

@@ -95,7 +95,7 @@ PIPELINE: tuple[Stage, ...] = (
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=4,
+    version=5,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "denoise.dilated.enabled"),

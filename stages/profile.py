@@ -23,7 +23,7 @@ from stages.canvas.tiles import Size, grid, latent_grid
 from stages.context import StageContext
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
-from stages.memory.monitor import usage
+from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.profile import segments, trace
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
@@ -37,8 +37,8 @@ from stages.workflow.store import write_json
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
 # buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
-CODE, PRIMITIVES, FULL_SIZE = 20_000_000, 24_000_000, 80_000_000
-TRANSFORMERS = 4_000_000  # what transformers' CLIP classes take more than diffusers' models, with all they touch
+CODE, PRIMITIVES, FULL_SIZE = 34_000_000, 10_000_000, 80_000_000
+TRANSFORMERS = 14_000_000  # what transformers' CLIP classes take more than diffusers' models, with all they touch
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -121,6 +121,7 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
         make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),
         checkpoint.component("unet").build(),
     )
+    imports = own_peak_rss()
     drop_clean_pages()
     base = usage(os.getpid()).rss
     del held
@@ -132,7 +133,7 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
             **{name: {**found, "base": base} for name, found in _vaes(config, checkpoint, dtype, last).items()},
         }
     for name, profile in profiles.items():
-        profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS}
+        profile |= {"name": name, "rate": rate, "seconds": STAGE_SECONDS, "imports": imports}
         profile["base"] += staging(profile["cuts"][-1]["nbytes"].values())
         if name != "text_encode":
             profile["base"] += touched(profile["weights"])
@@ -235,21 +236,23 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     if config.guide.mode == "none":
         return found
     side = config.guide.tile_size // f + 2 * HALO
-    halves = []
+    count = len(grid(Size(config.height // f, config.width // f), Size(*[config.guide.tile_size // f] * 2), 4)) + 1
+    halves, passes = [], []
     if config.guide.image or config.guide.upscale == "lanczos":
         height, width = min(side, config.height // f) * f, min(side, config.width // f) * f
         halves.append(cuts(component, dtype, encode(height, width), channels_last=last, drop=DECODER))
+        passes.append(count)
     if not config.guide.image:
         height, width = min(side, config.lowres.height // f), min(side, config.lowres.width // f)
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
-    count = len(grid(Size(config.height // f, config.width // f), Size(*[config.guide.tile_size // f] * 2), 4))
+        passes.append(max(1, _source_pixels(config) // (height * width * f * f)))
     found["guide"] = {
         **single,
         # guide latents and the blend's; the picture that is enlarged, as floats, as bytes and as Pillow's
         "extra": 3 * canvas // f**2 * config.model.latent_channels * 4 + _source_pixels(config) * 3 * 6,
         "weights": sum(half[0] for half in halves),
-        "micro_batches": count + 1,
-        "cuts": _joined([half[1] for half in halves]),
+        "micro_batches": count,
+        "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),
     }
     return found
 
@@ -262,8 +265,11 @@ def _source_pixels(config: DictConfig) -> int:
     return config.lowres.width * config.lowres.height
 
 
-def _joined(halves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Two halves of a VAE that are in one model: the order of the first, then of the second."""
+def _joined(halves: list[list[dict[str, Any]]], shares: list[float]) -> list[dict[str, Any]]:
+    """Two halves of a VAE that are in one model: the order of the first, then of the second.
+
+    ``shares``: how many of the micro-batches that are counted a half sees.
+    """
     joined = []
     for parts in zip(*halves, strict=True):
         joined.append(
@@ -271,7 +277,11 @@ def _joined(halves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "limit": max(part["limit"] for part in parts),
                 "order": [name for part in parts for name in part["order"]],
                 "nbytes": {k: v for part in parts for k, v in part["nbytes"].items()},
-                "flops": {k: v for part in parts for k, v in part["flops"].items()},
+                "flops": {
+                    k: int(v * share)
+                    for part, share in zip(parts, shares, strict=True)
+                    for k, v in part["flops"].items()
+                },
                 "lines": [line for part in parts for line in part["lines"]],
             }
         )

@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+from stages.memory.trim import drop_clean_pages
+
 
 def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
     return fn if callable(fn) else lambda decorated: decorated
@@ -53,6 +55,7 @@ def light_imports(*needed: str) -> Iterator[None]:
     import torch
     import torch.distributed
 
+    drop_clean_pages()  # so that importing one library does not come on top of importing the one before
     stand_ins: dict[str, Any] = {}
     if "torch._dynamo" not in sys.modules:
         wrapped = ModuleType("torch._dynamo._trace_wrapped_higher_order_op")

@@ -56,12 +56,13 @@ class Cut:
 class StageProfile:
     """What is known of a stage before it runs.
 
-    ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights; ``extra`` is
-    what the stage holds besides (canvas, pixels); ``loads_once``: a single pass, so that streaming costs nothing.
+    ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights, ``imports``
+    its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels).
     """
 
     name: str
     base: int
+    imports: int
     extra: int
     weights: int
     micro_batch: int
@@ -125,7 +126,9 @@ def pass_seconds(cut: Cut, group: int, ring: int, rate: float) -> float:
 
 
 def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
-    fixed = runner + profile.base + profile.extra
+    def peak(held: int) -> int:
+        return runner + max(profile.imports, profile.base + profile.extra + held)
+
     total = profile.micro_batches
     compute = sum(profile.cuts[0].flops.values()) * total * profile.steps / profile.rate
     whole = profile.cuts[0]
@@ -135,7 +138,7 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
         ring_bytes=0,
         group=1,
         order=whole.order,
-        predicted_peak_rss_bytes=fixed + profile.weights + whole.peak(1),
+        predicted_peak_rss_bytes=peak(profile.weights + whole.peak(1)),
         predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE,
     )
     for cut in profile.cuts:
@@ -152,7 +155,7 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
                     ring_bytes=ring,
                     group=group,
                     order=cut.order,
-                    predicted_peak_rss_bytes=fixed + ring + cut.peak(group),
+                    predicted_peak_rss_bytes=peak(ring + cut.peak(group)),
                     predicted_seconds=profile.seconds + seconds,
                 )
 

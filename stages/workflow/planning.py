@@ -65,7 +65,7 @@ def plan(
     on_gpu = str(config.device).startswith("cuda")
     if on_gpu:  # what is planned is the device's memory: there is no process on it but this one's libraries
         runner, budget = 0, parse_bytes(config.memory.device_budget or "1TB", "memory.device_budget")
-        profiles = [replace(one, base=DEVICE_LIBRARIES) for one in profiles]
+        profiles = [replace(one, base=DEVICE_LIBRARIES, imports=0) for one in profiles]
     try:
         plans = plan_run(profiles, budget, runner)
     except OverBudget as error:

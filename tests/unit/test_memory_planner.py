@@ -35,6 +35,7 @@ def profile(
     return StageProfile(
         name=name,
         base=300 * MB,
+        imports=0,
         extra=5 * MB,
         weights=sum(blocks),
         micro_batch=2,
