@@ -2,7 +2,8 @@
 
 ``count(image, "lighthouse")`` is the public face: tests ask a canvas of many tiles for one subject, and count.
 
-    python -m training.finder --seconds 240     # trains it again and writes finder.safetensors
+    python -m training.finder --seconds 240 --fresh    # trains it anew and writes finder.safetensors
+    python -m training.finder --seconds 400            # goes on from there
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ WEIGHTS = Path(__file__).parent / "finder.safetensors"
 CLASSES = ("none", "lighthouse", "house", "castle", "windmill", "tree")  # what stands on land and can be doubled
 SIDE = 320  # pixels of the longer side that pictures are looked at with
 CELL = 4  # pixels of that to one of the map
+PEAK_LR = 3e-3
 FAINT, LEAST = 0.15, 3  # probability that still joins parts; sure cells of a subject: less is a speck
 
 
@@ -91,13 +93,14 @@ def count(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | N
 
 
 def _specs(rng: random.Random) -> Spec:
-    """Half lighthouses and the same places without one, which is what has to be told apart."""
-    if rng.random() < 0.35:
-        return sample_spec(rng)
+    """Lighthouses, and at the same places what has to be told from one: nothing, and every other tall thing."""
     spec = sample_spec(rng)
-    subject = rng.choice(("lighthouse", "lighthouse", "none", "none", "house", "castle", "tree", "windmill"))
-    setting = rng.choice(("cliff", "cliff", "sea", "beach")) if subject in ("lighthouse", "none") else spec.setting
-    setting = "meadow" if setting in ("sea", "lake") and subject not in ("lighthouse", "none") else setting
+    if rng.random() < 0.2:
+        return spec
+    subject = rng.choice(("lighthouse", "lighthouse", "none", "house", "castle", "castle", "tree", "windmill"))
+    alone = subject in ("lighthouse", "none")  # nothing else stands in the sea
+    setting = rng.choice(("cliff", "cliff", "beach", "sea" if alone else "meadow", spec.setting))
+    setting = "meadow" if setting in ("sea", "lake") and not alone else setting
     return Spec(spec.time, spec.weather, setting, subject, spec.body, spec.backdrop)
 
 
@@ -142,19 +145,19 @@ def _batch(images: torch.Tensor, classes: torch.Tensor, rng: random.Random) -> t
     return big, F.avg_pool2d(flat, CELL)
 
 
-def train(seconds: float, seed: int = 0, groups: int = 120, echo: bool = True) -> Finder:
-    """A finder trained for ``seconds`` on rendered scenes, half of them replaced as time goes."""
+def train(seconds: float, start: Finder | None = None, *, seed: int = 0, groups: int = 100) -> Finder:
+    """A finder trained for ``seconds`` on rendered scenes, most of them replaced as time goes; goes on from ``start``."""
     rng, begin = random.Random(seed), time.monotonic()
     torch.manual_seed(seed)
     images, classes = scenes(rng, groups)
-    if echo:
-        print(f"{len(images)} scenes in {time.monotonic() - begin:.0f} s", flush=True)
-    model, begin, step = Finder(), time.monotonic(), 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    print(f"{len(images)} scenes in {time.monotonic() - begin:.0f} s", flush=True)
+    model, begin, step = (start or Finder()).train(), time.monotonic(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
+    mean = 0.0
     weight = torch.tensor([1.0] + [4.0] * (len(CLASSES) - 1)).view(1, -1, 1, 1)
     while (spent := (time.monotonic() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent))
+            group["lr"] = PEAK_LR * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent))
         pixels, target = _batch(images, classes, rng)
         loss = -(model(pixels).log_softmax(1) * target * weight).sum(1).mean()
         optimizer.zero_grad()
@@ -162,9 +165,10 @@ def train(seconds: float, seed: int = 0, groups: int = 120, echo: bool = True) -
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if step % 50 == 0:
-            if echo:
-                print(f"step {step}, {spent:.0%}: loss {loss.detach():.4f}", flush=True)
+        mean = 0.98 * mean + 0.02 * loss.item() if step > 1 else loss.item()
+        if step % 200 == 0:
+            print(f"step {step}, {spent:.0%}: loss {mean:.4f}", flush=True)
+        if step % 5 == 0:
             new, ids = scenes(rng, 1)
             at = torch.tensor([rng.randrange(len(images)) for _ in range(4)])
             images[at], classes[at] = new, ids
@@ -174,13 +178,15 @@ def train(seconds: float, seed: int = 0, groups: int = 120, echo: bool = True) -
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     options.add_argument("--seconds", type=float, default=240)
+    options.add_argument("--seed", type=int, default=0, help="of the scenes")
+    options.add_argument("--fresh", action="store_true", help="from nothing, not from the weights there are")
     options.add_argument("--out", type=Path, default=WEIGHTS)
     given = options.parse_args()
+    torch.set_num_threads(1)  # pictures are small: threads would wait for one another more than they work
     from safetensors.torch import save_file
 
-    save_file(
-        {name: tensor.half().contiguous() for name, tensor in train(given.seconds).state_dict().items()}, given.out
-    )
+    model = train(given.seconds, None if given.fresh else load_finder(), seed=given.seed)
+    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, given.out)
 
 
 if __name__ == "__main__":
