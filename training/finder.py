@@ -146,7 +146,7 @@ def _batch(images: torch.Tensor, classes: torch.Tensor, rng: random.Random) -> t
 
 
 def train(seconds: float, start: Finder | None = None, *, seed: int = 0, groups: int = 100) -> Finder:
-    """A finder trained for ``seconds`` on rendered scenes, most of them replaced as time goes; begins with ``start``."""
+    """A finder trained for ``seconds`` on rendered scenes, most of them replaced as time goes; from ``start`` on."""
     rng, begin = random.Random(seed), time.monotonic()
     torch.manual_seed(seed)
     images, classes = scenes(rng, groups)
