@@ -114,7 +114,14 @@ def _exact(context: StageContext, streamer: Streamer, canvas: TensorRef, missing
 
     working_bytes = context.plan.get("working_bytes", 64 << 20)
     pixels = exact_decode(
-        vae, latents, scratch, working_bytes=working_bytes, hold=streamer.hold, mark=progress.mark, advance=advance
+        vae,
+        latents,
+        scratch,
+        working_bytes=working_bytes,
+        hold=streamer.hold,
+        mark=progress.mark,
+        advance=advance,
+        device=context.config.device,
     )
     for tile in missing:
         box = tile.scaled(context.config.model.vae_scale_factor)

@@ -20,6 +20,7 @@ from stages import phase_size
 from stages.canvas.dilated import dilated_views
 from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, grid, latent_grid
+from stages.config import ConfigError
 from stages.context import StageContext
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
@@ -33,6 +34,7 @@ from stages.models.schedulers import make_scheduler
 from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
 from stages.sampling import denoise_canvas, lowres_canvas
+from stages.workflow.device import on_gpu
 from stages.workflow.store import write_json
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
@@ -77,10 +79,12 @@ def cuts(
     channels_last: bool,
     size: int = 0,
     drop: tuple[str, ...] = (),
+    whole_stages: bool = False,
 ) -> tuple[int, list[dict[str, Any]]]:
     """(bytes of weights, the model cut at block level and at leaf level), each with its meta pass.
 
     ``call(model, samples)`` runs the model on ``samples`` samples; ``size`` is the micro-batch (0: the call's own).
+    ``whole_stages``: small stages of a UNet are units, see ``split_units``.
     """
     model = component.build(optional=tuple(f"{name}." for name in drop))
     for name in drop:
@@ -90,7 +94,8 @@ def cuts(
     found = []
     largest_leaf = max(unit.nbytes for unit in split_units(model, layout, 0))
     for limit in (layout.nbytes, largest_leaf):
-        units = split_units(model, layout, limit)
+        stage_limit = largest_leaf if whole_stages else 0
+        units = split_units(model, layout, limit, stage_limit)
         counts = (2, 3) if size else (1,)  # nothing grows with a group of one
         traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
         lines = segments(traces[0], traces[-1])
@@ -99,6 +104,7 @@ def cuts(
         found.append(
             {
                 "limit": limit,
+                "stage_limit": stage_limit,
                 "order": list(dict.fromkeys(name for name in traces[0].order)),
                 "nbytes": {unit.name: unit.nbytes for unit in units},
                 "flops": {unit.name: traces[0].flops_of(unit.name, counts[0]) for unit in units},
@@ -113,6 +119,9 @@ def cuts(
 
 def profile_run(config: DictConfig) -> dict[str, Any]:
     """{stage: the fields of ``planner.StageProfile``} for the stages of this run that open a model."""
+    if on_gpu(config) and not torch.cuda.is_available():
+        hint = "Use device=cpu, or a build of torch for this machine's GPU."
+        raise ConfigError("device", config.device, "a GPU that torch can use", hint)
     dtype, last = compute_dtype(config), bool(config.technique.channels_last)
     import_diffusers()
     checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer", "unet", "vae", "scheduler"), lambda _: None)
@@ -179,7 +188,7 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
         canvas, views, _ = canvas_of(config)
         nbytes = config.model.latent_channels * canvas.height * canvas.width * 4
         height, width = views[0].tile.size
-        size = micro_batch(component.config, height, width)
+        size = micro_batch(component.config, height, width, config.device)
         channels, context = component.config["in_channels"], component.config["cross_attention_dim"]
 
         def call(model: nn.Module, samples: int, shape=(channels, height, width), context=context) -> Any:
@@ -189,7 +198,9 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
             return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
 
         if (height, width) not in passes:  # the low-res picture is often as large as a tile
-            passes[height, width] = cuts(component, dtype, call, channels_last=last, size=size)
+            passes[height, width] = cuts(
+                component, dtype, call, channels_last=last, size=size, whole_stages=on_gpu(config)
+            )
         weights, cut = passes[height, width]
         # views with and without guidance do not share a micro-batch
         samples = [sum(view.passes for view in views if view.passes == guided) for guided in (1, 2)]

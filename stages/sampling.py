@@ -94,7 +94,7 @@ def sample(
 
     embeddings = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
     dtype, tile = compute_dtype(config), views[0].tile.size
-    batch = context.plan.get("micro_batch") or micro_batch(component.config, *tile)
+    batch = context.plan.get("micro_batch") or micro_batch(component.config, *tile, config.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.technique.tf32
     with open_model(
         component,
@@ -112,6 +112,7 @@ def sample(
             dtype=dtype,
             device=config.device,
             channels_last=config.technique.channels_last,
+            run=streamer.graphed,
         )
         group_size = context.plan.get("group_size") or max(1, batch // 2)
         while not sampler.finished:

@@ -30,6 +30,8 @@ BLOCK_CLASSES = frozenset(
         "CLIPEncoderLayer",
     }
 )
+# Several of these with the skip connections between them: whole where they are small and their activations large.
+STAGE_CLASSES = frozenset({"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"})
 
 
 class Slot(NamedTuple):
@@ -96,8 +98,11 @@ class Unit:
         return self.end - self.start
 
 
-def split_units(model: nn.Module, layout: Layout, limit: int) -> list[Unit]:
+def split_units(model: nn.Module, layout: Layout, limit: int, stage_limit: int = 0) -> list[Unit]:
     """Cut ``model`` into units of at most ``limit`` bytes where its block structure allows it.
+
+    A stage of a UNet of at most ``stage_limit`` bytes is one unit: what it joins and splits inside then has the size of
+    a micro-batch, not of the group.
 
     A leaf larger than the limit stays one unit (the planner then says what budget it needs). Parameters that a
     module owns directly beside children (embeddings of some encoders) become a unit of that module alone,
@@ -110,7 +115,9 @@ def split_units(model: nn.Module, layout: Layout, limit: int) -> list[Unit]:
             return
         leaf = not any(True for _ in module.children())
         start, end = layout.range_of(names)
-        if leaf or (type(module).__name__ in BLOCK_CLASSES and end - start <= limit):
+        kind, size = type(module).__name__, end - start
+        whole = (kind in BLOCK_CLASSES and size <= limit) or (kind in STAGE_CLASSES and size <= stage_limit)
+        if leaf or whole:
             yield prefix.rstrip("."), module, names
             return
         own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]

@@ -30,9 +30,10 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A model cut into units of at most ``limit`` bytes: what one pass does, in order."""
+    """A model cut into units of at most ``limit`` bytes (see ``split_units``): what one pass does, in order."""
 
     limit: int
+    stage_limit: int = 0
     order: tuple[str, ...]
     nbytes: Mapping[str, int]
     flops: Mapping[str, int]  # of one micro-batch
@@ -49,7 +50,8 @@ class Cut:
     def of(cls, data: Mapping[str, Any]) -> Cut:
         lines = tuple(Line(unit=u, fixed=f, slope=s, workspace=w) for u, f, s, w in data["lines"])
         order = tuple(data["order"])
-        return cls(limit=data["limit"], order=order, nbytes=data["nbytes"], flops=data["flops"], lines=lines)
+        limits = {"limit": data["limit"], "stage_limit": data.get("stage_limit", 0)}
+        return cls(**limits, order=order, nbytes=data["nbytes"], flops=data["flops"], lines=lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,9 @@ class StageProfile:
     """What is known of a stage before it runs.
 
     ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights, ``imports``
-    its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels).
+    its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels). On a GPU
+    (:mod:`stages.workflow.device`) rates differ, starting a pass takes time, and units of at most ``keep`` bytes are not
+    worth a copy.
     """
 
     name: str
@@ -71,6 +75,10 @@ class StageProfile:
     cuts: tuple[Cut, ...] = field(repr=False)
     rate: float  # flops a second
     seconds: float  # besides the model: imports, files
+    read_rate: float = READ_RATE
+    copy_rate: float = COPY_RATE
+    start_seconds: float = 0.0
+    keep: int = 0
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> StageProfile:
@@ -87,6 +95,7 @@ class Plan:
 
     resident: str | tuple[str, ...]
     unit_limit: int
+    stage_limit: int
     ring_bytes: int
     group: int
     order: tuple[str, ...]
@@ -105,7 +114,9 @@ class OverBudget(RuntimeError):
         super().__init__(stage)
 
 
-def pass_seconds(cut: Cut, group: int, ring: int, rate: float) -> float:
+def pass_seconds(
+    cut: Cut, group: int, ring: int, rate: float, read_rate: float = READ_RATE, copy_rate: float = COPY_RATE
+) -> float:
     """One pass of ``group`` micro-batches with the next units read ahead into a ring of ``ring`` bytes."""
     ready: list[float] = []  # when each unit's weights are there
     done: list[float] = []  # when each unit has run
@@ -118,9 +129,9 @@ def pass_seconds(cut: Cut, group: int, ring: int, rate: float) -> float:
             held -= cut.nbytes[cut.order[oldest]]
             disk = max(disk, done[oldest])
             oldest += 1
-        disk += size / READ_RATE
+        disk += size / read_rate
         ready.append(disk)
-        now = max(now, disk) + cut.flops.get(unit, 0) * group / rate + size / COPY_RATE
+        now = max(now, disk) + cut.flops.get(unit, 0) * group / rate + size / copy_rate
         done.append(now)
     return now
 
@@ -132,30 +143,37 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
     total = profile.micro_batches
     compute = sum(profile.cuts[0].flops.values()) * total * profile.steps / profile.rate
     whole = profile.cuts[0]
-    yield Plan(
-        resident="all",
-        unit_limit=whole.limit,
-        ring_bytes=0,
-        group=1,
-        order=whole.order,
-        predicted_peak_rss_bytes=peak(profile.weights + whole.peak(1)),
-        predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE,
-    )
+    for group in _groups(total) if profile.start_seconds else [1]:
+        starts = profile.steps * -(-total // group) * profile.start_seconds
+        yield Plan(
+            resident="all",
+            unit_limit=whole.limit,
+            stage_limit=whole.stage_limit,
+            ring_bytes=0,
+            group=group,
+            order=whole.order,
+            predicted_peak_rss_bytes=peak(profile.weights + whole.peak(group)),
+            predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE + starts,
+        )
     for cut in profile.cuts:
+        kept = tuple(name for name in cut.order if cut.nbytes[name] <= profile.keep)
         pair = max(
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
         )
         for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest)):
             for group in _groups(total):
                 rounds = -(-total // group)
-                seconds = profile.steps * rounds * pass_seconds(cut, min(group, total), ring, profile.rate)
+                rates = profile.rate, profile.read_rate, profile.copy_rate
+                seconds = pass_seconds(cut, min(group, total), ring, *rates) + profile.start_seconds
+                seconds *= profile.steps * rounds
                 yield Plan(
-                    resident=(),
+                    resident=kept,
                     unit_limit=cut.limit,
+                    stage_limit=cut.stage_limit,
                     ring_bytes=ring,
                     group=group,
                     order=cut.order,
-                    predicted_peak_rss_bytes=peak(ring + cut.peak(group)),
+                    predicted_peak_rss_bytes=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
                     predicted_seconds=profile.seconds + seconds,
                 )
 

@@ -86,6 +86,8 @@ class CheckpointSource:
 class PreparedSource:
     """Reads a prepared copy: exactly the layout's bytes, so that a unit is one read with nothing to convert."""
 
+    divisible = True  # any bytes can be read, whatever slots they belong to
+
     def __init__(self, path: Path, layout: Layout, *, keep_cached: bool = True) -> None:
         size = path.stat().st_size
         if size != layout.nbytes:

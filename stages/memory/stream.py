@@ -193,6 +193,10 @@ class WeightStreamer:
         finally:
             self._release(unit)
 
+    def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """``call(*inputs)``, a whole pass; on a GPU it is replayed from a recording."""
+        return call(*inputs)
+
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
         """Keep the weights of all units inside ``module`` in memory: one read for many calls."""
@@ -248,38 +252,55 @@ class WeightStreamer:
 def micro_batched(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], size: int, *, only_first: bool = False
 ) -> Any:
-    """``forward`` over slices of at most ``size`` samples; results are gathered in one tensor made once.
+    """``forward`` over slices of at most ``size`` samples; results are gathered in tensors made once.
 
-    The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, all else
-    (flags, sizes, a time embedding of one row) is passed on whole. ``only_first`` leaves the other slices of the
-    result as they are: enough for a pass on the meta device.
+    The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
+    (a block's skip connections), all else (flags, sizes, a time embedding of one row) is passed on whole.
+    ``only_first`` leaves the other slices of the result as they are: enough for a pass on the meta device.
     """
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim() > 0]
-    count = tensors[0].shape[0] if tensors else 0
+    first = next(_tensors((*args, *kwargs.values())), None)
+    count = first.shape[0] if first is not None else 0
     if count <= size:
-        result = forward(*args, **kwargs)
-        return _laid_out(result) if isinstance(result, torch.Tensor) else tuple(_laid_out(part) for part in result)
-
-    def cut(value: Any, start: int, stop: int) -> Any:
-        sliced = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == count
-        return value[start:stop] if sliced else value
-
-    gathered: list[torch.Tensor] | None = None
-    single = True
+        return _mapped(_laid_out, forward(*args, **kwargs))
+    gathered: list[torch.Tensor] = []
+    result: Any = None
     for start in range(0, count, size):
         stop = min(start + size, count)
-        part = forward(*(cut(a, start, stop) for a in args), **{k: cut(v, start, stop) for k, v in kwargs.items()})
-        single = isinstance(part, torch.Tensor)
-        parts = (part,) if single else tuple(part)
-        if gathered is None:
-            gathered = [_empty_like(tensor, count) for tensor in parts]
-        for whole, tensor in zip(gathered, parts, strict=True):
-            whole[start:stop].copy_(tensor)
+
+        def cut(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
+            return value[start:stop] if value.shape[0] == count else value
+
+        part = forward(*_mapped(cut, tuple(args)), **{name: _mapped(cut, value) for name, value in kwargs.items()})
+        parts = {id(tensor): tensor for tensor in _tensors(part)}  # a block may return one tensor twice
+        if not gathered:
+            gathered = [_empty_like(tensor, count) for tensor in parts.values()]
+            whole = dict(zip(parts, gathered, strict=True))
+            result = _mapped(lambda tensor, whole=whole: whole[id(tensor)], part)
+        for target, tensor in zip(gathered, parts.values(), strict=True):
+            target[start:stop].copy_(tensor)
         del part, parts
         if only_first:
             break
-    assert gathered is not None
-    return gathered[0] if single else tuple(gathered)
+    return result
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples and lists, but for those without dimensions."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """``value`` with ``function`` applied to its tensors, as :func:`_tensors` finds them."""
+    if isinstance(value, torch.Tensor):
+        return function(value) if value.dim() > 0 else value
+    if isinstance(value, tuple | list):
+        return tuple(_mapped(function, item) for item in value)
+    return value
 
 
 def _laid_out(tensor: torch.Tensor) -> torch.Tensor:

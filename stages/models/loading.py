@@ -57,10 +57,10 @@ def open_model(
 ) -> Iterator[Streamer]:
     """Build ``component`` on ``meta`` and give it its weights as ``plan`` says.
 
-    ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit`` and ``ring_bytes`` (bytes), ``order`` (names
-    of units as one pass calls them), ``prepared`` (path of the packed copy, or None). Without a plan all weights are
-    resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only decodes). On a GPU
-    the plan also says ``host`` and ``device_budget`` (bytes that the allocator may reserve, or None).
+    ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit``, ``stage_limit`` and ``ring_bytes`` (bytes),
+    ``order`` (names of units as one pass calls them), ``prepared`` (path of the packed copy, or None). Without a plan
+    all weights are resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only
+    decodes). On a GPU the plan also says ``host`` and ``device_budget`` (bytes that may be reserved, or None).
 
     Yields the streamer; its ``.model`` is the stock model.
     """
@@ -69,7 +69,7 @@ def open_model(
     for name in drop:
         delattr(model, name)
     layout = Layout(model, dtype, channels_last=channels_last)
-    units = split_units(model, layout, plan.get("unit_limit", layout.nbytes))
+    units = split_units(model, layout, plan.get("unit_limit", layout.nbytes), plan.get("stage_limit", 0))
     order = {name: index for index, name in enumerate(plan.get("order", ()))}
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
     drop_clean_pages()  # all is imported, nothing is loaded yet

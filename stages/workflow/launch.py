@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from stages.config import ROOT, parse_bytes
 from stages.context import MARK_BYTES, read_mark
 from stages.memory.monitor import Monitor, Sample, own_peak_rss, usage
-from stages.workflow import enforce
+from stages.workflow import device, enforce
 from stages.workflow.plan import StageState
 
 _TAIL = 20  # lines of a failed stage's log that are shown
@@ -60,6 +60,8 @@ def environment(config: DictConfig) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",  # threads that spin for work starve everything else on a small, busy machine
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if device.on_gpu(config):
+        wanted |= device.ENVIRONMENT
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
     if config.launch.threads:
         given |= {"OMP_NUM_THREADS": str(config.launch.threads), "MKL_NUM_THREADS": str(config.launch.threads)}
@@ -90,9 +92,10 @@ def run_stage(
     """
     log_path = run_dir / "logs" / f"{state.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    enforcer = enforce.start(
-        str(config.memory.enforce), parse_bytes(config.memory.budget), what=state.name, writes=Path(config.output_dir)
-    )
+    mode = str(config.memory.enforce)
+    if mode == "auto" and device.on_gpu(config):  # the driver alone takes a gigabyte of RAM; the device has its limit
+        mode = "off"
+    enforcer = enforce.start(mode, parse_bytes(config.memory.budget), what=state.name, writes=Path(config.output_dir))
     begin = time.monotonic()
     with tempfile.TemporaryFile() as marks, open(log_path, "wb") as log:
         marks.truncate(MARK_BYTES)

@@ -6,7 +6,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from stages import PROFILE, Stage
 from stages.config import parse_bytes, resolve_dtype
 from stages.memory.monitor import usage
 from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
-from stages.workflow import launch
+from stages.workflow import device, launch
 from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint, read_json, write_json
 
 LOOK = "500MB"  # for the look at the models at least: a smaller budget fits no stage, but by how much has to be known
-DEVICE_LIBRARIES = 80_000_000  # bytes: workspaces of the matrix and convolution libraries
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 _COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
 
@@ -62,10 +60,9 @@ def plan(
     ]
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
     budget = parse_bytes(config.memory.budget)
-    on_gpu = str(config.device).startswith("cuda")
-    if on_gpu:  # what is planned is the device's memory: there is no process on it but this one's libraries
-        runner, budget = 0, parse_bytes(config.memory.device_budget or "1TB", "memory.device_budget")
-        profiles = [replace(one, base=DEVICE_LIBRARIES, imports=0) for one in profiles]
+    if device.on_gpu(config):  # what is planned is the device's memory
+        runner, budget = 0, device.device_budget(config) or 10**15
+        profiles = [device.for_device(one, config.memory.host) for one in profiles]
     try:
         plans = plan_run(profiles, budget, runner)
     except OverBudget as error:
@@ -116,12 +113,8 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
         }
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
     made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared}
-    if str(config.device).startswith("cuda"):
-        made["predicted_peak_vram_bytes"] = made.pop("predicted_peak_rss_bytes")
-        made["host"] = config.memory.host
-        made["device_budget"] = parse_bytes(config.memory.device_budget) if config.memory.device_budget else None
-        if _COMPONENT[_base(profile.name)] != "unet":  # small, and called in no fixed order
-            made |= {"resident": "all", "prepared": None}
+    if device.on_gpu(config):
+        return device.of_device(made, config, streams=_COMPONENT[_base(profile.name)] == "unet")
     return made
 
 
@@ -129,8 +122,9 @@ def _refusal(error: OverBudget, config: DictConfig) -> str:
     least = -(-int(error.least.predicted_peak_rss_bytes / 0.985) // 10_000_000) * 10
     slower = error.least.predicted_seconds / max(error.fastest.predicted_seconds, 1e-9)
     cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
+    key = "device_budget" if device.on_gpu(config) else "budget"
     return (
-        f"memory.budget: got {config.memory.budget}, but {error.stage} needs at least {least} MB "
+        f"memory.{key}: got {config.memory[key]}, but {error.stage} needs at least {least} MB "
         f"for {config.width}x{config.height} with model={config.model.name}.\n"
-        f"Use memory.budget={least}MB{f' ({cost})' if cost else ''}, or smaller decode.tile_size / denoise.tile_size."
+        f"Use memory.{key}={least}MB{f' ({cost})' if cost else ''}, or smaller decode.tile_size / denoise.tile_size."
     )

@@ -1,0 +1,65 @@
+"""What is different on a GPU: the budget is the device's, and so are the rates, the libraries and the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig
+
+from stages.config import parse_bytes
+from stages.memory.planner import Line, StageProfile
+
+LIBRARIES = 70_000_000  # bytes that the allocator gives to the libraries or cannot give out again
+FLOPS = 2e14  # of a large GPU in fp16; only ranks plans, as the rates do
+READ_RATES = {"pinned": 4e10, "disk": 8e9}  # bytes a second to the device
+START_SECONDS = 2e-3  # to begin a pass
+KEEP = 1_000_000  # bytes: smaller units stay on the device
+
+# A value that the user set stays.
+ENVIRONMENT = {
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # what is free can be used, wherever it lies
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:2",  # KiB; otherwise 32 MiB and more a stream
+    "CUBLASLT_WORKSPACE_SIZE": "8192",
+    "CUDNN_CONV_WSCAP_DBG": "64",  # MiB: the choice of a kernel must not depend on what happens to be free
+}
+
+
+def on_gpu(config: DictConfig) -> bool:
+    """Whether this run computes on a GPU."""
+    return str(config.device).startswith("cuda")
+
+
+def device_budget(config: DictConfig) -> int | None:
+    """Bytes that the allocator may reserve; None without a limit."""
+    given = config.memory.device_budget
+    return None if given is None else parse_bytes(given, "memory.device_budget")
+
+
+def for_device(profile: StageProfile, host: str) -> StageProfile:
+    """``profile``, made for the CPU, as it is on the device: no interpreter there, and weights are never repacked."""
+    cuts = tuple(replace(cut, lines=tuple(map(_no_workspace, cut.lines))) for cut in profile.cuts)
+    return replace(
+        profile,
+        base=LIBRARIES,
+        imports=0,
+        extra=0,
+        cuts=cuts,
+        rate=FLOPS,
+        read_rate=READ_RATES[host],
+        copy_rate=float("inf"),
+        start_seconds=START_SECONDS,
+        keep=KEEP,
+    )
+
+
+def _no_workspace(line: Line) -> Line:
+    return replace(line, workspace=0)
+
+
+def of_device(plan: Mapping[str, Any], config: DictConfig, *, streams: bool) -> dict[str, Any]:
+    """``plan`` as the stage reads it. Models that are small and called in no fixed order are not streamed."""
+    made = {**plan, "host": config.memory.host, "device_budget": device_budget(config)}
+    made["predicted_peak_vram_bytes"] = made.pop("predicted_peak_rss_bytes")
+    return made if streams else {**made, "resident": "all", "prepared": None}

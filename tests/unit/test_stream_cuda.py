@@ -1,0 +1,239 @@
+"""Streaming to a GPU: places, readers and order on the CPU with stand-ins for streams and events; the rest on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stages.memory import graphs
+from stages.memory.host import DiskWeights, Reader
+from stages.memory.layout import Layout, split_units
+from stages.memory.places import Places
+from stages.memory.source import CheckpointSource, PreparedSource
+from stages.memory.stream_cuda import CudaStreamer
+from stages.models.checkpoint import Checkpoint, Component
+from stages.models.loading import open_model, prepared
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(0, 100))
+def test_a_unit_waits_for_the_last_that_it_overwrites(sizes: list[int], more: int) -> None:
+    """Whoever has bytes in common and comes before is done with, over many passes."""
+    places = Places(sizes, max(sizes) + more)
+    count = len(sizes)
+    spans = [(places[n].offset, places[n].offset + sizes[n % count]) for n in range(4 * count)]
+    for number, (start, end) in enumerate(spans):
+        assert start >= 0 and end <= max(sizes) + more
+        meeting = [n for n in range(number) if spans[n][0] < end and start < spans[n][1]]
+        assert places[number].after == (meeting[-1] if meeting else None)
+
+
+def test_a_ring_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="largest unit has 7"):
+        Places([3, 7], 6)
+
+
+class Stream:
+    def wait_event(self, event: Any) -> None:
+        assert event.recorded, "waits for what was never queued"
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class Event:
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and events of a device that does everything at once."""
+    for name, value in {
+        "Stream": lambda device: Stream(),
+        "current_stream": lambda device: Stream(),
+        "Event": Event,
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "graph_pool_handle": lambda: "pool",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.fixture(scope="module")
+def unet(small: Callable[[str], Path]) -> Component:
+    return Checkpoint.open(str(small("sd15"))).component("unet")
+
+
+def inputs(samples: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((samples, 4, 16, 16), generator=generator).contiguous(memory_format=torch.channels_last)
+    return image, torch.tensor(400), torch.randn((samples, 77, 32), generator=generator)
+
+
+def plan(component: Component, limit: int, stage_limit: int, ring: float, **more: Any) -> dict[str, Any]:
+    """Everything streamed in the order of use; ``ring`` in largest units."""
+    from stages.memory.profile import trace
+
+    model = component.build()
+    layout = Layout(model, torch.float32, channels_last=True)
+    units = split_units(model, layout, limit or layout.nbytes, stage_limit)
+
+    def call() -> None:
+        image, timestep, embeds = (value.to("meta") for value in inputs(2))
+        model(image, timestep, encoder_hidden_states=embeds, return_dict=False)
+
+    order = tuple(dict.fromkeys(trace(model, units, call, 0).order))
+    ring_bytes = int(max(unit.nbytes for unit in units) * ring)
+    limits = {"unit_limit": limit or layout.nbytes, "stage_limit": stage_limit, "ring_bytes": ring_bytes}
+    return {"resident": (), "order": order, **limits, **more}
+
+
+def opened(component: Component, chosen: dict[str, Any], folder: Path, **more: Any) -> CudaStreamer:
+    """A ``CudaStreamer`` on the CPU, with stand-ins."""
+    model = component.build()
+    layout = Layout(model, torch.float32, channels_last=True)
+    units = split_units(model, layout, chosen["unit_limit"], chosen["stage_limit"])
+    order = list(chosen["order"])
+    units.sort(key=lambda unit: order.index(unit.name))
+    source = CheckpointSource(component.tensors, layout)
+    if chosen.get("prepared"):
+        source = PreparedSource(prepared(component, layout, folder / "unet.bin"), layout)
+    ring = chosen["ring_bytes"]
+    return CudaStreamer(model, layout=layout, units=units, source=source, device="cpu", ring_bytes=ring, **more)
+
+
+def predict(streamer: Any, image: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+    return streamer.model(image, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(unet: Component) -> Tensor:
+    with open_model(unet, dtype=torch.float32, channels_last=True, plan={}, micro_batch=2) as streamer:
+        return predict(streamer, *inputs())
+
+
+@pytest.mark.parametrize("host", ["pinned", "disk"])
+@pytest.mark.parametrize("from_copy", [True, False])
+@pytest.mark.parametrize(("limit", "stage_limit", "ring"), [(0, 0, 1.0), (40_000, 60_000, 2.5), (0, 0, 1e3)])
+def test_streamed_is_resident(
+    no_gpu: None,
+    unet: Component,
+    expected: Tensor,
+    tmp_path: Path,
+    host: str,
+    from_copy: bool,
+    limit: int,
+    stage_limit: int,
+    ring: float,
+) -> None:
+    chosen = plan(unet, limit, stage_limit, min(ring, 60.0), prepared=from_copy)
+    more: dict[str, Any] = {"micro_batch": 2, "host": host, "staging_bytes": 3 * chosen["ring_bytes"]}
+    with torch.inference_mode(), opened(unet, chosen, tmp_path, **more) as streamer:
+        for _ in range(3):
+            assert torch.equal(predict(streamer, *inputs()), expected)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
+
+
+def test_out_of_order(no_gpu: None, unet: Component, tmp_path: Path) -> None:
+    with opened(unet, plan(unet, 0, 0, 1.0), tmp_path, micro_batch=2) as streamer:
+        with pytest.raises(RuntimeError, match="conv_out was called out of order"):
+            streamer.model.conv_out(torch.zeros(2, 16, 16, 16))
+        with pytest.raises(RuntimeError, match="needs a resident model"), streamer.hold(streamer.model):
+            pass
+
+
+class Graph:
+    """Remembers what was called between begin and end."""
+
+    log: list[Any]
+
+    def capture_begin(self, **_: Any) -> None:
+        Graph.log.append([])
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        Graph.log.append("replay")
+
+
+def test_a_pass_is_cut_where_weights_are_waited_for(
+    no_gpu: None, unet: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Graph.log = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    chosen = plan(unet, 40_000, 60_000, 2.0)
+    with torch.inference_mode(), opened(unet, chosen, tmp_path, micro_batch=2, host="disk") as streamer:
+        seen: list[int | None] = []
+        replay = graphs.Captured.replay
+
+        def watched(self: graphs.Captured, *args: Any) -> Tensor:
+            seen.extend(unit for unit, _ in self.graphs)
+            return replay(self, *args)
+
+        monkeypatch.setattr(graphs.Captured, "replay", watched)
+        for _ in range(2):
+            streamer.graphed(lambda *values: predict(streamer, *values), *inputs())
+    count = len(chosen["order"])
+    assert seen == [None, *range(count)] * 2
+    assert Graph.log.count("replay") == 2 * (count + 1) and len(Graph.log) == 3 * (count + 1)
+
+
+def test_an_unreadable_copy_is_told(no_gpu: None, unet: Component, tmp_path: Path) -> None:
+    chosen = plan(unet, 0, 0, 1.0, prepared=True)
+    with opened(unet, chosen, tmp_path, micro_batch=2):
+        pass
+    model = unet.build()
+    layout = Layout(model, torch.float32, channels_last=True)
+    units, source = split_units(model, layout, layout.nbytes), PreparedSource(tmp_path / "unet.bin", layout)
+    with (tmp_path / "unet.bin").open("r+b") as file:
+        file.truncate(100)
+    reader = Reader(source)
+    weights = DiskWeights(units, reader, 2 * max(unit.nbytes for unit in units), Event, pin=False)
+    with pytest.raises(RuntimeError, match=f"weights of {units[0].name} failed: file ended"):
+        weights.packed(0)
+    weights.close()
+    reader.close()
+
+
+@gpu
+@pytest.mark.parametrize("host", ["pinned", "disk"])
+@pytest.mark.parametrize("graphed", [True, False])
+def test_on_a_gpu(unet: Component, tmp_path: Path, host: str, graphed: bool) -> None:
+    """Streamed is resident, bit by bit, whatever the group."""
+    values = [value.to("cuda") for value in inputs(10)]
+    options: dict[str, Any] = {"dtype": torch.float16, "channels_last": True, "micro_batch": 4, "device": "cuda"}
+    found = []
+    for chosen in ({}, plan(unet, 0, 0, 1.5, prepared=str(tmp_path / "unet.bin"), host=host)):
+        for group in (10, 8, 4):
+            with open_model(unet, plan=chosen, **options) as streamer:
+                parts = []
+                for _ in range(3):
+                    parts = []
+                    for image, embeds in zip(values[0].split(group), values[2].split(group), strict=True):
+                        part = image.half(), values[1], embeds.half()
+                        if graphed and chosen:
+                            parts.append(streamer.graphed(lambda *v, s=streamer: predict(s, *v), *part).clone())
+                        else:
+                            parts.append(predict(streamer, *part))
+                found.append(torch.cat(parts))
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+    assert found[0].isfinite().all() and found[0].float().std() > 0.01
