@@ -54,7 +54,15 @@ def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any
 
     micro = job["micro"]
     weights, found = looked_at(checkpoint, micro)
-    data = {"name": "denoise", "base": 0, "extra": 0, "weights": weights, "micro_batch": 2 * micro, "seconds": 0.0}
+    data = {
+        "name": "denoise",
+        "base": 0,
+        "imports": 0,
+        "extra": 0,
+        "weights": weights,
+        "micro_batch": 2 * micro,
+        "seconds": 0.0,
+    }
     data |= {"micro_batches": -(-TILES // micro), "steps": 20, "rate": 1.0}
     if "cut" in job:
         found = [found[job["cut"]]]

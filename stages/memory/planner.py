@@ -60,8 +60,8 @@ class StageProfile:
 
     ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights, ``imports``
     its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels). On a GPU
-    (:mod:`stages.workflow.device`) rates differ, starting a pass takes time, and units of at most ``keep`` bytes are not
-    worth a copy.
+    (:mod:`stages.workflow.device`) rates differ, starting a pass takes time, and units of at most ``keep`` bytes are
+    not worth a copy.
     """
 
     name: str
