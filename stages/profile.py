@@ -34,7 +34,7 @@ from stages.models.schedulers import make_scheduler
 from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
 from stages.sampling import denoise_canvas, lowres_canvas
-from stages.workflow.device import on_gpu
+from stages.workflow.device import FLOPS, on_gpu
 from stages.workflow.store import write_json
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
@@ -134,7 +134,7 @@ def profile_run(config: DictConfig) -> dict[str, Any]:
     drop_clean_pages()
     base = usage(os.getpid()).rss
     del held
-    rate = flops_per_second(dtype)
+    rate = FLOPS if on_gpu(config) else flops_per_second(dtype)
     with light_imports("transformers"):  # passes on meta too would import the graph compiler
         profiles = {
             "text_encode": {**_text(config, checkpoint, dtype), "base": base + TRANSFORMERS},

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from stages.config import parse_bytes, save_text
 from stages.memory.monitor import Sample
+from stages.workflow.device import device_budget
 from stages.workflow.launch import StageResult, runner_peak
 from stages.workflow.store import read_json, write_json, write_text
 
@@ -42,6 +43,7 @@ def write(
                 "peak_rss_bytes": result.peak_rss_bytes,
                 "predicted_peak_rss_bytes": predictions.get(result.name, {}).get("predicted_peak_rss_bytes"),
                 "peak_vram_bytes": result.peak_vram_bytes,
+                "predicted_peak_vram_bytes": predictions.get(result.name, {}).get("predicted_peak_vram_bytes"),
                 "fingerprint": result.fingerprint,
                 "peak_module": result.peak_module,
                 "heaviest_modules": [{"module": name, "peak_rss_bytes": size} for name, size in result.heaviest],
@@ -50,6 +52,7 @@ def write(
         ],
         "peak_rss_bytes": max([own, *(result.peak_rss_bytes for result in results)]),
         "budget_bytes": parse_bytes(config.memory.budget),
+        "device_budget_bytes": device_budget(config),
         "runner_peak_rss_bytes": own,
         "run": config.run,
         "error": error or None,

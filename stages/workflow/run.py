@@ -219,7 +219,7 @@ def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[s
     for state in states:
         guess = predictions.get(state.name, {})
         seconds = guess.get("predicted_seconds")
-        peak = megabytes(guess.get("predicted_peak_rss_bytes"))
+        peak = megabytes(guess.get("predicted_peak_rss_bytes") or guess.get("predicted_peak_vram_bytes"))
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
 
@@ -244,11 +244,18 @@ def _show_results(
     shown: Silent,
 ) -> None:
     rows = []
+    vram = max(result.peak_vram_bytes or 0 for result in results)
     for result in results:
-        guess = megabytes(predictions.get(result.name, {}).get("predicted_peak_rss_bytes"))
+        guess = predictions.get(result.name, {})
+        guess = megabytes(guess.get("predicted_peak_rss_bytes") or guess.get("predicted_peak_vram_bytes"))
         time_ = duration(result.seconds) if result.status != "reused" else "-"
-        rows.append((result.name, result.status, time_, megabytes(result.peak_rss_bytes), guess, result.reason))
-    shown.table(("stage", "status", "time", "peak", "predicted", "reason"), rows)
+        peak = megabytes(result.peak_vram_bytes if vram else result.peak_rss_bytes)
+        rows.append((result.name, result.status, time_, peak, guess, result.reason))
+    shown.table(("stage", "status", "time", "VRAM peak" if vram else "peak", "predicted", "reason"), rows)
     peak, budget = megabytes(summary["peak_rss_bytes"]), megabytes(summary["budget_bytes"])
     total = duration(sum(result.seconds for result in results))
+    if vram:
+        budget = megabytes(summary["device_budget_bytes"])
+        shown.line(f"total {total}, peak of VRAM {megabytes(vram)} of {budget}, of RAM {peak}")
+        return
     shown.line(f"total {total}, peak {peak} of {budget} (runner {megabytes(summary['runner_peak_rss_bytes'])})")
