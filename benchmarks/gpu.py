@@ -38,13 +38,14 @@ def looked_at(checkpoint: str, micro: int) -> tuple[int, list[dict[str, Any]]]:
     from stages.models.checkpoint import Checkpoint
     from stages.profile import cuts
 
+    component = Checkpoint.open(checkpoint).component("unet")
+
     def call(model: Any, samples: int) -> Any:
         image = torch.empty((samples, 4, 64, 64), dtype=torch.float16, device="meta")
-        embeds = torch.empty((samples, 77, 768), dtype=torch.float16, device="meta")
+        embeds = torch.empty((samples, 77, component.config["cross_attention_dim"]), dtype=torch.float16, device="meta")
         image = image.contiguous(memory_format=torch.channels_last)
         return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
 
-    component = Checkpoint.open(checkpoint).component("unet")
     return cuts(component, torch.float16, call, channels_last=True, size=2 * micro, whole_stages=True)
 
 

@@ -92,7 +92,8 @@ def open_model(
     if device.startswith("cuda"):
         if plan.get("device_budget"):
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, plan["device_budget"] / total), device)
+            fraction = min(1.0, plan["device_budget"] / total)
+            torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device).index)
         streamer = CudaStreamer(model, device=device, host=plan.get("host", "pinned"), **common)
     else:
         streamer = WeightStreamer(model, **common)
