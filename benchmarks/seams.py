@@ -40,13 +40,16 @@ def decoded(vae: Any, latents: Any, tiles: list[Tile], mode: str, halo: int, fol
 
     from stages.canvas.exact_vae import exact_decode
     from stages.canvas.vae import decode_tile, decoder_statistics, factor, to_uint8
+    from stages.memory.rows import Rows
 
     size, scale = Size(*latents.shape[-2:]), factor(vae)
     with tempfile.TemporaryDirectory(dir=folder) as work:
+        canvas = Rows.create(Path(work) / "canvas", latents.shape[1:])
+        canvas.write(0, latents)
         if mode == "exact":
             pixels = exact_decode(vae, latents, Path(work) / "scratch")
         side = max(max(tile.size) for tile in tiles) + 2 * halo
-        shared = decoder_statistics(vae, latents, side).applied(vae) if mode == "shared" else nullcontext()
+        shared = decoder_statistics(vae, canvas, side).applied(vae) if mode == "shared" else nullcontext()
         with shared:
             for tile in tiles:
                 crop = tile.grown(halo, size)

@@ -59,7 +59,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="guide",
-        version=1,
+        version=2,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
             *("guide.image", "guide.upscale", "guide.tile_size", *_NUMERICS),
@@ -69,7 +69,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="denoise",
-        version=1,
+        version=2,
         parameters=(
             *("width", "height", "seed", "regions", "reroll", "denoise"),
             *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_SCHEDULER, *_NUMERICS),
@@ -79,7 +79,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="decode",
-        version=1,
+        version=2,
         parameters=("width", "height", "decode", *_NUMERICS),
         needs=lambda config: ("denoise",),
         components=("vae",),

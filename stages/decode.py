@@ -15,7 +15,8 @@ from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
 from stages.context import StageContext
-from stages.memory.tensors import TensorRef, read_header, read_rows, read_tensor, write_tensors
+from stages.memory.rows import Rows
+from stages.memory.tensors import read_header, write_tensors
 from stages.models.loading import Streamer
 from stages.models.vae import open_vae
 from stages.workflow.store import atomic_path
@@ -33,7 +34,7 @@ def run(context: StageContext) -> None:
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
     if config.decode.mode != "exact":
         progress.start(len(tiles), "tiles", len(tiles) - len(missing))
-    canvas = read_header(context.inputs["denoise"] / "canvas.safetensors")["latents"]
+    canvas = Rows.open(context.inputs["denoise"] / "canvas.safetensors")
     halo = config.decode.halo // factor
     with open_vae(config, plan=context.plan, decoder=True, note=progress.note, mark=progress.mark) as streamer:
         vae: Any = streamer.model
@@ -63,11 +64,11 @@ def _done(file: Path, size: Size) -> bool:
         return False
 
 
-def _crop(canvas: TensorRef, box: Tile) -> Tensor:
-    return read_rows(canvas, box.top, box.bottom)[..., box.left : box.right].contiguous()
+def _crop(canvas: Rows, box: Tile) -> Tensor:
+    return canvas.read(box.top, box.bottom)[..., box.left : box.right].contiguous()
 
 
-def _statistics(context: StageContext, vae: Any, canvas: TensorRef, side: int) -> GroupNormStatistics:
+def _statistics(context: StageContext, vae: Any, canvas: Rows, side: int) -> GroupNormStatistics:
     """GroupNorm statistics of one small decode, kept so that a resumed decode uses the same numbers."""
     file = context.output / "checkpoint_statistics.safetensors"
     try:
@@ -75,12 +76,12 @@ def _statistics(context: StageContext, vae: Any, canvas: TensorRef, side: int) -
     except (OSError, ValueError, KeyError) as error:
         if file.exists():
             context.progress.note(f"warning: {file.name} cannot be used ({error}); it is made again")
-    statistics = decoder_statistics(vae, read_tensor(canvas), side)
+    statistics = decoder_statistics(vae, canvas, side)
     statistics.save(file)
     return statistics
 
 
-def _exact(context: StageContext, streamer: Streamer, canvas: TensorRef, missing: list[Tile]) -> None:
+def _exact(context: StageContext, streamer: Streamer, canvas: Rows, missing: list[Tile]) -> None:
     """The whole canvas layer by layer over scratch files, then cut into tiles.
 
     Raises:
@@ -89,7 +90,7 @@ def _exact(context: StageContext, streamer: Streamer, canvas: TensorRef, missing
     if not missing:
         return
     vae: Any = streamer.model
-    latents, scratch, progress = read_tensor(canvas), context.output / "checkpoint_exact", context.progress
+    latents, scratch, progress = canvas.read(0, canvas.height), context.output / "checkpoint_exact", context.progress
     needed = exact_disk_bytes(vae, Size(*latents.shape[-2:]), vae.dtype.itemsize)
     there = sum(path.stat().st_size for path in scratch.glob("*"))
     free = shutil.disk_usage(context.output).free

@@ -7,7 +7,8 @@ from typing import Any
 from stages.canvas.dilated import Dilated
 from stages.canvas.tiles import latent_grid
 from stages.context import StageContext
-from stages.memory.tensors import read_tensors, write_tensors
+from stages.memory.rows import Rows, Window
+from stages.memory.tensors import write_tensors
 from stages.sampling import denoise_canvas, sample
 from stages.workflow.store import atomic_path
 
@@ -20,15 +21,18 @@ def run(context: StageContext) -> None:
     guide: dict[str, Any] = {"dilated": Dilated.of(config)}
     if config.guide.mode != "none":
         guide |= {
-            "guide": read_tensors(context.input("guide") / "latents.safetensors")["latents"],
+            "guide": Rows.open(context.input("guide") / "latents.safetensors"),
             "guide_mode": config.guide.mode,
             "strength": config.denoise.strength,
             "hold_share": config.guide.hold_steps,
             "skip_residual_power": config.guide.skip_residual_power,
         }
-    latents = sample(context, denoise_canvas(config), num_inference_steps=config.denoise.num_inference_steps, **guide)
+    sampler = sample(context, denoise_canvas(config), num_inference_steps=config.denoise.num_inference_steps, **guide)
+    with atomic_path(context.output / "canvas.safetensors") as temporary:
+        canvas = Rows.create(temporary, (config.model.latent_channels, config.height // factor, config.width // factor))
+        for top, rows in sampler.latents():
+            canvas.write(top, rows)
+    window = Window(Rows.open(context.output / "canvas.safetensors"))
     for tile in tiles:
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
-            write_tensors(temporary, {"latents": latents[tile.index].contiguous()})
-    with atomic_path(context.output / "canvas.safetensors") as temporary:
-        write_tensors(temporary, {"latents": latents})
+            write_tensors(temporary, {"latents": window.box(*tile[2:])[None]})

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from stages.canvas.picture import Picture, RowBlend
 from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
 from stages.canvas.weights import grid_weights
 from stages.config import ConfigError
 from stages.context import StageContext
-from stages.memory.tensors import read_tensors, write_tensors
+from stages.memory.rows import Rows
 from stages.models.loading import Streamer
 from stages.models.vae import open_vae
-from stages.workflow.store import atomic_path
+from stages.workflow.store import CHECKPOINT, atomic_path
 
 HALO = 8  # latents of context around a tile, decoding and encoding
 
@@ -29,53 +30,60 @@ def run(context: StageContext) -> None:
     """Write ``lowres.png`` (the preview) and ``latents.safetensors`` (``[1, C, H/f, W/f]`` float32)."""
     config, progress = context.config, context.progress
     f = config.model.vae_scale_factor
-    size = Size(config.height // f, config.width // f)
+    shape = (config.model.latent_channels, config.height // f, config.width // f)
     in_pixels = config.guide.image or config.guide.upscale == "lanczos"
-    plan = context.plan
+    scratch = context.output / CHECKPOINT / "picture.safetensors"
+    latents = picture = None
+    if config.guide.image:
+        picture = Picture.of(open_picture(Path(config.guide.image)), scratch)
+        small = picture.resized((config.lowres.width, config.lowres.height))
+        _preview(context, Picture.of(small, scratch.with_name("lowres.safetensors")))
+    else:
+        latents = _source(context)
     halves = {"encoder": bool(in_pixels), "decoder": not config.guide.image}
-    with open_vae(config, plan=plan, **halves, note=progress.note, mark=progress.mark) as streamer:
-        latents = None
-        if config.guide.image:
-            picture = open_picture(Path(config.guide.image))
-            _preview(context, picture.resize((config.lowres.width, config.lowres.height), Image.Resampling.LANCZOS))
-        else:
-            latents = _source(context)
-            picture = _decode(streamer, latents, config.guide.tile_size // f)
+    with (
+        open_vae(config, plan=context.plan, **halves, note=progress.note, mark=progress.mark) as streamer,
+        atomic_path(context.output / "latents.safetensors") as temporary,
+    ):
+        guide = Rows.create(temporary, shape)
+        if latents is not None:
+            picture = _decode(streamer, latents, config.guide.tile_size // f, scratch)
             _preview(context, picture)
-        if latents is not None and latents.shape[-2:] == tuple(size):
+        if latents is not None and latents.shape == guide.shape:
             progress.start(1, "tiles")
-            guide = latents  # the canvas is as large as the low-res picture: nothing to enlarge
+            for top, rows in latents.bands():  # the canvas is as large as the picture: nothing to enlarge
+                guide.write(top, rows)
             progress.advance()
-        elif in_pixels:
-            guide = _encode(context, streamer, picture, size)
+        elif latents is not None and not in_pixels:
+            progress.start(1, "tiles")
+            _enlarge(latents, guide)
+            progress.advance()
         else:
-            assert latents is not None
-            progress.start(1, "tiles")
-            guide = F.interpolate(latents, size=tuple(size), mode="bicubic", antialias=False)
-            progress.advance()
-    with atomic_path(context.output / "latents.safetensors") as temporary:
-        write_tensors(temporary, {"latents": guide})
+            assert picture is not None
+            _encode(context, streamer, picture, guide)
 
 
-def _source(context: StageContext) -> Tensor:
+def _source(context: StageContext) -> Rows:
     """The latents to enlarge: of the low-res picture, or of the canvas of the upscaling phase before this one."""
     if "lowres" in context.inputs:
-        return read_tensors(context.inputs["lowres"] / "latents.safetensors")["latents"]
-    return read_tensors(context.input("denoise") / "canvas.safetensors")["latents"]
+        return Rows.open(context.inputs["lowres"] / "latents.safetensors")
+    return Rows.open(context.input("denoise") / "canvas.safetensors")
 
 
 def open_picture(path: Path) -> Image.Image:
     """The user's picture as 8-bit RGB, turned as its EXIF says. ConfigError if it is none."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
+        picture = Image.open(path)
+        ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        return picture.convert("RGB")
+        picture.load()
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow says either of broken files
         raise ConfigError("guide.image", str(path), "a picture that Pillow can read", f"It says: {error}") from error
 
 
-def _preview(context: StageContext, picture: Image.Image) -> None:
+def _preview(context: StageContext, picture: Picture) -> None:
     """``lowres.png``, and in a later upscaling phase ``previous.png``: the picture that it enlarges."""
     name = "lowres.png"
     if any(stage.startswith("guide") for stage in context.inputs):
@@ -83,7 +91,7 @@ def _preview(context: StageContext, picture: Image.Image) -> None:
             shutil.copyfile(context.input("guide") / name, temporary)
         name = "previous.png"
     with atomic_path(context.output / name) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save_png(temporary)
     context.progress.note(f"preview: {context.run_dir / context.name / name}")
 
 
@@ -91,24 +99,27 @@ def _tiles(size: Size, side: int) -> list[Tile]:
     return grid(size, Size(side, side), min(4, side // 4))
 
 
-def _decode(streamer: Streamer, latents: Tensor, side: int) -> Image.Image:
-    """The low-res picture; in tiles with shared statistics if it is larger than one."""
+def _decode(streamer: Streamer, latents: Rows, side: int, file: Path) -> Picture:
+    """The picture to enlarge; in tiles with shared statistics if it is larger than one."""
     vae: Any = streamer.model
-    size = Size(latents.shape[-2], latents.shape[-1])
+    f, size = factor(vae), Size(latents.height, latents.width)
+    picture = Picture.create(file, size.width * f, size.height * f)
     if max(size) <= side + 2 * HALO:
-        pixels = decode_tile(vae, latents, whole(size))[0].float()
-    else:
-        statistics = decoder_statistics(vae, latents, side + 2 * HALO)
-        f = factor(vae)
-        pixels = torch.zeros((3, size.height * f, size.width * f))
-        tiles = _tiles(size, side)
-        weights = grid_weights([tile.scaled(f) for tile in tiles], Size(size.height * f, size.width * f), "cosine")
-        with statistics.applied(vae):
-            for tile, weight in zip(tiles, weights, strict=True):
-                crop = tile.grown(HALO, size)
-                decoded = decode_tile(vae, latents[crop.index], tile.within(crop))[0].float()
-                pixels[tile.scaled(f).index] += decoded * weight.map()
-    return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy())
+        pixels = decode_tile(vae, latents.read(0, latents.height), whole(size)).float()
+        picture.pixels.write(0, to_uint8(pixels))
+        return picture
+    statistics = decoder_statistics(vae, latents, side + 2 * HALO)
+    tiles = _tiles(size, side)
+    weights = grid_weights([tile.scaled(f) for tile in tiles], Size(picture.height, picture.width), "cosine")
+    blend = RowBlend(3, picture.width, lambda top, rows: picture.pixels.write(top, to_uint8(rows)))
+    with statistics.applied(vae):
+        for tile, weight in zip(tiles, weights, strict=True):
+            crop = tile.grown(HALO, size)
+            around = latents.read(crop.top, crop.bottom)[..., crop.left : crop.right]
+            decoded = decode_tile(vae, around, tile.within(crop))[0].float()
+            blend.add(tile.scaled(f), decoded * weight.map())
+    blend.finish()
+    return picture
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -117,7 +128,15 @@ def _to_tensor(picture: Image.Image) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def _encode(context: StageContext, streamer: Streamer, picture: Image.Image, size: Size) -> Tensor:
+def _enlarge(latents: Rows, guide: Rows) -> None:
+    """Bicubic enlargement of the latents themselves, channel by channel."""
+    source, size = latents.read(0, latents.height), (guide.height, guide.width)
+    for channel in range(guide.channels):
+        plane = F.interpolate(source[:, channel : channel + 1], size=size, mode="bicubic", antialias=False)
+        guide.write_flat(channel * plane.numel(), plane.flatten())
+
+
+def _encode(context: StageContext, streamer: Streamer, picture: Picture, guide: Rows) -> None:
     """Guide latents of the canvas: each crop is cut from the enlarged picture, which never exists as a whole."""
     config, progress = context.config, context.progress
     vae: Any = streamer.model
@@ -125,20 +144,17 @@ def _encode(context: StageContext, streamer: Streamer, picture: Image.Image, siz
     across, down = picture.width / config.width, picture.height / config.height
 
     def read(box: Tile) -> Tensor:
-        # Pillow's box is the exact sub-pixel region; its Lanczos window reaches beyond it into the picture
         region = (box.left * across, box.top * down, box.right * across, box.bottom * down)
-        extent = (box.right - box.left, box.bottom - box.top)
-        return _to_tensor(picture.resize(extent, Image.Resampling.LANCZOS, box=region))
+        return _to_tensor(picture.cut(region, (box.right - box.left, box.bottom - box.top)))
 
     side = config.guide.tile_size // f
-    tiles = _tiles(size, side)
+    tiles = _tiles(Size(guide.height, guide.width), side)
     progress.start(len(tiles), "tiles")
-    small = picture
     limit = (side + 2 * HALO) * f
-    if max(picture.size) > limit:
-        scale = limit / max(picture.size)
-        extent = [max(f, round(length * scale) // f * f) for length in picture.size]
-        small = picture.resize(extent, Image.Resampling.LANCZOS)
-    statistics = encoder_statistics(vae, _to_tensor(small))
+    extent = (picture.width, picture.height)
+    if max(extent) > limit:
+        scale = limit / max(extent)
+        extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
+    statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent)))
     with statistics.applied(vae):
-        return encode_tiled(vae, read, size, tiles, HALO, done=progress.advance)
+        encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance)

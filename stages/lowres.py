@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from stages.context import StageContext
 from stages.memory.tensors import write_tensors
 from stages.sampling import lowres_canvas, sample
@@ -14,6 +16,6 @@ def run(context: StageContext) -> None:
     With regions every region is seen on its own, in a crop of its box.
     """
     steps = context.config.lowres.num_inference_steps
-    latents = sample(context, lowres_canvas(context.config), num_inference_steps=steps)
+    sampler = sample(context, lowres_canvas(context.config), num_inference_steps=steps)
     with atomic_path(context.output / "latents.safetensors") as temporary:
-        write_tensors(temporary, {"latents": latents})
+        write_tensors(temporary, {"latents": torch.cat([rows for _, rows in sampler.latents()], dim=2)})

@@ -26,6 +26,7 @@ from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
 from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.profile import segments, trace
+from stages.memory.rows import BAND
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.models.checkpoint import Checkpoint, Component
@@ -186,7 +187,8 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
     passes: dict[tuple[int, int], tuple[int, list[dict[str, Any]]]] = {}
     for name, (canvas_of, count) in jobs.items():
         canvas, views, _ = canvas_of(config)
-        nbytes = config.model.latent_channels * canvas.height * canvas.width * 4
+        band = config.model.latent_channels * max(1, min(BAND // canvas.width, canvas.height)) * canvas.width * 4
+        tiles = config.model.latent_channels * views[0].tile.size.height * canvas.width * 4
         height, width = views[0].tile.size
         size = micro_batch(component.config, height, width, config.device)
         channels, context = component.config["in_channels"], component.config["cross_attention_dim"]
@@ -209,9 +211,11 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
         kept = {id(mask): mask.nbytes for view in (*views, *more) if (mask := view.weight.mask) is not None}
         masks = sum(kept.values())  # the sub-canvases share theirs
         if more:
-            masks += 4 * nbytes  # the blurred canvas, its sub-canvases side by side, padding, their accumulator
+            masks += 4 * band  # a band that is blurred, twice, with padding
         found[name] = {
-            "extra": masks + 12 * nbytes,  # canvas, noise, guide, prediction, the scheduler's history and temporaries
+            # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows
+            # of latents and predictions that the tiles of the moment lie in
+            "extra": masks + 12 * band + 2 * tiles,
             "weights": weights,
             "micro_batch": size,
             "micro_batches": sum(-(-number // size) for number in samples),
@@ -225,7 +229,6 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     from stages.guide import HALO
 
     component, f = checkpoint.component("vae"), config.model.vae_scale_factor
-    canvas = config.width * config.height
 
     def image(channels: int, height: int, width: int) -> torch.Tensor:
         made = torch.empty((1, channels, height, width), dtype=dtype, device="meta")
@@ -242,8 +245,10 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     side = (config.decode.tile_size + 2 * config.decode.halo) // f
     height, width = min(side, config.height // f), min(side, config.width // f)
     weights, cut = cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER)
-    single = {"extra": 0, "micro_batch": 1, "steps": 1}
-    found["decode"] = {**single, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
+    single = {"micro_batch": 1, "steps": 1}
+    rows = config.height // f if config.decode.mode == "exact" else height  # of latents that are in memory
+    row = config.width // f * config.model.latent_channels * 4
+    found["decode"] = {**single, "extra": rows * row, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
     if config.guide.mode == "none":
         return found
     side = config.guide.tile_size // f + 2 * HALO
@@ -254,13 +259,12 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         halves.append(cuts(component, dtype, encode(height, width), channels_last=last, drop=DECODER))
         passes.append(count)
     if not config.guide.image:
-        height, width = min(side, config.lowres.height // f), min(side, config.lowres.width // f)
+        height, width = (min(side, length // f) for length in reversed(_source_size(config)))
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
         passes.append(max(1, _source_pixels(config) // (height * width * f * f)))
     found["guide"] = {
         **single,
-        # guide latents and the blend's; the picture that is enlarged, as floats, as bytes and as Pillow's
-        "extra": 3 * canvas // f**2 * config.model.latent_channels * 4 + _source_pixels(config) * 3 * 6,
+        "extra": _guide_bytes(config),
         "weights": sum(half[0] for half in halves),
         "micro_batches": count,
         "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),
@@ -268,12 +272,22 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     return found
 
 
-def _source_pixels(config: DictConfig) -> int:
-    """Of the picture that the last guide enlarges."""
+def _source_size(config: DictConfig) -> tuple[int, int]:
+    """(width, height) of the picture that the last guide enlarges."""
     if config.guide.phases:
-        width, height = phase_size(config.width, config.height, config.guide.phases[-1], config.model.vae_scale_factor)
-        return width * height
-    return config.lowres.width * config.lowres.height
+        return phase_size(config.width, config.height, config.guide.phases[-1], config.model.vae_scale_factor)
+    return config.lowres.width, config.lowres.height
+
+
+def _guide_bytes(config: DictConfig) -> int:
+    """What the guide holds besides the model: rows of the picture that it enlarges and of the canvas' latents."""
+    f, (width, height) = config.model.vae_scale_factor, _source_size(config)
+    tile = config.guide.tile_size
+    blend = min(tile, height) * width * 3 * 4  # a row of tiles, as floats
+    shrunk = height * (tile + 16 * f) * 3 * 3  # the whole picture narrowed, and Pillow's copy of it
+    crop = (tile + 16 * f) * height // config.height + 8  # rows of the picture that one row of crops is cut from
+    latents = min(tile, config.height) // f * (config.width // f) * config.model.latent_channels * 4
+    return max(blend, shrunk, 2 * latents + crop * width * 3)
 
 
 def _joined(halves: list[list[dict[str, Any]]], shares: list[float]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 
 from stages.canvas.layers import region_views
 from stages.canvas.mixture import Mixture, View
@@ -16,11 +15,11 @@ from stages.canvas.regions import from_config
 from stages.canvas.sampler import Sampler
 from stages.canvas.tiles import Size
 from stages.context import StageContext
-from stages.memory.tensors import read_tensors, write_tensors
+from stages.memory.tensors import read_tensors
 from stages.models.loading import compute_dtype, open_checkpoint, open_model
 from stages.models.schedulers import make_scheduler
 from stages.models.sd import UNetDenoiser, micro_batch
-from stages.workflow.store import atomic_path
+from stages.workflow.store import CHECKPOINT
 
 
 class Canvas(NamedTuple):
@@ -61,8 +60,8 @@ def sample(
     *,
     num_inference_steps: int,
     **guide: Any,
-) -> Tensor:
-    """Denoise a canvas; returns ``[1, C, H, W]`` float32.
+) -> Sampler:
+    """Denoise a canvas; returns the sampler, finished.
 
     A killed stage goes on after the last finished step, with the same result to the bit. ``guide``: the guide's
     arguments of :class:`stages.canvas.sampler.Sampler`.
@@ -72,25 +71,26 @@ def sample(
     checkpoint = open_checkpoint(config, ("unet", "scheduler"), progress.note)
     component = checkpoint.component("unet")
     scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)
-    noise, generator = canvas_noise(size, config.model.latent_channels, config.seed, rerolls)
+    folder = context.output / CHECKPOINT
+    path = folder / "noise.safetensors"
+    noise, generator = canvas_noise(path, size, config.model.latent_channels, config.seed, rerolls)
     sampler = Sampler(
         scheduler=scheduler,
-        mixture=Mixture(views, size, config.model.latent_channels),
+        mixture=Mixture(views),
         num_inference_steps=num_inference_steps,
         noise=noise,
         generator=generator,
+        folder=folder,
         **guide,
     )
-    file = context.output / "checkpoint.safetensors"
-    if file.is_file():
-        try:
-            sampler.restore(read_tensors(file))
+    try:
+        if sampler.resume():
             progress.resumed(f"step {sampler.step} of {len(sampler.timesteps)}")
-        except (OSError, ValueError) as error:
-            progress.note(f"warning: {file.name} cannot be used ({error}); starts from the first step")
+    except ValueError as error:
+        progress.note(f"warning: the checkpoint cannot be used ({error}); starts from the first step")
     progress.start(len(sampler.timesteps), "steps", sampler.step)
     if sampler.finished:
-        return sampler.latents
+        return sampler
 
     embeddings = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
     dtype, tile = compute_dtype(config), views[0].tile.size
@@ -117,7 +117,5 @@ def sample(
         group_size = context.plan.get("group_size") or max(1, batch // 2)
         while not sampler.finished:
             sampler.advance(denoiser, group_size)
-            with atomic_path(file) as temporary:
-                write_tensors(temporary, sampler.state())
             progress.advance()
-    return sampler.latents
+    return sampler

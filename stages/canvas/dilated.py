@@ -8,7 +8,7 @@ noise does: what the picture shows is then decided together, and detail by the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from stages.canvas.mixture import Mixture, TileBatch, View
 from stages.canvas.region_scale import scaled
 from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, Tile
+from stages.memory.rows import Moments, Rows, bands
 
 _REACH = 6  # standard deviations: what the gaussian has beyond is under float32's rounding
 
@@ -65,37 +66,41 @@ def laid_out(views: list[View], scale: int, small: Size) -> list[View]:
     return found
 
 
-def blurred(latents: Tensor, scale: int, sigma: float) -> Tensor:
-    """``latents [1, C, H, W]`` through a gaussian of ``sigma`` latents, at most ``2 scale - 1`` wide, with the mean and
-    deviation that they had: a sub-canvas has one latent of ``scale``, and should speak for those between."""
+def gaussian(scale: int, sigma: float) -> list[float]:
+    """The blur's shares, at most ``2 scale - 1`` of them: a sub-canvas has one latent of ``scale``, and should speak
+    for those between."""
     radius = min(scale - 1, math.ceil(_REACH * sigma))
     places = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-(places**2) / (2 * sigma**2))
-    found = latents
-    for axis, pad in ((-2, (0, 0, radius, radius)), (-1, (radius, radius, 0, 0))):
-        length, wide = found.shape[axis], F.pad(found, pad, mode="replicate")
-        found = torch.zeros_like(latents)
-        for offset, share in enumerate((kernel / kernel.sum()).tolist()):
-            found.add_(wide.narrow(axis, offset, length), alpha=share)
-        del wide
-    std, mean = torch.std_mean(latents)
-    own_std, own_mean = torch.std_mean(found)
-    return found.sub_(own_mean).mul_(std / own_std.clamp_min(1e-6)).add_(mean)
+    return (kernel / kernel.sum()).tolist()
 
 
-def spread_out(latents: Tensor, scale: int, small: Size) -> Tensor:
-    """The sub-canvases of ``latents [1, C, H, W]`` side by side, ``[1, C, scale h, scale w]``: number (i, j) has
-    the latents (i + k scale, j + l scale). Places beyond the canvas get its last row and column."""
-    below, right = scale * small.height - latents.shape[-2], scale * small.width - latents.shape[-1]
-    padded = F.pad(latents, (0, right, 0, below), mode="replicate")
-    cut = padded.view(1, -1, small.height, scale, small.width, scale).permute(0, 1, 3, 2, 5, 4)
-    return cut.reshape(1, -1, scale * small.height, scale * small.width)
+def blurred(latents: Rows, top: int, bottom: int, kernel: Sequence[float]) -> Tensor:
+    """Rows of ``latents`` through ``kernel`` both ways, ``[1, C, bottom - top, W]``. The canvas' edge goes on."""
+    radius, height = len(kernel) // 2, bottom - top
+    first, last = max(0, top - radius), min(latents.height, bottom + radius)
+    above, below = max(0, radius - top), max(0, bottom + radius - latents.height)
+    wide = F.pad(latents.read(first, last), (0, 0, above, below), mode="replicate")
+    found = torch.zeros((1, latents.channels, height, latents.width))
+    for offset, share in enumerate(kernel):
+        found.add_(wide.narrow(-2, offset, height), alpha=share)
+    wide = F.pad(found, (radius, radius, 0, 0), mode="replicate")
+    found = torch.zeros_like(found)
+    for offset, share in enumerate(kernel):
+        found.add_(wide.narrow(-1, offset, latents.width), alpha=share)
+    return found
 
 
-def gathered(mosaic: Tensor, scale: int, small: Size, size: Size) -> Tensor:
-    """The reverse of ``spread_out``: a canvas of ``size``."""
-    cut = mosaic.view(1, -1, scale, small.height, scale, small.width).permute(0, 1, 3, 2, 5, 4)
-    return cut.reshape(1, -1, scale * small.height, scale * small.width)[..., : size.height, : size.width]
+def spread_row(row: Tensor, scale: int, width: int) -> Tensor:
+    """``row [1, C, 1, W]`` as a row of ``scale`` sub-canvases of ``width``, side by side: number j has the latents
+    (j + l scale). Places beyond the canvas get its last column."""
+    padded = F.pad(row, (0, scale * width - row.shape[-1], 0, 0), mode="replicate")
+    return padded.unflatten(-1, (width, scale)).transpose(-1, -2).flatten(-2)
+
+
+def gathered_row(row: Tensor, scale: int, width: int, length: int) -> Tensor:
+    """The reverse of ``spread_row``: ``length`` latents of the canvas."""
+    return row.unflatten(-1, (scale, width)).transpose(-1, -2).flatten(-2)[..., :length]
 
 
 class Dilated:
@@ -119,9 +124,9 @@ class Dilated:
         sigma: float = 0.8,
         sigma_scale: float = 1.0,
     ) -> None:
-        self._scale, self._small = scale, small
+        self._scale, self._small, self._channels = scale, small, channels
         self._powers, self._sigma = (cosine_scale, sigma_scale), sigma
-        self._mixture = Mixture(views, Size(small.height * scale, small.width * scale), channels)
+        self._mixture = Mixture(views)
 
     @classmethod
     def of(cls, config: DictConfig) -> Dilated | None:
@@ -133,14 +138,14 @@ class Dilated:
 
     def mix(
         self,
-        prediction: Tensor,
-        latents: Tensor,
+        prediction: Rows,
+        latents: Rows,
         denoise: Callable[[TileBatch], Tensor],
         timestep: float,
         num_train_timesteps: int,
         group_size: int,
-    ) -> Tensor:
-        """``(1 - c^a) prediction + c^a dilated``, in place.
+    ) -> None:
+        """``(1 - c^a) prediction + c^a dilated``, in place; scratch files come to lie beside ``prediction``.
 
         The paper mixes what the scheduler makes of both predictions; the canvas being the same, mixing them before
         its one step is the same for steps that are linear in the prediction. The paper pads the canvas with zeros;
@@ -154,10 +159,41 @@ class Dilated:
         """
         weight, narrow = (skip_residual_weight(timestep, num_train_timesteps, power) for power in self._powers)
         if weight <= 0:
-            return prediction
-        size = Size(latents.shape[-2], latents.shape[-1])
-        soft = blurred(latents, self._scale, self._sigma * (0.99 * narrow + 0.01))
-        mosaic = spread_out(soft, self._scale, self._small)
-        del soft
-        found = self._mixture.predict(mosaic, denoise, group_size)
-        return prediction.lerp_(gathered(found, self._scale, self._small, size), weight)
+            return
+        scale, small, folder = self._scale, self._small, prediction.path.parent
+        shape = (self._channels, scale * small.height, scale * small.width)
+        mosaic = Rows.create(folder / "dilated_latents.safetensors", shape)
+        found = Rows.create(folder / "dilated_prediction.safetensors", shape)
+        self._spread_out(latents, mosaic, gaussian(scale, self._sigma * (0.99 * narrow + 0.01)))
+        self._mixture.predict(mosaic, found, denoise, group_size)
+        for top, rows in prediction.bands():
+            for y in range(rows.shape[2]):
+                place = self._place(top + y)
+                own = gathered_row(found.read(place, place + 1), scale, small.width, prediction.width)
+                rows[:, :, y : y + 1].lerp_(own, weight)
+            prediction.write(top, rows)
+
+    def _place(self, y: int) -> int:
+        """Where the sub-canvases side by side have row ``y`` of the canvas."""
+        return y % self._scale * self._small.height + y // self._scale
+
+    def _spread_out(self, latents: Rows, mosaic: Rows, kernel: Sequence[float]) -> None:
+        """The blurred canvas' sub-canvases side by side: number (i, j) has its latents (i + k scale, j + l scale).
+
+        The blurred canvas gets the mean and the deviation back that it had. Places beyond it get its last row.
+        """
+        before, after = Moments(latents.channels), Moments(latents.channels)
+        cuts = bands(latents.height, latents.width)
+        for top, bottom in cuts:
+            before.add(latents.read(top, bottom))
+            after.add(blurred(latents, top, bottom, kernel))
+        (std, mean), (own_std, own_mean) = before.std_mean(together=True), after.std_mean(together=True)
+        row = torch.empty(0)
+        for top, bottom in cuts:
+            soft = blurred(latents, top, bottom, kernel)
+            soft.sub_(own_mean).mul_(std / own_std.clamp_min(1e-6)).add_(mean)
+            for y in range(top, bottom):
+                row = spread_row(soft[:, :, y - top : y - top + 1], self._scale, self._small.width)
+                mosaic.write(self._place(y), row)
+        for y in range(latents.height, self._scale * self._small.height):
+            mosaic.write(self._place(y), row)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import Weight, grid_weights
+from stages.memory.rows import Rows, Window
 
 
 class View(NamedTuple):
@@ -71,10 +72,10 @@ def groups(views: Sequence[View], count: int) -> Iterator[list[View]]:
             yield kind[start : start + most]
 
 
-def batch(latents: Tensor, group: Sequence[View]) -> TileBatch:
-    """Crop ``latents [1, C, H, W]`` for one group of views."""
+def batch(latents: Window, group: Sequence[View]) -> TileBatch:
+    """Crop the canvas for one group of views."""
     passes = group[0].passes
-    crops = [latents[0][view.tile.index] for view in group for _ in range(passes)]
+    crops = [crop for view in group for crop in [latents.box(*view.tile[2:])] * passes]
     return TileBatch(
         samples=torch.stack(crops),
         prompt_rows=tuple(view.prompt_row for view in group for _ in range(passes)),
@@ -94,38 +95,32 @@ def guided(predictions: Tensor, group: Sequence[View]) -> Tensor:
 
 
 class Mixture:
-    """The mixing of one canvas, step after step. The accumulator is made once and used again by every step.
+    """The mixing of one canvas, step after step: what is in memory is a group of tiles and the rows that they lie in.
 
     Args:
         views: of the canvas; their weights must add up to 1 at every latent.
-        size: of the canvas, in latents.
-        channels: of the latents.
-        out: an accumulator of the caller's (``[1, C, H, W]`` float32, for example memory-mapped); made if None.
     """
 
-    def __init__(self, views: Sequence[View], size: Size, channels: int, *, out: Tensor | None = None) -> None:
+    def __init__(self, views: Sequence[View]) -> None:
         if not views:
             raise ValueError("a canvas needs at least one view.")
         self.views = list(views)
-        self.total = torch.zeros((1, channels, *size)) if out is None else out
 
-    def predict(self, latents: Tensor, denoise: Denoise, group_size: int) -> Tensor:
-        """The canvas' noise prediction ``sum_r w_r eps_r``, ``[1, C, H, W]`` float32.
+    def predict(self, latents: Rows, total: Rows, denoise: Denoise, group_size: int) -> None:
+        """The canvas' noise prediction ``sum_r w_r eps_r``.
 
         Args:
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
+            total: where the prediction goes, of the same shape; what it holds is overwritten.
             denoise: gives a prediction for each sample of a ``TileBatch``.
             group_size: guided views handed to ``denoise`` at once, half of those without guidance.
-
-        Returns:
-            The accumulator: valid until the next call.
         """
-        if latents.shape != self.total.shape:
-            raise ValueError(f"latents of shape {tuple(latents.shape)}, expected {tuple(self.total.shape)}.")
-        self.total = self.total.to(latents.device)
-        self.total.zero_()
+        if latents.shape != total.shape:
+            raise ValueError(f"latents of shape {latents.shape}, expected {total.shape}.")
+        total.zero()
+        source, target = Window(latents), Window(total)
         for group in groups(self.views, group_size):
-            predictions = denoise(batch(latents, group))
+            predictions = denoise(batch(source, group))
             for view, prediction in zip(group, guided(predictions, group), strict=True):
-                self.total[0][view.tile.index] += prediction * view.weight.map(prediction.device)
-        return self.total
+                target.add(view.tile.top, view.tile.left, prediction * view.weight.map(prediction.device))
+        target.flush()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stages.canvas.regions import Reroll
 from stages.canvas.tiles import Size
+from stages.memory.rows import Rows
 
 VECTOR = 16  # torch's CPU normal generator works in vectors of 16: draws of multiples of it join up bitwise
 
@@ -32,32 +35,49 @@ def draw_chunks(numel: int, generator: torch.Generator, chunk: int = 1 << 22) ->
         yield draw((numel,), generator)
 
 
-def reroll(noise: Tensor, rerolls: Sequence[Reroll]) -> Tensor:
+def fill(rows: Rows, generator: torch.Generator) -> None:
+    """Fill a canvas in a file with what ``draw`` of its shape gives."""
+    start = 0
+    for piece in draw_chunks(math.prod(rows.shape), generator):
+        rows.write_flat(start, piece)
+        start += len(piece)
+
+
+def reroll(noise: Rows, rerolls: Sequence[Reroll]) -> None:
     """Draw rectangles of ``noise [1, C, H, W]`` float32 again, in order and in place; all else stays bit-identical.
 
     Raises:
         ValueError: a box that is not on the canvas, an unknown mode, an epsilon outside [0, 1].
     """
-    size = Size(noise.shape[-2], noise.shape[-1])
     for index, (box, seed, mode, epsilon) in enumerate(rerolls):
-        if not (0 <= box.top < box.bottom <= size.height and 0 <= box.left < box.right <= size.width):
+        if not (0 <= box.top < box.bottom <= noise.height and 0 <= box.left < box.right <= noise.width):
+            size = Size(noise.height, noise.width)
             raise ValueError(f"reroll[{index}].box: got {tuple(box[2:])}, expected a box in {size} latents.")
         if mode not in ("reset", "epsilon") or not 0 <= epsilon <= 1:
             raise ValueError(
                 f"reroll[{index}]: got mode {mode!r}, epsilon {epsilon}; expected reset or epsilon, and 0..1."
             )
-        fresh = draw((*noise.shape[:2], *box.size), torch.Generator().manual_seed(seed))
-        target = noise[box.index]
-        if mode == "reset":
-            target.copy_(fresh)
-        else:
-            target.mul_((1 - epsilon**2) ** 0.5).add_(fresh, alpha=epsilon)
-    return noise
+        fresh = Rows.create(noise.path.with_name(f"reroll-{noise.path.name}"), (noise.channels, *box.size))
+        fill(fresh, torch.Generator().manual_seed(seed))
+        for top, part in fresh.bands():
+            rows = noise.read(box.top + top, box.top + top + part.shape[2])
+            target = rows[..., box.left : box.right]
+            if mode == "reset":
+                target.copy_(part)
+            else:
+                target.mul_((1 - epsilon**2) ** 0.5).add_(part, alpha=epsilon)
+            noise.write(box.top + top, rows)
+        fresh.path.unlink()
 
 
 def canvas_noise(
-    size: Size, channels: int, seed: int, rerolls: Sequence[Reroll] = ()
-) -> tuple[Tensor, torch.Generator]:
-    """The canvas' noise ``[1, C, H, W]`` float32, and the generator as the draw left it (for ancestral schedulers)."""
-    generator = torch.Generator().manual_seed(seed)
-    return reroll(draw((1, channels, *size), generator), rerolls), generator
+    path: Path, size: Size, channels: int, seed: int, rerolls: Sequence[Reroll] = ()
+) -> tuple[Rows, torch.Generator]:
+    """The canvas' noise ``[1, C, H, W]`` float32 in a new file, and the generator as the draw left it.
+
+    Ancestral schedulers draw on from it.
+    """
+    generator, noise = torch.Generator().manual_seed(seed), Rows.create(path, (channels, *size))
+    fill(noise, generator)
+    reroll(noise, rerolls)
+    return noise, generator

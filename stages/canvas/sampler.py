@@ -1,21 +1,25 @@
-"""The denoising loop over a canvas: predict, mix, step once. Can be stopped after any step and taken up again."""
+"""The denoising loop over a canvas in row bands: predict, mix, step. Can be stopped at any moment and taken up again.
+
+A scheduler works on each latent by itself, so the canvas is stepped band by band, each with the scheduler's history of
+it, and is never in memory as a whole. A small canvas is one band.
+"""
 
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.canvas import guides
+from stages.canvas.band_state import BandState, BandStates, adopt, attributes, copied
 from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, TileBatch
-
-_PLAIN = (int, float, str, bool, type(None))
-_STATE = "state"  # name of the byte tensor that holds everything that is no tensor
+from stages.canvas.step_noise import StepNoise
+from stages.memory.rows import Rows, bands
 
 
 class Sampler:
@@ -27,11 +31,15 @@ class Sampler:
         num_inference_steps: of the whole schedule.
         noise: ``[1, C, H, W]`` float32, standard normal.
         generator: as the noise draw left it; ancestral schedulers draw from it.
+        folder: for checkpoints and scratch files.
         guide: ``[1, C, H, W]`` float32 latents in the denoiser's space, or None for pure noise.
         guide_mode: ``sdedit``, ``hold``, ``skip_residual`` or ``none``.
         strength: share of the schedule that runs, as in diffusers' img2img; 1 without a guide.
         hold_share, skip_residual_power: see :mod:`stages.canvas.guides`.
         dilated: the global term that joins every prediction, if there is one.
+
+    Raises:
+        ValueError: no step is left by ``strength``, or a scheduler that must see a large canvas as a whole.
     """
 
     def __init__(
@@ -40,9 +48,10 @@ class Sampler:
         scheduler: Any,
         mixture: Mixture,
         num_inference_steps: int,
-        noise: Tensor,
+        noise: Rows,
         generator: torch.Generator,
-        guide: Tensor | None = None,
+        folder: Path,
+        guide: Rows | None = None,
         guide_mode: str = "none",
         strength: float = 1.0,
         hold_share: float = 0.0,
@@ -52,6 +61,12 @@ class Sampler:
         self.scheduler, self.mixture, self.generator, self.dilated = scheduler, mixture, generator, dilated
         self._noise, self._guide, self._mode = noise, guide, guide_mode
         self._hold_share, self._power = hold_share, skip_residual_power
+        self.bands = bands(noise.height, noise.width)
+        if len(self.bands) > 1 and getattr(scheduler.config, "thresholding", False):
+            raise ValueError(
+                f"scheduler.options.thresholding: {type(scheduler).__name__} then has to see the whole canvas at once, "
+                "which is stepped in row bands above 2048x2048 pixels; expected thresholding=false."
+            )
         scheduler.set_timesteps(num_inference_steps)
         start = 0
         if guide is not None:
@@ -66,103 +81,96 @@ class Sampler:
                 scheduler.set_begin_index(start)
         self.timesteps = scheduler.timesteps[start:]
         self.step = 0
+        self._fresh = {name: copied(value) for name, value in attributes(scheduler).items()}
         wanted = inspect.signature(scheduler.step).parameters
         self._step_arguments = {"generator": generator} if "generator" in wanted else {}
-        if guide is None:
-            self.latents = noise * scheduler.init_noise_sigma
-        else:
-            self.latents = self._noised_guide(self.timesteps[0])
+        self._folder, self._shape = folder, (noise.channels, noise.height, noise.width)
+        shapes = [(1, noise.channels, bottom - top, noise.width) for top, bottom in self.bands]
+        self._states = BandStates(folder, shapes)
+        self._scaled = Rows.create(folder / "scaled.safetensors", self._shape)
+        self._prediction = Rows.create(folder / "prediction.safetensors", self._shape)
 
-    def _noised_guide(self, timestep: Tensor) -> Tensor:
-        assert self._guide is not None
-        return self.scheduler.add_noise(self._guide, self._noise, timestep[None])
+    def resume(self) -> bool:
+        """Go on after the last whole step that an earlier sampler with the same arguments left; False if none did.
 
-    def _guided(self, timestep: Tensor) -> Tensor:
-        if self._guide is None or self.step == 0:
-            return self.latents
-        if self._mode == "hold":
-            noised = self._noised_guide(timestep)
-            return guides.hold(self.latents, noised, self.step, len(self.timesteps), self._hold_share)
-        if self._mode == "skip_residual":
-            total = self.scheduler.config.num_train_timesteps
-            noised = self._noised_guide(timestep)
-            return guides.skip_residual(self.latents, noised, float(timestep), total, self._power)
-        return self.latents
+        Raises:
+            ValueError: what lies in the folder is of no such sampler; it has been removed.
+        """
+        try:
+            step = self._states.last_step()
+            if step > len(self.timesteps):
+                raise ValueError(f"step {step} of {len(self.timesteps)}")
+        except ValueError:
+            self._states.clear()
+            raise
+        if step:
+            self.generator.set_state(self._states.read(step, 0).generator)
+        self.step = step
+        return step > 0
 
     @property
     def finished(self) -> bool:
         return self.step == len(self.timesteps)
 
+    def latents(self) -> Iterator[tuple[int, Tensor]]:
+        """(top, rows ``[1, C, h, W]`` float32) of every band, as of now."""
+        for band, (top, _) in enumerate(self.bands):
+            yield top, self._load(band)
+
     def advance(self, denoise: Callable[[TileBatch, Tensor], Tensor], group_size: int) -> None:
         """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch."""
         timestep = self.timesteps[self.step]
-        latents = self._guided(timestep)
-        scaled = self.scheduler.scale_model_input(latents, timestep)
-        # a copy: some schedulers keep the prediction for the next steps, and the mixture uses its tensor again
-        prediction = self.mixture.predict(scaled, lambda batch: denoise(batch, timestep), group_size).clone()
+        for band, (top, _) in enumerate(self.bands):
+            _, scaled = self._inputs(band, timestep)
+            self._scaled.write(top, scaled)
+
+        def predict(batch: TileBatch) -> Tensor:
+            return denoise(batch, timestep)
+
+        self.mixture.predict(self._scaled, self._prediction, predict, group_size)
         if self.dilated is not None:
             total = self.scheduler.config.num_train_timesteps
-            self.dilated.mix(
-                prediction, scaled, lambda batch: denoise(batch, timestep), float(timestep), total, group_size
-            )
-        del scaled
-        self.latents = self.scheduler.step(prediction, timestep, latents, **self._step_arguments, return_dict=False)[0]
+            self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size)
+        with StepNoise(self._folder, self._shape, self.generator).given_to(self.scheduler) as noise:
+            for band, (top, bottom) in enumerate(self.bands):
+                noise.turn_to(top, bottom)
+                latents, _ = self._inputs(band, timestep)
+                prediction = self._prediction.read(top, bottom)
+                arguments = {**self._step_arguments, "return_dict": False}
+                stepped = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
+                drawn = self.generator.get_state()  # the first band draws for all of them
+                self._states.write(band, BandState(self.step + 1, stepped, drawn, attributes(self.scheduler)))
         self.step += 1
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the remaining steps depend on, as tensors: canvas, scheduler history, generator, step."""
-        tensors: dict[str, Tensor] = {"latents": self.latents, "generator": self.generator.get_state()}
-        plain: dict[str, Any] = {"step": self.step, "scheduler": {}}
-        for name, value in vars(self.scheduler).items():
-            if name != "_internal_dict":
-                plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
-        tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    def _inputs(self, band: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """A band's latents as the guide leaves them, and scaled for the denoiser."""
+        latents = self._guided(band, self._load(band), timestep)
+        return latents, self.scheduler.scale_model_input(latents, timestep)
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take :meth:`state` up again; the sampler must have been made with the same arguments.
+    def _load(self, band: int) -> Tensor:
+        """A band's latents; the scheduler gets its history of this band."""
+        if self.step:
+            state = self._states.read(self.step, band)
+            adopt(self.scheduler, state.scheduler)
+            return state.latents
+        adopt(self.scheduler, self._fresh)
+        if self._guide is None:
+            return self._noise.read(*self.bands[band]) * self.scheduler.init_noise_sigma
+        return self._noised_guide(band, self.timesteps[0])
 
-        Raises:
-            ValueError: this is no state of such a sampler, which stays as it was.
-        """
-        try:
-            plain = json.loads(bytes(tensors[_STATE].numpy()))
-            step, latents = plain["step"], tensors["latents"]
-            kept = {name: _unflatten(value, tensors) for name, value in plain["scheduler"].items()}
-            if latents.shape != self.latents.shape or not 0 <= step <= len(self.timesteps):
-                raise ValueError(f"step {step} of latents {tuple(latents.shape)}")
-            self.generator.set_state(tensors["generator"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"not a checkpoint of this canvas ({error!r}).") from error
-        self.step, self.latents = step, latents
-        for name, value in kept.items():
-            setattr(self.scheduler, name, value)
+    def _noised_guide(self, band: int, timestep: Tensor) -> Tensor:
+        assert self._guide is not None
+        rows = self.bands[band]
+        return self.scheduler.add_noise(self._guide.read(*rows), self._noise.read(*rows), timestep[None])
 
-
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for ``value``; tensors in it go to ``tensors``. TypeError for anything else, never silently left out."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, Tensor):
-        # a scheduler may keep the canvas itself, or one tensor twice: each name gets its own bytes
-        tensors[name] = value.detach().clone()
-        return {"tensor": name}
-    if type(value).__module__ == "numpy":
-        tensors[name] = torch.as_tensor(value).clone()
-        return {"array": name}
-    if isinstance(value, list | tuple):
-        items = [_flatten(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-        return {"list" if isinstance(value, list) else "tuple": items}
-    raise TypeError(f"{name}: cannot keep a {type(value).__name__} in a checkpoint.")
-
-
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "array":
-        return tensors[content].numpy()
-    items = [_unflatten(item, tensors) for item in content]
-    return items if kind == "list" else tuple(items)
+    def _guided(self, band: int, latents: Tensor, timestep: Tensor) -> Tensor:
+        if self._guide is None or self.step == 0:
+            return latents
+        if self._mode == "hold":
+            noised = self._noised_guide(band, timestep)
+            return guides.hold(latents, noised, self.step, len(self.timesteps), self._hold_share)
+        if self._mode == "skip_residual":
+            total = self.scheduler.config.num_train_timesteps
+            noised = self._noised_guide(band, timestep)
+            return guides.skip_residual(latents, noised, float(timestep), total, self._power)
+        return latents

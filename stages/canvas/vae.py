@@ -17,6 +17,7 @@ from torch import Tensor
 from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import grid_weights
+from stages.memory.rows import Rows, Window, std_mean
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:
@@ -88,54 +89,58 @@ def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:
 def encode_tiled(
     vae: Any,
     read: Callable[[Tile], Tensor],
-    size: Size,
     tiles: Sequence[Tile],
     halo: int,
+    out: Rows,
     *,
     done: Callable[[], None] = lambda: None,
-) -> Tensor:
+) -> None:
     """A picture's latents, one crop at a time.
 
     Args:
         vae: stock ``AutoencoderKL``.
         read: gives the pixels ``[1, 3, h, w]`` in [-1, 1] of a box in pixels.
-        size: of the canvas in latents; ``tiles`` is a grid of it, whose overlaps are blended.
+        tiles: a grid of the canvas, whose overlaps are blended.
         halo: latents of context around each tile.
+        out: where the latents go, ``[1, C, H, W]`` float32 of zeros; in the denoiser's space.
         done: called after each tile.
-
-    Returns:
-        ``[1, C, H, W]`` float32, in the denoiser's space.
     """
-    latents = torch.zeros((1, vae.config.latent_channels, *size))
+    size, window = Size(out.height, out.width), Window(out)
     for tile, weight in zip(tiles, grid_weights(tiles, size, "cosine"), strict=True):
         crop = tile.grown(halo, size)
-        encoded = encode_tile(vae, read(crop.scaled(factor(vae))), tile.within(crop)).to(latents.device)
-        latents[tile.index] += encoded * weight.map()
+        encoded = encode_tile(vae, read(crop.scaled(factor(vae))), tile.within(crop)).to("cpu")
+        window.add(tile.top, tile.left, encoded[0] * weight.map())
         done()
-    return latents
+    window.flush()
 
 
-def small_canvas(latents: Tensor, side: int) -> Tensor:
+def small_canvas(latents: Rows, side: int) -> Tensor:
     """The canvas at most ``side`` latents long, each channel with the canvas' own mean and deviation.
 
     Picked (nearest-exact), not averaged: averaging would make latents that no picture has.
     """
-    height, width = latents.shape[-2:]
+    height, width = latents.height, latents.width
     scale = min(1.0, side / max(height, width))
     if scale == 1.0:
-        return latents
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = F.interpolate(latents, size=size, mode="nearest-exact")
-    std, mean = torch.std_mean(latents, dim=(-2, -1), keepdim=True)
+        return latents.read(0, height)
+    down, across = (_picked(length, max(1, round(length * scale))) for length in (height, width))
+    small = torch.cat([latents.read(y, y + 1)[..., across] for y in down], dim=2)
+    std, mean = std_mean(latents)
     small_std, small_mean = torch.std_mean(small, dim=(-2, -1), keepdim=True)
     return (small - small_mean) / small_std.clamp_min(1e-6) * std + mean
 
 
-def decoder_statistics(vae: Any, latents: Tensor, side: int) -> GroupNormStatistics:
+def _picked(length: int, count: int) -> list[int]:
+    """The ``count`` places of an axis that nearest-exact interpolation takes."""
+    places = torch.arange(length, dtype=torch.float64).view(1, 1, -1)
+    return F.interpolate(places, size=count, mode="nearest-exact").flatten().long().tolist()
+
+
+def decoder_statistics(vae: Any, latents: Rows, side: int) -> GroupNormStatistics:
     """Statistics for ``shared`` decoding: of one decode of the canvas ``latents [1, C, H, W]`` at ``side`` latents."""
     statistics = GroupNormStatistics()
     with statistics.collect(vae):
-        vae.decode(placed(vae, to_vae(vae, small_canvas(latents.float(), side))), return_dict=False)
+        vae.decode(placed(vae, to_vae(vae, small_canvas(latents, side))), return_dict=False)
     return statistics
 
 

@@ -97,20 +97,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(ref) for name, ref in read_header(path).items()}
 
 
-def read_rows(ref: TensorRef, top: int, bottom: int) -> torch.Tensor:
-    """Rows ``top`` to ``bottom`` of a ``[1, C, H, W]`` tensor, ``[1, C, bottom - top, W]``: nothing else is read."""
-    _, channels, height, width = ref.shape
-    rows = torch.empty((1, channels, bottom - top, width), dtype=ref.dtype)
-    descriptor = os.open(ref.file, os.O_RDONLY)
-    try:
-        for channel in range(channels):
-            offset = ref.offset + (channel * height + top) * width * ref.dtype.itemsize
-            pread_into(descriptor, offset, memoryview(rows[0, channel].view(torch.uint8).view(-1).numpy()))
-    finally:
-        os.close(descriptor)
-    return rows
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file under ``path``, which is a temporary name of ``workflow.store.atomic_path``."""
     from safetensors.torch import save_file

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from files import all_of, rows_of
 
 from stages.canvas.mixture import Mixture, grid_views
 from stages.canvas.tiles import Size, grid
@@ -68,5 +69,6 @@ def test_a_step_equals_the_formula_in_any_order(unet, kind):
     views = grid_views(tiles, SIZE, blend=kind, guidance_scale=GUIDANCE)
     for order in range(3):
         random.Random(order).shuffle(views)
-        got = Mixture(views, SIZE, 4).predict(latents, denoise, group_size=4 - order)
-        assert np.abs(got[0].numpy() - expected).max() <= 1e-5
+        got = rows_of(latents)
+        Mixture(views).predict(rows_of(latents), got, denoise, group_size=4 - order)
+        assert np.abs(all_of(got)[0].numpy() - expected).max() <= 1e-5

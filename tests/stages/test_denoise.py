@@ -119,7 +119,7 @@ def test_interrupted_after_a_step(work: Work, monkeypatch: pytest.MonkeyPatch, s
         second.run(values, until="denoise", plan=plan)
     monkeypatch.setattr(sd.UNetDenoiser, "__call__", original)
     folder = second.states(second.config(values))["denoise"].entry.path
-    assert (folder / "checkpoint.safetensors").is_file() == (stop > 1)
+    assert any((folder / "checkpoint").glob("*_000.safetensors")) == (stop > 1)
     found = second.run(values, until="denoise", plan=plan)
     assert second.status == ("resumed" if stop > 1 else "ran")
     assert torch.equal(canvas(found["denoise"]), expected)
@@ -134,16 +134,16 @@ def test_a_torn_checkpoint_starts_the_stage_over_and_says_so(work: Work, garbage
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     second.run(QUICK, until="text_encode")
     folder = second.states(second.config(QUICK))["denoise"].entry.path
-    folder.mkdir(parents=True)
+    (folder / "checkpoint").mkdir(parents=True)
     if garbage == "half":  # of a real safetensors file
         whole = (work.states(work.config(QUICK))["denoise"].entry.path / "canvas.safetensors").read_bytes()
         garbage = whole[: len(whole) // 2]
     assert isinstance(garbage, bytes)
-    (folder / "checkpoint.safetensors").write_bytes(garbage)
+    (folder / "checkpoint" / "odd_000.safetensors").write_bytes(garbage)
     found = second.run(QUICK, until="denoise")
     assert second.status == "ran"
     (note,) = second.notes
-    assert note.startswith("warning: checkpoint.safetensors cannot be used (")
+    assert note.startswith("warning: the checkpoint cannot be used (odd_000.safetensors is not")
     assert note.endswith("; starts from the first step")
     assert torch.equal(canvas(found["denoise"]), expected)
 

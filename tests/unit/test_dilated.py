@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from files import all_of, rows_of
 from in_process import small_config
 from scipy import ndimage
 from torch import Tensor
 
-from stages.canvas.dilated import Dilated, blurred, dilated_views, dilation, gathered, laid_out, spread_out
+from stages.canvas.dilated import (
+    Dilated,
+    blurred,
+    dilated_views,
+    dilation,
+    gathered_row,
+    gaussian,
+    laid_out,
+    spread_row,
+)
 from stages.canvas.mixture import TileBatch, grid_views
 from stages.canvas.tiles import Size, grid
 from stages.config import ROOT, ConfigError
@@ -65,44 +75,57 @@ def term(size: Size, **options: Any) -> Dilated:
     return Dilated(scale, small, laid_out(views, scale, small), 4, **options)
 
 
+def mixed(one: Dilated, prediction: Tensor, latents: Tensor, timestep: float, group: int) -> Tensor:
+    rows = rows_of(prediction)
+    one.mix(rows, rows_of(latents), predict, timestep, 1000, group)
+    return all_of(rows)
+
+
 @pytest.mark.parametrize("timestep", [999.0, 500.0, 20.0])
 @pytest.mark.parametrize("scale", [2, 3])
 def test_equals_the_reference(scale: int, timestep: float) -> None:
     size = Size(TILE * scale, TILE * scale)
     latents, prediction = canvas(size), canvas(size).flip(-1)
     expected = reference(prediction.double().numpy(), latents.double().numpy(), scale, timestep, 0.8)
-    got = term(size, sigma=0.8).mix(prediction.clone(), latents, predict, timestep, 1000, 3)
+    got = mixed(term(size, sigma=0.8), prediction, latents, timestep, 3)
     assert np.abs(got.double().numpy() - expected).max() < 1e-5
     assert float((got - prediction).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_latent_is_in_one_sub_canvas(size: Size) -> None:
+    """With a denoiser that gives its samples back and a blur that does nothing, the term is the canvas."""
     scale = dilation(size, TILE)
     assert scale >= 2
-    small = Size(-(-size.height // scale), -(-size.width // scale))
-    latents = canvas(size)
-    mosaic = spread_out(latents, scale, small)
-    assert torch.equal(gathered(mosaic, scale, small, size), latents)
-    part = mosaic[..., small.height : 2 * small.height, : small.width]  # number (1, 0)
-    own = latents[..., 1::scale, ::scale]
-    assert torch.equal(part[..., : own.shape[-2], : own.shape[-1]], own)
+    row = canvas(size)[:, :, :1]
+    width = -(-size.width // scale)
+    side_by_side = spread_row(row, scale, width)
+    assert torch.equal(gathered_row(side_by_side, scale, width, size.width), row)
+    own = row[..., 1::scale]  # number 1
+    assert torch.equal(side_by_side[..., width : width + own.shape[-1]], own)
+    one, rows = term(size, sigma=1e-6, sigma_scale=1e-9), rows_of(torch.zeros((1, 4, *size)))
+    one.mix(rows, rows_of(canvas(size)), lambda batch: batch.samples, 1000.0, 1000, 3)
+    assert torch.allclose(all_of(rows), canvas(size), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_any_canvas_and_group_gives_the_same(size: Size) -> None:
-    one, other = (term(size).mix(canvas(size), canvas(size), predict, 600.0, 1000, group) for group in (1, 50))
+def test_any_canvas_group_and_bands_give_the_same(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (mixed(term(size), canvas(size), canvas(size), 600.0, group) for group in (1, 50))
     assert torch.equal(one, other) and one.shape == (1, 4, *size) and bool(one.isfinite().all())
+    monkeypatch.setattr("stages.memory.rows.BAND", 3 * size.width)
+    banded = mixed(term(size), canvas(size), canvas(size), 600.0, 50)
+    assert torch.allclose(banded, one, atol=1e-6, rtol=0)
 
 
-def test_the_blur_keeps_mean_and_deviation_and_falls() -> None:
-    latents = canvas(Size(32, 48))
-    steps = []
+def test_the_blur_falls_and_a_strip_is_that_of_the_whole() -> None:
+    latents, steps = canvas(Size(32, 48)), []
     for sigma in (0.008, 0.4, 0.8):
-        soft = blurred(latents, 4, sigma)
-        assert torch.allclose(torch.stack(torch.std_mean(soft)), torch.stack(torch.std_mean(latents)), atol=1e-4)
+        kernel = gaussian(4, sigma)
+        soft = blurred(rows_of(latents), 0, 32, kernel)
         steps.append(float((soft[..., 1:] - soft[..., :-1]).abs().mean()))
-    assert torch.allclose(blurred(latents, 4, 0.008), latents, atol=1e-5)
+        for top, bottom in ((0, 5), (7, 20), (29, 32)):
+            assert torch.equal(blurred(rows_of(latents), top, bottom, kernel), soft[:, :, top:bottom])
+    assert torch.allclose(blurred(rows_of(latents), 0, 32, gaussian(4, 0.008)), latents, atol=1e-5)
     assert steps[0] > steps[1] > steps[2]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.memory.tensors import pread_into, read_header, read_rows, read_tensors, write_tensors
+from stages.memory.tensors import pread_into, read_header, read_tensors, write_tensors
 
 TENSORS = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -38,13 +38,6 @@ def test_non_contiguous_tensors_are_written_as_they_look(tmp_path: Path) -> None
     write_tensors(tmp_path / "file", {"image": image, "cut": image[:, :2, 1:]})
     read = read_tensors(tmp_path / "file")
     assert torch.equal(read["image"], image) and torch.equal(read["cut"], image[:, :2, 1:])
-
-
-@pytest.mark.parametrize("rows", [(0, 6), (2, 3), (5, 6), (3, 3)])
-def test_rows(tmp_path: Path, rows: tuple[int, int]) -> None:
-    canvas = torch.randn(1, 4, 6, 7)
-    write_tensors(tmp_path / "file", {"other": torch.zeros(3), "latents": canvas})
-    assert torch.equal(read_rows(read_header(tmp_path / "file")["latents"], *rows), canvas[:, :, slice(*rows)])
 
 
 def header(content: object) -> bytes:

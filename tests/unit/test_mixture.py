@@ -4,14 +4,22 @@ import random
 
 import pytest
 import torch
+from files import all_of, rows_of
 
 from stages.canvas.mixture import Mixture, View, batch, grid_views, groups
 from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.weights import grid_weights
 from stages.config import BLENDS
+from stages.memory.rows import Window
 
 SIZE = Size(24, 40)
 LATENTS = torch.randn((1, 4, *SIZE), generator=torch.Generator().manual_seed(5))
+
+
+def mixed(views, latents, denoise, group_size):
+    total = rows_of(torch.full_like(latents, 7.0))  # what is there goes
+    Mixture(views).predict(rows_of(latents), total, denoise, group_size)
+    return all_of(total)
 
 
 def pointwise(tiles):
@@ -25,7 +33,7 @@ def pointwise(tiles):
 @pytest.mark.parametrize("group_size", [1, 3, 100])
 def test_mixing_tiles_gives_the_whole(blend, group_size):
     views = grid_views(grid(SIZE, Size(16, 16), 4), SIZE, blend=blend, guidance_scale=3.0)
-    got = Mixture(views, SIZE, 4).predict(LATENTS, pointwise, group_size)
+    got = mixed(views, LATENTS, pointwise, group_size)
     expected = (LATENTS * 0.5 - 0.1) + 3.0 * 0.2
     assert torch.allclose(got, expected, atol=2e-6, rtol=0)
 
@@ -39,7 +47,7 @@ def test_one_view_is_bitwise_the_stock_formula():
         assert tiles.unconditional == (True, False)
         return torch.stack([u, c])
 
-    got = Mixture(views, SIZE, 4).predict(LATENTS, denoise, 1)
+    got = mixed(views, LATENTS, denoise, 1)
     assert torch.equal(got[0], u + 7.5 * (c - u))
 
 
@@ -47,7 +55,7 @@ def test_pairs_lie_together_and_guidance_one_has_no_unconditional_pass():
     tiles = grid(SIZE, Size(24, 16), 4)
     weights = grid_weights(tiles, SIZE, "constant")
     views = [View(t, w, i, 1.0 if i == 1 else 2.0) for i, (t, w) in enumerate(zip(tiles, weights, strict=True))]
-    batches = [batch(LATENTS, group) for group in groups(views, 8)]
+    batches = [batch(Window(rows_of(LATENTS)), group) for group in groups(views, 8)]
     assert [b.prompt_rows for b in batches] == [(0, 0, 2, 2), (1,)]
     assert [b.unconditional for b in batches] == [(True, False, True, False), (False,)]
     assert batches[0].tiles == (tiles[0], tiles[0], tiles[2], tiles[2])
@@ -72,16 +80,15 @@ def test_order_of_views_and_earlier_steps_do_not_matter():
         return net(tiles.samples).detach() + torch.tensor(tiles.unconditional)[:, None, None, None]
 
     views = grid_views(grid(SIZE, Size(16, 16), 8), SIZE, blend="gaussian", guidance_scale=5.0)
-    first = Mixture(views, SIZE, 4)
-    expected = first.predict(LATENTS, denoise, 4).clone()
-    assert torch.equal(first.predict(LATENTS, denoise, 4), expected)
+    expected = mixed(views, LATENTS, denoise, 4)
+    assert torch.equal(mixed(views, LATENTS, denoise, 4), expected)
     random.Random(1).shuffle(views)
-    assert torch.allclose(Mixture(views, SIZE, 4).predict(LATENTS, denoise, 5), expected, atol=1e-6)
+    assert torch.allclose(mixed(views, LATENTS, denoise, 5), expected, atol=1e-6)
 
 
 def test_wrong_shapes_are_refused():
-    mixture = Mixture(grid_views([whole(SIZE)], SIZE, blend="constant", guidance_scale=1), SIZE, 4)
+    mixture = Mixture(grid_views([whole(SIZE)], SIZE, blend="constant", guidance_scale=1))
     with pytest.raises(ValueError, match="expected"):
-        mixture.predict(LATENTS[..., :-1], pointwise, 1)
+        mixture.predict(rows_of(LATENTS[..., :-1]), rows_of(LATENTS), pointwise, 1)
     with pytest.raises(ValueError, match="at least one view"):
-        Mixture([], SIZE, 4)
+        Mixture([])

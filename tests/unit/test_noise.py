@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from files import all_of, rows_of
 
 from stages.canvas.noise import Reroll, canvas_noise, draw, draw_chunks, reroll
 from stages.canvas.tiles import Size, Tile
@@ -11,8 +12,19 @@ SIZE = Size(24, 40)
 BOX = Tile(0, 0, 4, 8, 12, 20)
 
 
-def test_noise_is_diffusers_noise():
-    noise, generator = canvas_noise(SIZE, 4, 7)
+@pytest.fixture
+def noise_of(tmp_path):
+    """``canvas_noise`` with its file, as a tensor."""
+
+    def make(*arguments):
+        noise, generator = canvas_noise(tmp_path / "noise", *arguments)
+        return all_of(noise), generator
+
+    return make
+
+
+def test_noise_is_diffusers_noise(noise_of):
+    noise, generator = noise_of(SIZE, 4, 7)
     reference = torch.Generator().manual_seed(7)
     expected = randn_tensor((1, 4, *SIZE), generator=reference, device=torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(noise, expected)
@@ -30,9 +42,11 @@ def test_pieces_join_up_bitwise(numel, chunk):
     assert torch.equal(whole.get_state(), parts.get_state())
 
 
-def test_a_reroll_changes_its_rectangle_only():
-    plain, _ = canvas_noise(SIZE, 4, 7)
-    changed, _ = canvas_noise(SIZE, 4, 7, [Reroll(BOX, 9)])
+@pytest.mark.parametrize("places", [40, 100, 10_000])
+def test_a_reroll_changes_its_rectangle_only(noise_of, monkeypatch, places):
+    monkeypatch.setattr("stages.memory.rows.BAND", places)
+    plain, _ = noise_of(SIZE, 4, 7)
+    changed, _ = noise_of(SIZE, 4, 7, [Reroll(BOX, 9)])
     inside = torch.zeros(SIZE, dtype=torch.bool)
     inside[BOX.index] = True
     assert torch.equal(changed[..., ~inside], plain[..., ~inside])
@@ -41,18 +55,23 @@ def test_a_reroll_changes_its_rectangle_only():
 
 
 def test_epsilon_mixes_and_keeps_the_variance():
-    noise, _ = canvas_noise(Size(128, 128), 4, 1)
-    before = noise.clone()
     box = Tile(0, 0, 0, 0, 128, 128)
-    reroll(noise, [Reroll(box, 2, "epsilon", 0.3)])
+    before = draw((1, 4, 128, 128), torch.Generator().manual_seed(1))
+
+    def mixed(epsilon):
+        rows = rows_of(before)
+        reroll(rows, [Reroll(box, 2, "epsilon", epsilon)])
+        return all_of(rows)
+
+    noise = mixed(0.3)
     assert float(noise.var()) == pytest.approx(1, abs=0.02)
     assert float((noise * before).mean()) == pytest.approx((1 - 0.09) ** 0.5, abs=0.02)
-    assert torch.equal(reroll(before.clone(), [Reroll(box, 2, "epsilon", 0.0)]), before)
+    assert torch.equal(mixed(0.0), before)
 
 
 @pytest.mark.parametrize(
     "bad", [Reroll(Tile(0, 0, 0, 0, 25, 4), 1), Reroll(Tile(0, 0, 3, 3, 3, 4), 1), Reroll(BOX, 1, "epsilon", 1.5)]
 )
-def test_bad_rectangles_are_refused(bad):
+def test_bad_rectangles_are_refused(bad, noise_of):
     with pytest.raises(ValueError, match=r"reroll\[0\]"):
-        canvas_noise(SIZE, 4, 1, [bad])
+        noise_of(SIZE, 4, 1, [bad])

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from files import all_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,8 +126,9 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
         names = {row + 1: index for row, (index, _) in enumerate(order)}
         plan = RegionPlan(size=Size(384, 448), factor=8, main=("", ""), regions=tuple(r for _, r in order))
         views = region_views(plan, size, **OPTIONS)
-        got = Mixture(views, size, 4).predict(latents, denoise, 3)
-        assert float((got[0] - expected).abs().max()) <= 1e-5
+        got = rows_of(latents)
+        Mixture(views).predict(rows_of(latents), got, denoise, 3)
+        assert float((all_of(got)[0] - expected).abs().max()) <= 1e-5
 
 
 def test_without_regions_it_is_the_plain_grid():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
+from files import all_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -53,7 +54,7 @@ def test_a_tile_that_covers_the_canvas_is_the_stock_decode(vae, latents):
 @torch.no_grad()
 def test_statistics_of_the_canvas_itself_change_nothing(vae, latents):
     expected = decode_tile(vae, latents, whole(Size(20, 28)))
-    statistics = decoder_statistics(vae, latents, side=28)
+    statistics = decoder_statistics(vae, rows_of(latents), side=28)
     assert len(statistics.values) == sum(isinstance(m, nn.GroupNorm) for m in vae.decoder.modules())
     with statistics.applied(vae):
         got = decode_tile(vae, latents, whole(Size(20, 28)))
@@ -75,7 +76,7 @@ def test_shared_statistics_make_tiles_agree_where_they_meet(vae, latents):
         return float((torch.cat(parts, dim=-1) - whole_decode).abs().mean())
 
     independent = worst()
-    with decoder_statistics(vae, latents, side=28).applied(vae):
+    with decoder_statistics(vae, rows_of(latents), side=28).applied(vae):
         shared = worst()
     assert shared < independent / 2
 
@@ -84,7 +85,7 @@ def test_shared_statistics_make_tiles_agree_where_they_meet(vae, latents):
 def test_wrapped_forwards_keep_their_wrapping(vae, latents):
     """The memory engine replaces ``forward`` and lends weights only while it runs."""
     expected = decode_tile(vae, latents, whole(Size(20, 28)))
-    statistics = decoder_statistics(vae, latents, side=28)
+    statistics = decoder_statistics(vae, rows_of(latents), side=28)
     norm = vae.decoder.conv_norm_out
     weight, forward, calls = norm.weight, norm.forward, []
 
@@ -117,11 +118,16 @@ def test_encode_tiles_give_the_stock_mode(vae):
     def read(box):
         return pixels[box.index]
 
-    assert torch.allclose(encode_tiled(vae, read, size, [whole(size)], 0), expected, atol=1e-6)
+    def encoded(*arguments, **options):
+        out = rows_of(torch.zeros((1, 4, *size)))
+        encode_tiled(vae, *arguments, out, **options)
+        return all_of(out)
+
+    assert torch.allclose(encoded(read, [whole(size)], 0), expected, atol=1e-6)
     counted = []
     with encoder_statistics(vae, pixels).applied(vae):
         tiles = grid(size, Size(12, 12), 2)
-        got = encode_tiled(vae, read, size, tiles, 6, done=lambda: counted.append(1))
+        got = encoded(read, tiles, 6, done=lambda: counted.append(1))
     assert len(counted) == len(tiles) == 6
     assert got.shape == (1, 4, 20, 28) and got.dtype == torch.float32
     assert float((got - expected).abs().mean()) < 0.05 * float(expected.std())
@@ -129,7 +135,7 @@ def test_encode_tiles_give_the_stock_mode(vae):
 
 def test_statistics_survive_the_disk(vae, latents, tmp_path):
     with torch.no_grad():
-        statistics = decoder_statistics(vae, latents, side=16)
+        statistics = decoder_statistics(vae, rows_of(latents), side=16)
     statistics.save(tmp_path / "statistics.safetensors")
     loaded = GroupNormStatistics.load(tmp_path / "statistics.safetensors")
     assert loaded.values.keys() == statistics.values.keys()
@@ -139,12 +145,12 @@ def test_statistics_survive_the_disk(vae, latents, tmp_path):
 
 def test_the_small_canvas_has_the_canvas_moments():
     latents = torch.randn(1, 4, 128, 64) * torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1) + 1
-    small = small_canvas(latents, 32)
+    small = small_canvas(rows_of(latents), 32)
     assert small.shape == (1, 4, 32, 16)
     for a, b in zip(torch.std_mean(small, dim=(2, 3)), torch.std_mean(latents, dim=(2, 3)), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
-    assert small_canvas(latents, 128) is latents
-    assert torch.isfinite(small_canvas(torch.zeros(1, 4, 64, 64), 8)).all()
+    assert torch.equal(small_canvas(rows_of(latents), 128), latents)
+    assert torch.isfinite(small_canvas(rows_of(torch.zeros(1, 4, 64, 64)), 8)).all()
 
 
 @settings(deadline=None, max_examples=30)

@@ -1,0 +1,156 @@
+"""What the remaining steps depend on, on disk: one file a band with its latents and the scheduler's history of it.
+
+Two sets of files take turns: a step is written beside the one it came from, so that a kill at any moment leaves a
+whole set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.memory.tensors import read_header, read_tensor, read_tensors, write_tensors
+from stages.workflow.store import atomic_path
+
+_PLAIN = (int, float, str, bool, type(None))
+_STATE = "state"  # name of the byte tensor that holds everything that is no tensor
+
+
+class BandState(NamedTuple):
+    """After ``step`` steps: latents ``[1, C, h, W]`` float32, the generator's state, the scheduler's attributes."""
+
+    step: int
+    latents: Tensor
+    generator: Tensor
+    scheduler: dict[str, Any]
+
+
+def attributes(scheduler: Any) -> dict[str, Any]:
+    """All that a diffusers scheduler keeps between steps."""
+    return {name: value for name, value in vars(scheduler).items() if name != "_internal_dict"}
+
+
+def adopt(scheduler: Any, kept: Mapping[str, Any]) -> None:
+    """Give a scheduler the attributes that ``attributes`` returned; tensors and lists are copied."""
+    for name, value in kept.items():
+        setattr(scheduler, name, copied(value))
+
+
+def copied(value: Any) -> Any:
+    """``value`` with tensors and lists of its own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value.copy() if type(value).__module__ == "numpy" else value
+
+
+class BandStates:
+    """The states of all bands of a canvas, in ``folder``.
+
+    Args:
+        folder: named as a checkpoint, so that it vanishes when the stage commits.
+        shapes: ``(1, C, h, W)`` of each band's latents.
+    """
+
+    def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
+        self.folder, self._shapes = folder, shapes
+
+    def _file(self, step: int, band: int) -> Path:
+        return self.folder / f"{'even' if step % 2 == 0 else 'odd'}_{band:03d}.safetensors"
+
+    def write(self, band: int, state: BandState) -> None:
+        """TypeError for a scheduler that keeps what is no tensor, list or plain value: nothing is left out."""
+        tensors = {"latents": state.latents, "generator": state.generator}
+        plain: dict[str, Any] = {"step": state.step, "scheduler": {}}
+        for name, value in state.scheduler.items():
+            plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
+        tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
+        with atomic_path(self._file(state.step, band)) as temporary:
+            write_tensors(temporary, tensors)
+
+    def read(self, step: int, band: int) -> BandState:
+        """The state after ``step`` steps. ValueError if the file is no such state, OSError if there is none."""
+        file = self._file(step, band)
+        try:
+            tensors = read_tensors(file)
+            plain = json.loads(bytes(tensors[_STATE].numpy()))
+            kept = {name: _unflatten(value, tensors) for name, value in plain["scheduler"].items()}
+            state = BandState(plain["step"], tensors["latents"], tensors["generator"], kept)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file.name} is not a checkpoint of this canvas ({error!r})") from error
+        if state.step != step or state.latents.shape != self._shapes[band]:
+            got = f"step {state.step} of latents {tuple(state.latents.shape)}"
+            raise ValueError(f"{file.name} is not a checkpoint of this canvas ({got})")
+        return state
+
+    def last_step(self) -> int:
+        """The last step that is whole, 0 if none is.
+
+        Raises:
+            ValueError: there are files of a step, but none that is whole and of this canvas.
+        """
+        found, reason = [], ""
+        for parity in (0, 1):
+            try:
+                steps = {self._step_of(parity, band) for band in range(len(self._shapes))}
+                if len(steps) == 1:
+                    found += steps
+            except FileNotFoundError:
+                continue  # killed while this set was written for the first time
+            except ValueError as error:
+                reason = str(error)
+        if reason and not found:
+            raise ValueError(reason)
+        return max(found, default=0)
+
+    def _step_of(self, parity: int, band: int) -> int:
+        file = self._file(parity, band)
+        try:
+            refs = read_header(file)
+            plain = json.loads(bytes(read_tensor(refs[_STATE]).numpy()))
+            step, shape = plain["step"], refs["latents"].shape
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file.name} is not a checkpoint of this canvas ({error!r})") from error
+        if not isinstance(step, int) or step < 1 or step % 2 != parity or shape != self._shapes[band]:
+            raise ValueError(f"{file.name} is not a checkpoint of this canvas (step {step} of latents {shape})")
+        return step
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        for file in [*self.folder.glob("even_*.safetensors"), *self.folder.glob("odd_*.safetensors")]:
+            file.unlink()
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for ``value``; tensors in it go to ``tensors``. TypeError for anything else, never silently left out."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        # a scheduler may keep the canvas itself, or one tensor twice: each name gets its own bytes
+        tensors[name] = value.detach().clone()
+        return {"tensor": name}
+    if type(value).__module__ == "numpy":
+        tensors[name] = torch.as_tensor(value).clone()
+        return {"array": name}
+    if isinstance(value, list | tuple):
+        items = [_flatten(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    raise TypeError(f"{name}: cannot keep a {type(value).__name__} in a checkpoint.")
+
+
+def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        return tensors[content].numpy()
+    items = [_unflatten(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)
