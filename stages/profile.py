@@ -6,6 +6,7 @@ file, is all that the planner needs, for any budget.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -261,7 +262,7 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
     if not config.guide.image:
         height, width = (min(side, length // f) for length in reversed(_source_size(config)))
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
-        passes.append(max(1, _source_pixels(config) // (height * width * f * f)))
+        passes.append(max(1, math.prod(_source_size(config)) // (height * width * f * f)))
     found["guide"] = {
         **single,
         "extra": _guide_bytes(config),

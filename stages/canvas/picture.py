@@ -1,4 +1,8 @@
-"""An 8-bit picture in a file, cut and resized in rows: what Pillow makes of the whole, without the whole in memory."""
+"""An 8-bit picture in a file, cut and resized in rows: what Pillow makes of the whole, without the whole in memory.
+
+Pillow resizes along one axis after the other, with 8 bits between, and takes first the axis that costs least. Here it
+is always the width, row by row, so that no result depends on which rows are looked at together.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +53,17 @@ class Picture:
     def cut(self, region: tuple[float, float, float, float], extent: tuple[int, int]) -> Image.Image:
         """The region (left, top, right, bottom; fractions of pixels count) resized to ``extent`` (width, height).
 
-        Pillow's ``resize(extent, LANCZOS, box=region)``: its window reaches beyond the region into the picture.
-        Regions that come row by row read the picture about once.
+        The Lanczos window reaches beyond the region into the picture. Regions that come row by row read the picture
+        about once.
         """
         box = [float(np.float32(edge)) for edge in region]  # as Pillow keeps it: moving it by whole pixels is exact
         left, right = self._reach(box[0], box[2], extent[0], self.width)
         top, bottom = self._reach(box[1], box[3], extent[1], self.height)
         crop = _image(self._window.box(top, left, bottom, right))
-        moved = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-        return crop.resize(extent, Image.Resampling.LANCZOS, box=moved)
+        width = extent[0]
+        across = (box[0] - left, 0, box[2] - left, crop.height)
+        crop = crop.resize((width, crop.height), Image.Resampling.LANCZOS, box=across)
+        return crop.resize(extent, Image.Resampling.LANCZOS, box=(0, box[1] - top, width, box[3] - top))
 
     @staticmethod
     def _reach(start: float, end: float, count: int, length: int) -> tuple[int, int]:
@@ -65,10 +71,7 @@ class Picture:
         return max(0, math.floor(start - reach)), min(length, math.ceil(end + reach))
 
     def resized(self, extent: tuple[int, int]) -> Image.Image:
-        """The whole picture resized with Lanczos to a small ``extent`` (width, height).
-
-        As Pillow does it, first across (row by row, to 8 bits), then down.
-        """
+        """The whole picture resized with Lanczos to a small ``extent`` (width, height)."""
         across = np.empty((self.height, extent[0], 3), np.uint8)
         for top, bottom in self.strips():
             strip = _image(self.pixels.read(top, bottom)[0])
