@@ -46,7 +46,8 @@ class _TransformGetItemToIndex:
         pass
 
 
-_OPTIONAL = ("transformers", "peft", "scipy", "torchvision")  # diffusers runs without them
+# diffusers and transformers run without them; some releases of the latter import sklearn, which needs scipy
+_OPTIONAL = ("transformers", "peft", "scipy", "sklearn", "torchvision")
 
 
 @contextmanager
