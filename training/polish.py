@@ -2,8 +2,10 @@
 
 A small convolutional decoder draws steps between the 8-pixel squares of neighbouring latents a little steeper than
 steps within them: a lattice, and tile borders lie on its lines. This goes on from the shipped decoder with a term that
-asks for the scene's own steepness on every line, whatever its place in the square. The encoder stays as it is, so that
-latents, and the denoiser that was trained on them, stay valid.
+asks for the scene's own steepness on every line, whatever its place in the square. Every other step decodes canvases
+of 512 or 1024 pixels as a whole, half of them encoded twice: normalised over a large canvas, and after each upscaling
+phase, colours must come back as they were. The encoder stays as it is, so that latents, and the denoiser that was
+trained on them, stay valid.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from .autoencoder import measure_autoencoder, reconstruction_loss
@@ -25,6 +28,7 @@ from .train import HELD_OUT
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
 FACTOR = 8
+CANVAS_GROUP = 16  # scenes of a group of canvases
 LATENT_NOISE = 0.15  # at most, in standard deviations of a latent: what a denoiser leaves
 
 
@@ -49,6 +53,37 @@ def lattice_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (share - share.mean(1, keepdim=True)).abs().mean() + (share[:, 0] - share[:, 1:].mean(1)).abs().mean()
 
 
+def colour_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """L1 of the means of 32-pixel squares: colours of areas, whatever is drawn in them."""
+    return F.l1_loss(F.avg_pool2d(got, 32), F.avg_pool2d(want, 32))
+
+
+class Canvases:
+    """Scenes on canvases of two and four times the native size, as a picture on its way up has; the newest ``pool``."""
+
+    def __init__(self, source: Source, pool: int) -> None:
+        library = Library.make(len(source.library.specs), CANVAS_GROUP, source.rng.randrange(2**31), source.device)
+        seeds = [source.rng.randrange(2**31) for _ in range(2)]
+        self.rng, self.native = source.rng, source.size
+        self.sources = [
+            Source(library, source.device, seed, size=n * source.size) for n, seed in zip((2, 4), seeds, strict=True)
+        ]
+        self.rings = []
+        for one in self.sources:
+            first = _pack(one.draw(crops=False).images)
+            self.rings.append(Ring(max(1, pool // len(first)) * len(first), images=first))
+            self.rings[-1].add(images=first)
+
+    def sample(self, batch: int) -> torch.Tensor:
+        """``[B,3,s,s]`` uint8 of one side, with a quarter of the pixels of ``batch`` native ones."""
+        index = self.rng.randrange(len(self.sources))
+        source, ring = self.sources[index], self.rings[index]
+        if self.rng.random() < 0.2:
+            ring.add(images=_pack(source.draw(crops=self.rng.random() < 0.3).images))
+        count = batch * self.native**2 // source.size**2 // 4
+        return ring.sample(max(1, count), source.generator)["images"]
+
+
 def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: float, weight: float, pool: int) -> Any:
     """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched."""
     device = source.device
@@ -62,23 +97,31 @@ def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: flo
     for crops in (False, True) * 8:
         ring.add(images=_pack(source.draw(crops).images))
     size, std = source.size, 1 / vae.config.scaling_factor
-    phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
-    while phase.go():
+    canvases = Canvases(source, pool // 48)
+
+    def patches(share: float) -> torch.Tensor:
         ring.add(images=_pack(source.draw().images))
         images = ring.sample(batch, source.generator)["images"]
-        if phase.share < 0.75:
-            top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
-            images = images[..., top : top + size // 2, left : left + size // 2]
-        else:
-            images = images[: max(1, batch // 4)]
+        if share >= 0.75:
+            return images[: max(1, batch // 4)]
+        top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
+        return images[..., top : top + size // 2, left : left + size // 2]
+
+    phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
+    while phase.go():
+        canvas = source.rng.random() < 0.5
+        images = canvases.sample(batch) if canvas else patches(phase.share)
         images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images.to(trainee.dtype)).latent_dist.mode().float()
+            if canvas and source.rng.random() < 0.5:
+                again = vae.decode(latents.to(trainee.dtype)).sample
+                latents = vae.encode(again).latent_dist.mode().float()
             noise = torch.rand(len(latents), 1, 1, 1, generator=source.generator, device=device) ** 2
             latents = latents + LATENT_NOISE * std * noise * torch.randn_like(latents)
         got = vae.decode(latents.to(trainee.dtype)).sample.float()
         lattice = lattice_loss(got, images)
-        loss = reconstruction_loss(got, images)
+        loss = reconstruction_loss(got, images) + 2.0 * colour_loss(got, images)
         trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
         phase.tick(len(images), loss=loss.detach(), lattice=lattice.detach())
     for name, module in trainee.ema.items():
@@ -100,6 +143,19 @@ def lattice(vae: Any, source: Source, rounds: int) -> float:
             want.append(steepness(images))
     share = torch.stack(got).mean(0) / torch.stack(want).mean(0)
     return (share[:, 0].mean() / share[:, 1:].mean()).item()
+
+
+@torch.no_grad()
+def drift(vae: Any, source: Source, rounds: int, trips: int = 3) -> float:
+    """How far colours of areas (``colour_loss``, of a range of 2) are off after ``trips`` through the autoencoder."""
+    found = []
+    for _ in range(rounds):
+        for images in source.draw(crops=False).images.split(1):
+            got = images
+            for _ in range(trips):
+                got = vae.decode(vae.encode(got).latent_dist.mode()).sample.clamp(-1, 1)
+            found.append(colour_loss(got, images).item())
+    return sum(found) / len(found)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,7 +190,11 @@ def main(argv: list[str] | None = None) -> None:
         held = Library.make(given.held_groups, 8, given.seed + 7919, device)
         scenes = [Source(held, device, 99, size=given.size, seed_base=HELD_OUT) for _ in range(2)]
         measured = measure_autoencoder(model, scenes[0], given.held_groups)
-        return measured | {"lattice": lattice(model, scenes[1], given.held_groups)}
+        large = Library.make(given.held_groups, 1, given.seed + 7919, device)
+        canvases = Source(large, device, 99, size=4 * given.size, seed_base=HELD_OUT)
+        rounds = given.held_groups
+        found = {"lattice": lattice(model, scenes[1], rounds), "drift": drift(model, canvases, min(8, rounds))}
+        return measured | found
 
     result: dict[str, Any] = {"before": figures(vae.eval())}
     print("before", result["before"], flush=True)
