@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,14 +210,11 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
         samples = [sum(view.passes for view in views if view.passes == guided) for guided in (1, 2)]
         more = dilated_views(config)[2] if name == "denoise" else []
         samples += [sum(view.passes for view in more if view.passes == guided) for guided in (1, 2)]
-        kept = {id(mask): mask.nbytes for view in (*views, *more) if (mask := view.weight.mask) is not None}
-        masks = sum(kept.values())  # the sub-canvases share theirs
-        if more:
-            masks += 4 * band  # a band that is blurred, twice, with padding
+        blurred = 4 * band if more else 0  # twice, with padding
         found[name] = {
             # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows
             # of latents and predictions that the tiles of the moment lie in
-            "extra": masks + 12 * band + 2 * tiles,
+            "extra": blurred + 12 * band + 2 * tiles,
             "weights": weights,
             "micro_batch": size,
             "micro_batches": sum(-(-number // size) for number in samples),
@@ -227,7 +225,7 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
 
 
 def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
-    from stages.guide import HALO
+    from stages.guide import HALO, opening_bytes
 
     component, f = checkpoint.component("vae"), config.model.vae_scale_factor
 
@@ -263,9 +261,11 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         height, width = (min(side, length // f) for length in reversed(_source_size(config)))
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
         passes.append(max(1, math.prod(_source_size(config)) // (height * width * f * f)))
+    opened = opening_bytes(Path(config.guide.image)) if config.guide.image else 0
     found["guide"] = {
         **single,
-        "extra": _guide_bytes(config),
+        # the user's picture is opened before the model is
+        "extra": max(_guide_bytes(config), opened - sum(half[0] for half in halves)),
         "weights": sum(half[0] for half in halves),
         "micro_batches": count,
         "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),

@@ -1,8 +1,13 @@
-"""Regions to views: which tile is asked about which prompt, and how much of its answer enters the canvas."""
+"""Regions to views: which tile is asked about which prompt, and how much of its answer enters the canvas.
+
+Every region's say is the product of a column and a row, and what a tile weighs is computed where it is needed: no
+canvas of weights is kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +27,20 @@ def _box(region: Region, plan: RegionPlan, size: Size) -> Tile:
     return Tile(0, 0, top, left, bottom, right)
 
 
-def region_mask(region: Region, box: Tile, feather: float, size: Size) -> Tensor:
-    """The region's say over its box, ``[h, w]`` float64: its published density times its weight, or its feather.
+class Mask(NamedTuple):
+    """A region's say over its box: ``scale`` times a column ``rows [h]`` and a row ``cols [w]``, float64."""
+
+    scale: float
+    rows: Tensor
+    cols: Tensor
+
+    def over(self, part: Tile) -> Tensor:
+        """Of a part of the box, in its coordinates, ``[h, w]`` float64."""
+        return self.scale * torch.outer(self.rows[part.top : part.bottom], self.cols[part.left : part.right])
+
+
+def region_mask(region: Region, box: Tile, feather: float, size: Size) -> Mask:
+    """The region's say over its box: its published density times its weight, or its feather.
 
     Densities (gaussian 15.9 in the middle, quartic 0.88, constant 1) are those of mixture-of-diffusers, so that
     regions of several kinds mix as they do there.
@@ -31,10 +48,9 @@ def region_mask(region: Region, box: Tile, feather: float, size: Size) -> Tensor
     if region.mode == "replace":
         down = _ramp(box.size.height, feather, box.top > 0, box.bottom < size.height)
         across = _ramp(box.size.width, feather, box.left > 0, box.right < size.width)
-        return torch.outer(down, across)
+        return Mask(1.0, down, across)
     density = 1 / (2 * torch.pi * GAUSSIAN_SIGMA**2) if region.mask_type == "gaussian" else 1.0
-    sides = (profile(region.mask_type, side) for side in box.size)
-    return region.weight * density * torch.outer(*sides)
+    return Mask(region.weight * density, *(profile(region.mask_type, side) for side in box.size))
 
 
 def _ramp(length: int, feather: float, start: bool, end: bool) -> Tensor:
@@ -55,8 +71,8 @@ def _grown(start: int, end: int, tile: int, length: int) -> tuple[int, int]:
     return start, start + tile
 
 
-def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str) -> Iterator[tuple[Tile, Tensor]]:
-    """Full-size tiles over a box, and each one's share ``[h, w]`` of the part of the box that it decides.
+def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str) -> Iterator[tuple[Tile, Weight]]:
+    """Full-size tiles over a box, and each one's share of the part of the box that it decides.
 
     A box smaller than a tile is seen with what surrounds it: the denoiser knows its native size best.
     """
@@ -67,7 +83,7 @@ def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str) -> Itera
     tiles = grid(box.size, extent, min(overlap, min(extent) - 1))  # a canvas may be shorter than the overlap
     for tile, weight in zip(tiles, grid_weights(tiles, box.size, blend), strict=True):
         place = Tile(0, 0, tile.top + box.top, tile.left + box.left, tile.bottom + box.top, tile.right + box.left)
-        yield place, torch.outer(weight.rows, weight.cols)
+        yield place, weight
 
 
 def region_views(
@@ -85,28 +101,84 @@ def region_views(
     """
     if not plan.regions:
         return grid_views(grid(size, side, overlap), size, blend=blend, guidance_scale=guidance_scale)
-    boxes = [_box(region, plan, size) for region in plan.regions]
-    scale = size.height / plan.size.height
-    masks = [
-        region_mask(region, box, region.feather * scale, size) for region, box in zip(plan.regions, boxes, strict=True)
-    ]
-    total = torch.zeros(size, dtype=torch.float64)
-    for region, box, mask in zip(plan.regions, boxes, masks, strict=True):
-        if region.mode == "blend":
-            total[box.index] += mask
-    rest = torch.ones(size, dtype=torch.float64)  # what the replacing regions above leave
-    layers = [(row, region) for row, region in enumerate(plan.regions)]
-    layers.sort(key=lambda layer: (layer[1].mode == "replace", layer[0]))
-    views: list[View] = []
-    for row, region in reversed(layers):
-        box, mask = boxes[row], masks[row]
-        say = torch.zeros(size, dtype=torch.float64)
-        say[box.index] = (mask if region.mode == "replace" else mask / total[box.index]) * rest[box.index]
-        if region.mode == "replace":
-            rest[box.index] *= 1 - mask
+    layers, views = Layers(plan, size), []
+    for row, region, box in layers.from_above():
         for tile, share in _crops(box, size, side, overlap, blend):
-            weight = (say[tile.index] * share).float()
-            if bool((weight > 0).any()):
+            weight = TileSay(layers, row, tile, share)
+            if bool((weight() > 0).any()):
                 rows, cols = (torch.ones(length, dtype=torch.float64) for length in tile.size)
                 views.append(View(tile, Weight(rows, cols, weight), row + 1, region.guidance_scale))
     return views[::-1]
+
+
+class Layers:
+    """What each region says about any part of a canvas of ``size`` latents: over all of them it adds up to 1."""
+
+    def __init__(self, plan: RegionPlan, size: Size) -> None:
+        self._regions, scale = plan.regions, size.height / plan.size.height
+        self._boxes = [_box(region, plan, size) for region in plan.regions]
+        self._masks = [
+            region_mask(region, box, region.feather * scale, size)
+            for region, box in zip(plan.regions, self._boxes, strict=True)
+        ]
+        order = sorted(range(len(plan.regions)), key=lambda row: (plan.regions[row].mode == "replace", row))
+        self._from_above = order[::-1]
+
+    def from_above(self) -> Iterator[tuple[int, Region, Tile]]:
+        """(row, region, its box), the one that lies on top first."""
+        for row in self._from_above:
+            yield row, self._regions[row], self._boxes[row]
+
+    def _mask(self, row: int, part: Tile) -> Tensor:
+        return self._masks[row].over(part.within(self._boxes[row]))
+
+    def say(self, row: int, part: Tile) -> Tensor:
+        """Of region ``row`` over ``part`` of the canvas, ``[h, w]`` float64."""
+        found = torch.zeros(part.size, dtype=torch.float64)
+        inner = _common(part, self._boxes[row])
+        if inner is None:
+            return found
+        mask = self._mask(row, inner)
+        if self._regions[row].mode == "blend":
+            mask = mask / self._blended(inner)
+        found[inner.within(part).slices] = mask * self._left(row, inner)
+        return found
+
+    def _blended(self, part: Tile) -> Tensor:
+        """What the blending regions say together."""
+        total = torch.zeros(part.size, dtype=torch.float64)
+        for row, box in enumerate(self._boxes):
+            inner = _common(part, box)
+            if inner is not None and self._regions[row].mode == "blend":
+                total[inner.within(part).slices] += self._mask(row, inner)
+        return total
+
+    def _left(self, row: int, part: Tile) -> Tensor:
+        """What the replacing regions above ``row`` leave."""
+        rest = torch.ones(part.size, dtype=torch.float64)
+        for above in self._from_above[: self._from_above.index(row)]:
+            inner = _common(part, self._boxes[above])
+            if inner is not None and self._regions[above].mode == "replace":
+                rest[inner.within(part).slices] *= 1 - self._mask(above, inner)
+        return rest
+
+
+def _common(part: Tile, box: Tile) -> Tile | None:
+    """What both cover, None if nothing."""
+    if not part.overlaps(box):
+        return None
+    top, left = max(part.top, box.top), max(part.left, box.left)
+    return Tile(0, 0, top, left, min(part.bottom, box.bottom), min(part.right, box.right))
+
+
+class TileSay(NamedTuple):
+    """What a tile of region ``row`` weighs: the region's say there times the tile's share of it."""
+
+    layers: Layers
+    row: int
+    tile: Tile
+    share: Weight
+
+    def __call__(self) -> Tensor:
+        """``[h, w]`` float32."""
+        return (self.layers.say(self.row, self.tile) * torch.outer(self.share.rows, self.share.cols)).float()

@@ -6,7 +6,7 @@ one-dimensional float64 profiles, and a 16K canvas needs no canvas of weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -48,16 +48,19 @@ def tile_weights(kind: str, size: Size) -> Tensor:
 
 
 class Weight(NamedTuple):
-    """A tile's weight as factors: ``rows [h]``, ``cols [w]`` float64, and a ``mask [h, w]`` float32 if it has one."""
+    """A tile's weight as factors: ``rows [h]``, ``cols [w]`` float64, and what makes its mask if it has one.
+
+    ``mask()`` is ``[h, w]`` float32.
+    """
 
     rows: Tensor
     cols: Tensor
-    mask: Tensor | None = None
+    mask: Callable[[], Tensor] | None = None
 
     def map(self, device: torch.device | str = "cpu") -> Tensor:
         """The weight itself, ``[h, w]`` float32. Exactly 1 where the factors are 1."""
         product = torch.outer(self.rows, self.cols).float()
-        return (product if self.mask is None else product * self.mask).to(device)
+        return (product if self.mask is None else product * self.mask()).to(device)
 
 
 def shares(spans: Sequence[tuple[int, int]], length: int, kind: str) -> list[Tensor]:

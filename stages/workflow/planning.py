@@ -74,11 +74,16 @@ def plan(
 
 
 def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[str, Any]:
-    """An upscaling phase runs the same shapes as the final canvas, fewer times."""
+    """An upscaling phase runs the same shapes as the final canvas, fewer times.
+
+    A guide holds rows of its pictures besides, which are as much shorter as the canvas is.
+    """
     if stage.size is None:
         return data
     share = stage.size[0] * stage.size[1] / (config.width * config.height)
-    return {**data, "name": stage.name, "micro_batches": max(1, math.ceil(data["micro_batches"] * share * 1.3))}
+    extra = data["extra"] * stage.size[0] // config.width if stage.module == "guide" else data["extra"]
+    passes = max(1, math.ceil(data["micro_batches"] * share * 1.3))
+    return {**data, "name": stage.name, "extra": extra, "micro_batches": passes}
 
 
 def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:

@@ -129,3 +129,25 @@ def test_what_is_no_picture_is_refused(work: Work, tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("not a picture")
     with pytest.raises(ConfigError, match=r"guide\.image: got .*words\.png"):
         guide(work, **{"guide.image": str(tmp_path / "words.png")})
+
+
+@pytest.mark.parametrize("what", ["words", "too many pixels"])
+def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from stages.profile import profile_run
+
+    file = tmp_path / "p.png"
+    values = {"guide.image": str(file)}
+    Image.new("RGB", (3000, 2000)).save(file)
+    plain = profile_run(work.config(values))["guide"]["extra"]
+    Image.new("RGBA", (3000, 2000)).save(file)
+    assert profile_run(work.config(values))["guide"]["extra"] - plain == 3000 * 2000 * 4
+    if what == "words":
+        file.write_text("not a picture")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ConfigError, match=r"guide\.image: got"):
+        profile_run(work.config(values))
+    with pytest.raises(ConfigError, match=r"guide\.image: got"):
+        guide(work, **values)

@@ -82,7 +82,7 @@ def test_later_replacements_lie_on_top():
 def test_densities_are_the_published_ones():
     box, whole = Tile(0, 0, 0, 0, 33, 33), Size(64, 64)
     middle = {
-        kind: float(region_mask(Region(box=box, prompt="", mask_type=kind, weight=2), box, 0, whole)[16, 16])
+        kind: float(region_mask(Region(box=box, prompt="", mask_type=kind, weight=2), box, 0, whole).over(box)[16, 16])
         for kind in ("gaussian", "quartic", "constant")
     }
     assert middle["gaussian"] == pytest.approx(2 * 15.915, rel=1e-3)
@@ -116,7 +116,7 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
         eps = answer(crop, index, True) + region.guidance_scale * (
             answer(crop, index, False) - answer(crop, index, True)
         )
-        mask = region_mask(region, box, 0, size)
+        mask = region_mask(region, box, 0, size).over(Tile(0, 0, 0, 0, *box.size))
         numerator[box.index] += mask * eps.double()
         denominator[box.index] += mask
     expected = numerator / denominator
