@@ -47,7 +47,7 @@ def decoded(vae: Any, latents: Any, tiles: list[Tile], mode: str, halo: int, fol
         canvas = Rows.create(Path(work) / "canvas", latents.shape[1:])
         canvas.write(0, latents)
         if mode == "exact":
-            pixels = exact_decode(vae, latents, Path(work) / "scratch")
+            pixels = exact_decode(vae, lambda top, bottom: latents[:, :, top:bottom], size, Path(work) / "scratch")
         side = max(max(tile.size) for tile in tiles) + 2 * halo
         shared = decoder_statistics(vae, canvas, side).applied(vae) if mode == "shared" else nullcontext()
         with shared:

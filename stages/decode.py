@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from stages.canvas.exact import layers_done
-from stages.canvas.exact_program import program
-from stages.canvas.exact_vae import PIXELS, exact_decode, exact_disk_bytes
+from stages.canvas.exact_scratch import open_scratch
+from stages.canvas.exact_vae import exact_decode
 from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
@@ -89,43 +87,11 @@ def _exact(context: StageContext, streamer: Streamer, canvas: Rows, missing: lis
     """
     if not missing:
         return
-    vae: Any = streamer.model
-    latents, scratch, progress = canvas.read(0, canvas.height), context.output / "checkpoint_exact", context.progress
-    needed = exact_disk_bytes(vae, Size(*latents.shape[-2:]), vae.dtype.itemsize)
-    there = sum(path.stat().st_size for path in scratch.glob("*"))
-    free = shutil.disk_usage(context.output).free
-    if needed > free + there:
-        hint = "Free some, set output_dir to another disk, or use decode.mode=shared."
-        raise ValueError(
-            f"decode: exact needs {needed / 1e9:.1f} GB of scratch space, {free / 1e9:.1f} GB are free. {hint}"
-        )
-    progress.note(f"exact decode: up to {needed / 1e9:.1f} GB of scratch space in {scratch.parent}")
-    layers = len(program(vae, "decode"))
-    before = layers if (scratch / PIXELS).is_file() else layers_done(scratch)
-    if before:
-        progress.resumed(f"layer {before} of {layers}")
-    progress.start(layers, "layers", before)
-    shown = before
-
-    def advance(share: float) -> None:
-        nonlocal shown
-        now = max(shown, round(share * layers))
-        progress.advance(now - shown)
-        shown = now
-
-    working_bytes = context.plan.get("working_bytes", 64 << 20)
-    pixels = exact_decode(
-        vae,
-        latents,
-        scratch,
-        working_bytes=working_bytes,
-        hold=streamer.hold,
-        mark=progress.mark,
-        advance=advance,
-        device=context.config.device,
-    )
+    size = Size(canvas.height, canvas.width)
+    scratch, options = open_scratch(context, streamer, "decode", size)
+    pixels = exact_decode(streamer.model, canvas.read, size, scratch, **options)
     for tile in missing:
         box = tile.scaled(context.config.model.vae_scale_factor)
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
-            write_tensors(temporary, {"pixels": pixels.box(box.top, box.left, box.bottom, box.right)[0].contiguous()})
+            write_tensors(temporary, {"pixels": pixels.box(*box[2:])[0].contiguous()})
     pixels.remove()

@@ -20,6 +20,7 @@ from torch import nn
 
 from stages import phase_size
 from stages.canvas.dilated import dilated_views
+from stages.canvas.exact_vae import Direction, exact_cut, exact_disk_bytes
 from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, grid, latent_grid
 from stages.config import ConfigError
@@ -240,14 +241,17 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         return lambda model, _: model.encode(image(3, height, width), return_dict=False)
 
     found: dict[str, dict[str, Any]] = {}
-    tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, f)
-    side = (config.decode.tile_size + 2 * config.decode.halo) // f
-    height, width = min(side, config.height // f), min(side, config.width // f)
-    weights, cut = cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER)
     single = {"micro_batch": 1, "steps": 1}
-    rows = config.height // f if config.decode.mode == "exact" else height  # of latents that are in memory
-    row = config.width // f * config.model.latent_channels * 4
-    found["decode"] = {**single, "extra": rows * row, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
+    if config.decode.mode == "exact":
+        size = Size(config.height // f, config.width // f)
+        found["decode"] = {**single, "extra": 0, "micro_batches": 1, **_exact(component, dtype, "decode", size)}
+    else:
+        tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, f)
+        side = (config.decode.tile_size + 2 * config.decode.halo) // f
+        height, width = min(side, config.height // f), min(side, config.width // f)
+        weights, cut = cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER)
+        rows = height * (config.width // f) * config.model.latent_channels * 4  # of latents that are in memory
+        found["decode"] = {**single, "extra": rows, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
     if config.guide.mode == "none":
         return found
     side = config.guide.tile_size // f + 2 * HALO
@@ -271,6 +275,17 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),
     }
     return found
+
+
+def _exact(component: Component, dtype: torch.dtype, direction: Direction, size: Size) -> dict[str, Any]:
+    """``weights``, ``cuts`` and ``disk`` (bytes of scratch space) of an exact pass."""
+    drop = ENCODER if direction == "decode" else DECODER
+    model = component.build(optional=tuple(f"{name}." for name in drop))
+    for name in drop:
+        delattr(model, name)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    disk = exact_disk_bytes(model, direction, size, dtype.itemsize)
+    return {"weights": weights, "cuts": [exact_cut(model, direction, size, dtype.itemsize)], "disk": disk}
 
 
 def _source_size(config: DictConfig) -> tuple[int, int]:

@@ -7,8 +7,9 @@ activations and projections are the stock model's own; only the order of the wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.canvas.exact_attention import attend_canvas
-from stages.canvas.exact_program import INPUT, Layer, Shape, cost, last_use, shapes
+from stages.canvas.exact_attention import CanvasAttention
+from stages.canvas.exact_program import INPUT, Layer, Shape, shapes
+from stages.canvas.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
 from stages.canvas.groupnorm import merge_var_mean, normalise
 from stages.canvas.spill import Spill
 from stages.workflow.store import read_json, write_json
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"
-_BLOCK = 1 << 20  # elements whose moments are taken at a time: they stay in the cache between the passes
-_COPIES = 4  # strips of source and of target that are alive at once in a layer
+Rows = Callable[[int, int], Tensor]  # rows [top, bottom) of an activation, [1, C, h, W]
+Take = Callable[[int, Tensor], None]  # the first row of a strip, and the strip
 
 
 def _boot_id() -> str:
@@ -44,7 +46,7 @@ def channel_moments(strip: Tensor) -> tuple[Tensor, Tensor]:
     """(variance, mean) of each channel of ``[1, C, h, W]``, float64 on the CPU."""
     flat = strip.permute(0, 2, 3, 1).reshape(-1, strip.shape[1])
     parts = []
-    for part in flat.split(max(1, _BLOCK // strip.shape[1])):
+    for part in flat.split(max(1, MOMENTS // strip.shape[1])):
         values = part.float()
         mean = values.mean(0)
         parts.append((len(part), values.sub_(mean).square_().mean(0).cpu(), mean.cpu()))
@@ -61,7 +63,7 @@ class ExactPass:
         folder: for the activations and the state; an earlier, killed pass in it is gone on with, layer by layer.
         dtype: of the model's weights and activations.
         device: where the strips are computed.
-        working_bytes: about what a layer's strips take; the result does not depend on it (beyond rounding).
+        working_bytes: what a layer's strips may take, weights apart; the result depends on it by rounding only.
         hold: keeps a module's weights in memory while a layer's strips run through it.
         mark: told the name of the layer that runs.
         advance: told the share of all work that is done, 0 to 1.
@@ -75,7 +77,7 @@ class ExactPass:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        working_bytes: int = 128 << 20,
+        working_bytes: int = STRIP_BYTES,
         hold: Hold = nullcontext,
         mark: Callable[[str], None] = lambda name: None,
         advance: Callable[[float], None] = lambda share: None,
@@ -140,8 +142,7 @@ class ExactPass:
                 for owner in layer.owners:
                     held.enter_context(self.hold(owner))
                 if final:
-                    for top, strip in self._strips(layer, source):
-                        sink(top, strip)
+                    self._make(layer, source, sink)
                 else:
                     self._spill(layer, source)
             self._done_cost += self._costs[index]
@@ -156,43 +157,58 @@ class ExactPass:
             spill.remove()
         self._spills.clear()
 
-    def _spill(self, layer: Layer, source: Callable[[int, int], Tensor]) -> None:
+    def _spill(self, layer: Layer, source: Rows) -> None:
         target = Spill(self._path(layer.name), self.shapes[layer.name], self.dtype)
         parts = []
-        for top, strip in self._strips(layer, source):
+
+        def take(top: int, strip: Tensor) -> None:
             target.put(top, strip)
             parts.append((strip.shape[2], *channel_moments(strip)))
+
+        self._make(layer, source, take)
         rows, variances, means = zip(*parts, strict=True)
         self._moments[layer.name] = merge_var_mean(torch.tensor(rows), torch.stack(variances), torch.stack(means))
         self._spills[layer.name] = target
 
-    def strip_rows(self, layer: Layer) -> int:
-        """Rows of the target that are made at a time."""
-        source, target = self.shapes[layer.source], self.shapes[layer.name]
-        per_row = target.size.width * (source.channels + target.channels) * self.dtype.itemsize * _COPIES
-        return max(1, min(target.size.height, self.working_bytes // per_row))
-
-    def _strips(self, layer: Layer, source: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The layer's result, strip by strip: (first row, ``[1, C, h, W]``)."""
+    def _make(self, layer: Layer, source: Rows, take: Take) -> None:
+        """The layer's result, strip by strip; a strip is nowhere kept while the next is made."""
         height, share = self.shapes[layer.name].size.height, self._costs[self.layers.index(layer)] / sum(self._costs)
         before = self._done_cost / sum(self._costs)
-        for top, strip in self._attended(layer) if layer.attention is not None else self._convolved(layer, source):
-            bottom = top + strip.shape[2]
-            if layer.residual is not None:
-                residual = self._spills[layer.residual].rows(top, bottom).to(self.device)
-                strip = strip + (residual if layer.shortcut is None else layer.shortcut(residual))
-            if layer.divide != 1:
-                strip = strip / layer.divide
-            yield top, strip if layer.after is None else layer.after(strip)
-            self.advance(before + share * bottom / height)
+        read = source if layer.source == INPUT else self._spills[layer.source].rows
+        step = strip_rows(layer, self.shapes, self.dtype.itemsize, self.working_bytes)
+        attend = None
+        with ExitStack() as scratch:
+            if layer.attention is not None:
+                prepared = partial(self._prepared, layer, read)
+                shape = self.shapes[layer.source]
+                attend = scratch.enter_context(
+                    CanvasAttention(layer.attention, prepared, shape, step, dtype=self.dtype, folder=self.folder)
+                )
+            for top in range(0, height, step):
+                bottom = min(top + step, height)
+                made = attend(top, bottom) if attend else self._convolved(layer, read, top, bottom)
+                take(top, self._finished(layer, made, top, bottom))
+                del made
+                self.advance(before + share * bottom / height)
 
-    def _prepared(self, layer: Layer, rows: Tensor) -> Tensor:
-        rows = rows.to(self.device, self.dtype)
+    def _finished(self, layer: Layer, strip: Tensor, top: int, bottom: int) -> Tensor:
+        if layer.residual is not None:
+            residual = self._spills[layer.residual].rows(top, bottom).to(self.device)
+            strip += residual if layer.shortcut is None else layer.shortcut(residual)
+        if layer.divide != 1:
+            strip /= layer.divide
+        return strip if layer.after is None else layer.after(strip)
+
+    def _prepared(self, layer: Layer, read: Rows, top: int, bottom: int) -> Tensor:
+        """Rows of the source as the convolution or attention takes them: normalised, activated."""
+        rows = read(top, bottom).to(self.device, self.dtype)
         if layer.before is not None:
             rows = layer.before(rows)
         if layer.norm is not None:
             var, mean = self._group_moments(layer.source, layer.norm.num_groups)
             rows = normalise(rows, var, mean, layer.norm.weight, layer.norm.bias, layer.norm.eps)
+        if isinstance(layer.act, nn.SiLU):
+            return F.silu(rows, inplace=True)
         return rows if layer.act is None else layer.act(rows)
 
     def _group_moments(self, name: str, groups: int) -> tuple[Tensor, Tensor]:
@@ -200,45 +216,23 @@ class ExactPass:
         var, mean = (values.view(groups, -1).T for values in self._moments[name])
         return merge_var_mean(torch.ones(len(var)), var, mean)
 
-    def _convolved(self, layer: Layer, source: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        assert layer.conv is not None
-        read = source if layer.source == INPUT else self._spills[layer.source].rows
-        full, height = self.shapes[layer.source].size.height, self.shapes[layer.name].size.height
-        radius, step = layer.conv.padding[0], self.strip_rows(layer)
-        assert isinstance(radius, int)
-        weight = layer.conv.weight, layer.conv.bias
-        for top in range(0, height, step):
-            bottom = min(top + step, height)
-            if layer.move == "down":  # stride 2 over one row and column of zeros at the end
-                end = 2 * bottom + 1
-                rows = self._prepared(layer, read(2 * top, min(end, full)))
-                rows = F.pad(rows, (0, 1, 0, max(0, end - full)))
-                yield top, F.conv2d(rows, *weight, stride=layer.conv.stride)
-                continue
-            grown, scale = (max(0, top - radius), bottom + radius), 2 if layer.move == "up" else 1
-            first, last = grown[0], min(grown[1], full * scale)
-            rows = self._prepared(layer, read(first // scale, -(-last // scale)))
-            if layer.move == "up":
-                rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
-                start = first - first // 2 * 2
-                rows = rows[:, :, start : start + last - first]
-            missing = max(0, radius - top), max(0, grown[1] - full * scale)
-            if any(missing):  # zeros beyond the canvas, as the whole convolution pads
-                rows = F.pad(rows, (0, 0, *missing))
-            yield top, F.conv2d(rows, *weight, padding=(0, layer.conv.padding[1]))  # type: ignore[arg-type]
-
-    def _attended(self, layer: Layer) -> Iterator[tuple[int, Tensor]]:
-        size, step = self.shapes[layer.source].size, self.strip_rows(layer)
-
-        def strips() -> Iterator[tuple[int, Tensor]]:
-            for top in range(0, size.height, step):
-                yield top, self._prepared(layer, self._spills[layer.source].rows(top, min(top + step, size.height)))
-
-        return attend_canvas(
-            layer.attention,
-            strips,
-            size,
-            dtype=self.dtype,
-            folder=self.folder,
-            working_bytes=self.working_bytes,
-        )
+    def _convolved(self, layer: Layer, read: Rows, top: int, bottom: int) -> Tensor:
+        """Rows ``[top, bottom)`` of the target."""
+        conv = layer.conv
+        assert conv is not None
+        full, radius = self.shapes[layer.source].size.height, int(conv.padding[0])
+        if layer.move == "down":  # stride 2 over one row and column of zeros at the end
+            end = 2 * bottom + 1
+            rows = self._prepared(layer, read, 2 * top, min(end, full))
+            return F.conv2d(F.pad(rows, (0, 1, 0, max(0, end - full))), conv.weight, conv.bias, stride=2)
+        scale = 2 if layer.move == "up" else 1
+        first, last = max(0, top - radius), min(bottom + radius, full * scale)
+        rows = self._prepared(layer, read, first // scale, -(-last // scale))
+        if layer.move == "up":
+            rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
+            start = first - first // 2 * 2
+            rows = rows[:, :, start : start + last - first]
+        missing = max(0, radius - top), max(0, bottom + radius - full * scale)
+        if any(missing):  # zeros beyond the canvas, as the whole convolution pads
+            rows = F.pad(rows, (0, 0, *missing))
+        return F.conv2d(rows, conv.weight, conv.bias, padding=(0, int(conv.padding[1])))

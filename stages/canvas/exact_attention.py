@@ -1,20 +1,17 @@
-"""The mid-block attention of a whole canvas: queries strip by strip, keys and values in memory or on disk."""
+"""The mid-block attention of a whole canvas: queries strip by strip, keys and values from disk in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stages.canvas.exact_program import Shape
+from stages.canvas.exact_size import key_rows
 from stages.canvas.spill import Spill
-from stages.canvas.tiles import Size
-
-Strips = Callable[[], Iterator[tuple[int, Tensor]]]  # (first row, normalised strip [1, C, h, W])
 
 
 def _tokens(strip: Tensor) -> Tensor:
@@ -23,102 +20,91 @@ def _tokens(strip: Tensor) -> Tensor:
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:
-    """``[n, D]`` to ``[1, heads, n, D / heads]``."""
-    return tokens.view(1, len(tokens), heads, -1).transpose(1, 2)
+    """``[n, D]`` to ``[heads, n, D / heads]``."""
+    return tokens.view(len(tokens), heads, -1).transpose(0, 1)
 
 
-def attend_chunks(query: Tensor, chunks: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention over keys and values that come in chunks: the softmax is kept as a running maximum and sum.
+class RunningAttention:
+    """Attention of ``query [heads, n, d]`` over keys and values that come in chunks ``[heads, m, d]``.
 
-    Args:
-        query: ``[1, heads, n, d]``.
-        chunks: of keys and values, ``[1, heads, m, d]``.
-
-    Returns:
-        ``[1, heads, n, d]`` in the query's dtype; the running sums are float32.
+    The softmax is kept as a running maximum and sum (float32), in buffers that every chunk reuses.
     """
-    scale = query.shape[-1] ** -0.5
-    top = torch.full((*query.shape[:-1], 1), float("-inf"), device=query.device)
-    total = torch.zeros_like(top)
-    mixed = torch.zeros(query.shape, device=query.device)
-    for key, value in chunks:
-        scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-        scores = scores.sub_(higher).exp_()
-        fade = (top - higher).exp_()
-        total = total.mul_(fade).add_(scores.sum(-1, keepdim=True))
-        mixed = mixed.mul_(fade).add_((scores.to(value.dtype) @ value).float())
-        top = higher
-    return (mixed / total).to(query.dtype)
+
+    def __init__(self, query: Tensor) -> None:
+        self.query = query
+        self._top = torch.full((*query.shape[:-1], 1), float("-inf"), device=query.device)
+        self._total = torch.zeros_like(self._top)
+        self._mixed = torch.zeros(query.shape, device=query.device)
+        self._scores: tuple[Tensor, Tensor] | None = None
+        self._part = torch.empty_like(query)
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        shape = (*self.query.shape[:-1], key.shape[-2])
+        if self._scores is None or self._scores[0].shape != shape:
+            raw = torch.empty(shape, dtype=self.query.dtype, device=self.query.device)
+            self._scores = raw, raw if raw.dtype == torch.float32 else torch.empty_like(raw, dtype=torch.float32)
+        raw, scores = self._scores
+        torch.matmul(self.query, key.transpose(-1, -2), out=raw)
+        torch.mul(raw, self.query.shape[-1] ** -0.5, out=scores)
+        higher = torch.maximum(self._top, scores.amax(-1, keepdim=True))
+        scores.sub_(higher).exp_()
+        fade = (self._top - higher).exp_()
+        self._total.mul_(fade).add_(scores.sum(-1, keepdim=True))
+        torch.matmul(scores if raw is scores else raw.copy_(scores), value, out=self._part)
+        self._mixed.mul_(fade).add_(self._part)
+        self._top = higher
+
+    def result(self) -> Tensor:
+        """``[heads, n, d]`` in the query's dtype."""
+        return self._mixed.div_(self._total).to(self.query.dtype)
 
 
-def attend_canvas(
-    attention: Any,
-    strips: Strips,
-    size: Size,
-    *,
-    dtype: torch.dtype,
-    folder: Path,
-    working_bytes: int,
-) -> Iterator[tuple[int, Tensor]]:
-    """The projected attention of every strip, without residual: (first row, ``[1, C, h, W]``).
+class CanvasAttention:
+    """``attend(top, bottom)`` gives the projected attention of those rows, ``[1, C, h, W]``, without residual.
 
     Args:
         attention: a diffusers ``Attention``; its ``to_q, to_k, to_v, to_out`` are called.
-        strips: walks the normalised canvas; called twice, the second time for the queries.
-        size: of the canvas.
+        rows: gives normalised rows of the canvas, ``[1, C, h, W]``.
+        shape: of the canvas.
+        step: rows that are projected at a time.
         dtype: of keys and values.
-        folder: keys and values go there when they are larger than ``working_bytes``.
-        working_bytes: what keys and values, or a block of scores, may take.
+        folder: keys and values lie there until the context ends.
     """
-    width, inner, heads = size.width, attention.inner_dim, attention.heads
-    fits = 2 * size.height * width * inner * dtype.itemsize <= working_bytes
-    if fits:
-        yield from _in_memory(attention, strips, size, dtype)
-        return
-    shape = Shape(inner, size)
-    stored = Spill(folder / "keys.raw", shape, dtype), Spill(folder / "values.raw", shape, dtype)
-    try:
-        for top, strip in strips():
-            tokens = _tokens(strip)
-            for spill, project in zip(stored, (attention.to_k, attention.to_v), strict=True):
-                spill.put(top, project(tokens).view(1, -1, width, inner).permute(0, 3, 1, 2))
-        for top, strip in strips():
-            query = _heads(attention.to_q(_tokens(strip)), heads)
-            # two float copies of the scores, and the chunk itself
-            per_row = width * (2 * 4 * query.shape[1] * query.shape[2] + 2 * inner * dtype.itemsize)
-            rows = max(1, working_bytes // per_row)
 
-            def chunks(rows: int = rows, device: torch.device = query.device) -> Iterator[tuple[Tensor, Tensor]]:
-                for start in range(0, size.height, rows):
-                    pair = (s.rows(start, min(start + rows, size.height)) for s in stored)
-                    key, value = (_heads(_tokens(part.to(device)), heads) for part in pair)
-                    yield key, value
+    def __init__(
+        self,
+        attention: Any,
+        rows: Callable[[int, int], Tensor],
+        shape: Shape,
+        step: int,
+        *,
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self._attention, self._rows, self._size, self._step = attention, rows, shape.size, step
+        kept = Shape(attention.inner_dim, shape.size)
+        self._stored = Spill(folder / "keys.raw", kept, dtype), Spill(folder / "values.raw", kept, dtype)
+        self._chunk = key_rows(shape)
 
-            yield top, _project(attention, attend_chunks(query, chunks()), strip)
-    finally:
-        for spill in stored:
+    def __enter__(self) -> Callable[[int, int], Tensor]:
+        for top in range(0, self._size.height, self._step):
+            tokens = _tokens(self._rows(top, min(top + self._step, self._size.height)))
+            for spill, project in zip(self._stored, (self._attention.to_k, self._attention.to_v), strict=True):
+                spill.put(top, self._strip(project(tokens)))
+        return self._attend
+
+    def __exit__(self, *_: object) -> None:
+        for spill in self._stored:
             spill.remove()
 
+    def _strip(self, tokens: Tensor) -> Tensor:
+        return tokens.view(1, -1, self._size.width, tokens.shape[-1]).permute(0, 3, 1, 2)
 
-def _in_memory(attention: Any, strips: Strips, size: Size, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    key = value = torch.empty(0)
-    for top, strip in strips():
-        tokens = _tokens(strip)
-        if not key.numel():
-            key, value = (
-                torch.empty((size.height * size.width, attention.inner_dim), dtype=dtype, device=tokens.device)
-                for _ in range(2)
-            )
-        place = slice(top * size.width, top * size.width + len(tokens))
-        key[place], value[place] = attention.to_k(tokens), attention.to_v(tokens)
-    keys, values = _heads(key, attention.heads), _heads(value, attention.heads)
-    for top, strip in strips():
-        query = _heads(attention.to_q(_tokens(strip)), attention.heads)
-        yield top, _project(attention, F.scaled_dot_product_attention(query, keys, values), strip)
-
-
-def _project(attention: Any, mixed: Tensor, strip: Tensor) -> Tensor:
-    tokens = mixed.transpose(1, 2).reshape(strip.shape[2] * strip.shape[3], -1).to(strip.dtype)
-    out = attention.to_out[1](attention.to_out[0](tokens))
-    return out.view(1, *strip.shape[2:], -1).permute(0, 3, 1, 2)
+    def _attend(self, top: int, bottom: int) -> Tensor:
+        heads = self._attention.heads
+        running = RunningAttention(_heads(self._attention.to_q(_tokens(self._rows(top, bottom))), heads))
+        for start in range(0, self._size.height, self._chunk):
+            pair = (spill.rows(start, min(start + self._chunk, self._size.height)) for spill in self._stored)
+            running.add(*(_heads(_tokens(part.to(running.query.device)), heads) for part in pair))
+        mixed = running.result().transpose(0, 1).reshape((bottom - top) * self._size.width, -1)
+        return self._strip(self._attention.to_out[1](self._attention.to_out[0](mixed)))

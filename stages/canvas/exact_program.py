@@ -1,7 +1,4 @@
-"""The layers of a stock ``AutoencoderKL`` as steps from one canvas-wide activation to the next, and what they need.
-
-Nothing is computed here: a model on the meta device does, so disk use is known before any work.
-"""
+"""The layers of a stock ``AutoencoderKL`` as steps from one canvas-wide activation to the next. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -56,24 +53,34 @@ def _refuse(name: str, what: str) -> ValueError:
     return ValueError(f"exact VAE: {name} {what}, which it cannot cut in strips. Use decode.mode=shared.")
 
 
+def _owners(*modules: nn.Module | None) -> tuple[nn.Module, ...]:
+    return tuple(module for module in modules if module is not None)
+
+
 def _resnet(name: str, block: Any, source: str) -> Iterator[Layer]:
     if type(block).__name__ != "ResnetBlock2D" or block.upsample or block.downsample or block.time_emb_proj:
         raise _refuse(name, f"is a {type(block).__name__} with resampling, time or spatial input")
     first = f"{name}.conv1"
-    common = {"owners": (block,), "act": block.nonlinearity}
     yield Layer(
-        name=first, source=source, conv=block.conv1, norm=block.norm1, channels=block.conv1.out_channels, **common
+        name=first,
+        owners=_owners(block.norm1, block.conv1),
+        source=source,
+        act=block.nonlinearity,
+        conv=block.conv1,
+        norm=block.norm1,
+        channels=block.conv1.out_channels,
     )
     yield Layer(
         name=f"{name}.conv2",
+        owners=_owners(block.norm2, block.conv2, block.conv_shortcut),
         source=first,
+        act=block.nonlinearity,
         conv=block.conv2,
         norm=block.norm2,
         channels=block.conv2.out_channels,
         residual=source,
         shortcut=block.conv_shortcut,
         divide=block.output_scale_factor,
-        **common,
     )
 
 
@@ -100,7 +107,7 @@ def _resampler(name: str, block: Any, source: str, move: Literal["up", "down"]) 
     if move == "down" and block.padding != 0:
         raise _refuse(name, f"pads by {block.padding}")
     conv = block.conv
-    return Layer(name=name, owners=(block,), source=source, channels=conv.out_channels, conv=conv, move=move)
+    return Layer(name=name, owners=(conv,), source=source, channels=conv.out_channels, conv=conv, move=move)
 
 
 def program(vae: Any, direction: Literal["decode", "encode"]) -> list[Layer]:
@@ -116,7 +123,7 @@ def program(vae: Any, direction: Literal["decode", "encode"]) -> list[Layer]:
     layers = [
         Layer(
             name=f"{prefix}.conv_in",
-            owners=(coder.conv_in,) if before is None else (before, coder.conv_in),
+            owners=_owners(before, coder.conv_in),
             source=INPUT,
             channels=coder.conv_in.out_channels,
             conv=coder.conv_in,
@@ -153,7 +160,7 @@ def program(vae: Any, direction: Literal["decode", "encode"]) -> list[Layer]:
     layers.append(
         Layer(
             name=f"{prefix}.conv_out",
-            owners=tuple(m for m in (coder.conv_norm_out, out, after) if m is not None),
+            owners=_owners(coder.conv_norm_out, out, after),
             source=layers[-1].name,
             channels=out.out_channels if after is None else after.out_channels,
             conv=out,
@@ -173,36 +180,3 @@ def shapes(layers: list[Layer], given: Shape) -> dict[str, Shape]:
         size = {"same": (height, width), "up": (2 * height, 2 * width), "down": (height // 2, width // 2)}[layer.move]
         found[layer.name] = Shape(layer.channels, Size(*size))
     return found
-
-
-def last_use(layers: list[Layer]) -> dict[str, int]:
-    """The index of the last layer that reads each activation."""
-    return {name: index for index, layer in enumerate(layers) for name in layer.reads}
-
-
-def disk_bytes(layers: list[Layer], given: Shape, itemsize: int) -> int:
-    """The most that lies on disk at a time while the layers run: all activations that are still read, and the next.
-
-    The attention's keys and values, which may go to disk, are counted; the last layer's result is the caller's.
-    """
-    found, last, peak = shapes(layers, given), last_use(layers), 0
-    for index, layer in enumerate(layers):
-        live = [name for name in found if name != INPUT and last.get(name, -1) >= index]
-        made = {other.name for other in layers[:index]}
-        total = sum(found[name].numel for name in live if name in made)
-        if index + 1 < len(layers):
-            total += found[layer.name].numel
-        if layer.attention is not None:
-            total += 2 * found[layer.source].size.height * found[layer.source].size.width * layer.attention.inner_dim
-        peak = max(peak, total * itemsize)
-    return peak
-
-
-def cost(layer: Layer, found: dict[str, Shape]) -> float:
-    """Multiply-adds of a layer, for progress and predictions of time."""
-    places = found[layer.name].size.height * found[layer.name].size.width
-    if layer.attention is not None:
-        inner = layer.attention.inner_dim
-        return 4.0 * places * layer.channels * inner + 2.0 * places**2 * inner
-    assert layer.conv is not None
-    return float(places * layer.conv.weight.numel())

@@ -4,33 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stages.canvas.exact import ExactPass
-from stages.canvas.exact_program import Shape, disk_bytes, program
+from stages.canvas.exact_program import Shape, program, shapes
+from stages.canvas.exact_size import cost, disk_bytes, working_bytes
 from stages.canvas.spill import Spill
 from stages.canvas.tiles import Size
 from stages.canvas.vae import factor, from_vae, to_uint8, to_vae
 from stages.workflow.store import atomic_path
 
 PIXELS = "pixels.u8"
+Direction = Literal["decode", "encode"]
 
 
-def exact_disk_bytes(vae: Any, size: Size, itemsize: int) -> int:
-    """The most scratch space that ``exact_decode`` of ``size`` latents takes, the pixels included; any device."""
-    pixels = 3 * size.height * size.width * factor(vae) ** 2
-    return pixels + disk_bytes(program(vae, "decode"), Shape(vae.config.latent_channels, size), itemsize)
+def given_shape(vae: Any, direction: Direction, size: Size) -> Shape:
+    """What goes in for a canvas of ``size`` latents."""
+    if direction == "decode":
+        return Shape(vae.config.latent_channels, size)
+    return Shape(vae.config.in_channels, Size(size.height * factor(vae), size.width * factor(vae)))
 
 
-def exact_decode(vae: Any, latents: Tensor, folder: Path, **options: Any) -> Spill:
+def exact_disk_bytes(vae: Any, direction: Direction, size: Size, itemsize: int) -> int:
+    """The most scratch space that a canvas of ``size`` latents takes, decoded pixels included; any device."""
+    layers, given = program(vae, direction), given_shape(vae, direction, size)
+    pixels = 3 * size.height * size.width * factor(vae) ** 2 if direction == "decode" else 0
+    return pixels + disk_bytes(layers, shapes(layers, given), itemsize)
+
+
+def exact_cut(vae: Any, direction: Direction, size: Size, itemsize: int) -> dict[str, Any]:
+    """The pass as the planner's cut of a model (``memory.planner.Cut``), a unit a layer; any device."""
+    layers, given = program(vae, direction), given_shape(vae, direction, size)
+    found = shapes(layers, given)
+    weights = {
+        layer.name: sum(parameter.numel() for owner in layer.owners for parameter in owner.parameters()) * itemsize
+        for layer in layers
+    }
+    return {
+        "limit": max(weights.values()),
+        "order": [layer.name for layer in layers],
+        "nbytes": weights,
+        "flops": {layer.name: int(2 * cost(layer, found)) for layer in layers},
+        # weights are held beside the ring, and repacked by the convolution
+        "lines": [
+            [layer.name, weights[layer.name] + working_bytes(layer, found, itemsize), 0, weights[layer.name]]
+            for layer in layers
+        ],
+    }
+
+
+def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Spill:
     """Decode a canvas as the whole-image decode would.
 
     Args:
         vae: stock ``AutoencoderKL``.
-        latents: ``[1, C, H, W]`` of the denoiser.
+        rows: gives rows ``[top, bottom)`` of the denoiser's latents, ``[1, C, h, W]``.
+        size: of the canvas in latents.
         folder: scratch, ``exact_disk_bytes`` large; also keeps what is needed to go on after a kill.
         options: of ``ExactPass``: ``working_bytes``, ``hold``, ``mark``, ``advance``, ``device``.
 
@@ -38,20 +70,18 @@ def exact_decode(vae: Any, latents: Tensor, folder: Path, **options: Any) -> Spi
         The pixels, uint8, in a file of ``folder``: ``box`` reads a tile of them. The caller removes it; until then
         another call gives the same file at once.
     """
-    size, scale = Size(*latents.shape[-2:]), factor(vae)
     options.setdefault("dtype", vae.dtype)
+    scale = factor(vae)
     shape = Shape(vae.config.out_channels, Size(size.height * scale, size.width * scale))
     done = folder / PIXELS
     if done.is_file() and done.stat().st_size == shape.numel:
         return Spill(done, shape, torch.uint8)
-    steps = ExactPass(program(vae, "decode"), Shape(latents.shape[1], size), folder, **options)
-
-    def rows(top: int, bottom: int) -> Tensor:
-        return to_vae(vae, latents[:, :, top:bottom])
-
+    steps = ExactPass(program(vae, "decode"), given_shape(vae, "decode", size), folder, **options)
     with atomic_path(done) as temporary:
         pixels = Spill(temporary, shape, torch.uint8)
-        steps.run(rows, lambda top, strip: pixels.put(top, to_uint8(strip)))
+        steps.run(
+            lambda top, bottom: to_vae(vae, rows(top, bottom)), lambda top, strip: pixels.put(top, to_uint8(strip))
+        )
         pixels.close()
     steps.clear()
     return Spill(done, shape, torch.uint8)
@@ -69,15 +99,14 @@ def exact_encode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
     Returns:
         ``[1, C, H, W]`` float32, in the denoiser's space.
     """
-    scale, channels = factor(vae), vae.config.latent_channels
+    channels = vae.config.latent_channels
     latents = torch.empty((1, channels, *size))
     options.setdefault("dtype", vae.dtype)
-    given = Shape(vae.config.in_channels, Size(size.height * scale, size.width * scale))
 
     def sink(top: int, moments: Tensor) -> None:
         latents[:, :, top : top + moments.shape[2]] = from_vae(vae, moments[:, :channels]).cpu()
 
-    steps = ExactPass(program(vae, "encode"), given, folder, **options)
+    steps = ExactPass(program(vae, "encode"), given_shape(vae, "encode", size), folder, **options)
     steps.run(rows, sink)
     steps.clear()
     return latents

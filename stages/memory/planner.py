@@ -79,6 +79,7 @@ class StageProfile:
     copy_rate: float = COPY_RATE
     start_seconds: float = 0.0
     keep: int = 0
+    disk: int = 0  # bytes of scratch files while it runs
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> StageProfile:

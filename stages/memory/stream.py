@@ -199,9 +199,14 @@ class WeightStreamer:
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
-        """Keep the weights of all units inside ``module`` in memory: one read for many calls."""
+        """Keep the weights of all units inside ``module``, or around it, in memory: one read for many calls."""
         inside = {id(m) for m in module.modules()}
-        units = [unit for unit in self._streamed if id(unit.module) in inside and not self._held.get(unit.name)]
+        units = [
+            unit
+            for unit in self._streamed
+            if (id(unit.module) in inside or any(m is module for m in unit.module.modules()))
+            and not self._held.get(unit.name)
+        ]
         for unit in units:
             packed = torch.empty(unit.nbytes, dtype=torch.uint8)
             self.source.read(unit.slots, unit.start, packed)

@@ -16,6 +16,7 @@ from stages.config import parse_bytes, resolve_dtype
 from stages.memory.monitor import usage
 from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
 from stages.workflow import device, launch
+from stages.workflow.disk import refusal, room
 from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint, read_json, write_json
@@ -67,10 +68,19 @@ def plan(
         plans = plan_run(profiles, budget, runner)
     except OverBudget as error:
         raise DoesNotFit(_refusal(error, config)) from None
+    check_disk(running, profiles)
     by_name = {one.name: one for one in profiles}
     written = {name: _as_json(one, by_name[name], config, store) for name, one in plans.items()}
     write_json(run_dir / "plan.json", written)
     return written
+
+
+def check_disk(states: Sequence[StageState], profiles: Sequence[StageProfile]) -> None:
+    """Scratch files have to fit the disk now: hours later is too late to hear of it."""
+    needed = {profile.name: profile.disk for profile in profiles}
+    for state in states:
+        if state.status != "reuse" and needed.get(state.name, 0) > (there := room(state.entry.path)):
+            raise DoesNotFit(refusal(state.name, needed[state.name], there))
 
 
 def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[str, Any]:
@@ -83,7 +93,8 @@ def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[st
     share = stage.size[0] * stage.size[1] / (config.width * config.height)
     extra = data["extra"] * stage.size[0] // config.width if stage.module == "guide" else data["extra"]
     passes = max(1, math.ceil(data["micro_batches"] * share * 1.3))
-    return {**data, "name": stage.name, "extra": extra, "micro_batches": passes}
+    changed = {"name": stage.name, "extra": extra, "micro_batches": passes, "disk": int(data.get("disk", 0) * share)}
+    return {**data, **changed}
 
 
 def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
             "channels_last": bool(config.technique.channels_last),
         }
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
-    made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared}
+    made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared, "disk_bytes": profile.disk}
     if device.on_gpu(config):
         return device.of_device(made, config, streams=_COMPONENT[_base(profile.name)] == "unet")
     return made

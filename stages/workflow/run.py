@@ -222,6 +222,9 @@ def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[s
         peak = megabytes(guess.get("predicted_peak_rss_bytes") or guess.get("predicted_peak_vram_bytes"))
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
+    for state in states:
+        if (needed := predictions.get(state.name, {}).get("disk_bytes")) and state.status != "reuse":
+            shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")
 
 
 def _draw_regions(config: DictConfig, run_dir: Path, shown: Silent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from whole_run import Run, arguments, start
 from stages.config import ROOT
 from stages.memory.planner import Plan, StageProfile, _plans
 from stages.profile import profile_run
+from stages.workflow import disk, planning
+from stages.workflow.plan import build
+from stages.workflow.store import Store
 
 # 264x520: tiles of one size on an odd canvas, 18 of them, so that groups end with a rest
 CANVAS = {"width": 264, "height": 520, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
@@ -93,3 +97,36 @@ def test_plan_computes_nothing_and_predicts_every_stage(finished: Run, tmp_path:
     assert {path.name for path in (tmp_path / ".store").glob("[a-z]*")} == {"profile"}
     for name in ("text_encode", "lowres", "guide", "denoise", "decode"):
         assert re.search(rf"{name} +run +\d+ MB +\S+ s", done.stdout), done.stdout
+
+
+def test_an_exact_decode_keeps_its_prediction_and_says_its_disk(finished: Run, tmp_path: Path) -> None:
+    checkpoint = Path(finished.command.common[-1].partition("=")[2])
+    values = {"decode.mode": "exact", "width": 1024, "height": 768, "guide.mode": "none", "memory.enforce": "off"}
+    run = start(tmp_path, checkpoint, **values, **{"memory.budget": "4GB"})
+    check_predictions(run)
+    assert re.search(r"exact decode: up to 0\.\d GB of scratch space in .*/decode/", run.stdout), run.stdout
+    before = run.image
+    tight = {**values, "memory.budget": "420MB"}
+    done = run.command("run=x", "stage=[decode,stitch]", "force=true", *arguments(**tight))
+    assert done.returncode == 0, done.stderr
+    check_predictions(run)
+    assert run.stages["decode"]["status"] == "ran" and run.image == before
+    plan = run.command("run=plan", "stage=plan", *arguments(**values, seed=6))
+    assert re.search(r"disk: decode takes up to 0\.\d GB for scratch files in .*/decode/", plan.stdout), plan.stdout
+
+
+def test_a_disk_too_small_for_an_exact_decode_is_refused_before_any_stage(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(tmp_path, Path(finished.command.common[-1].partition("=")[2]))
+    config = work.config({"decode.mode": "exact", "width": 512, "height": 512})
+    found = {name: StageProfile.of(data) for name, data in profile_run(config).items()}
+    states = build(config, Store(tmp_path / ".store"))
+    needed = found["decode"].disk
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1000))
+    with pytest.raises(planning.DoesNotFit, match=r"decode needs .* GB of scratch space.*decode\.mode=shared"):
+        planning.check_disk(states, list(found.values()))
+    scratch = next(state for state in states if state.name == "decode").entry.path / f"{disk.SCRATCH}_decode"
+    scratch.mkdir(parents=True)
+    (scratch / "x.raw").write_bytes(bytes(1000))  # an interrupted pass goes on in what it has
+    planning.check_disk(states, list(found.values()))

@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from stages.canvas import exact
-from stages.canvas.exact_attention import attend_chunks
-from stages.canvas.exact_program import INPUT, Shape, disk_bytes, last_use, program, shapes
+from stages.canvas.exact_attention import RunningAttention
+from stages.canvas.exact_program import INPUT, Shape, program, shapes
+from stages.canvas.exact_size import disk_bytes, last_use
 from stages.canvas.exact_vae import exact_decode, exact_disk_bytes, exact_encode
 from stages.canvas.tiles import Size
 from stages.canvas.vae import to_uint8
@@ -47,6 +48,10 @@ def latents():
     return latents
 
 
+def rows_of(tensor):
+    return lambda top, bottom: tensor[:, :, top:bottom]
+
+
 def captured(vae, latents, folder, monkeypatch, **options):
     """The decode's float pixels, taken before they become bytes."""
     strips = []
@@ -56,7 +61,7 @@ def captured(vae, latents, folder, monkeypatch, **options):
         run(self, source, lambda top, strip: (strips.append((top, strip.clone())), sink(top, strip)))
 
     monkeypatch.setattr(exact.ExactPass, "run", spy)
-    exact_decode(vae, latents, folder, **options).close()
+    exact_decode(vae, rows_of(latents), SIZE, folder, **options).close()
     tops = [top for top, _ in strips]
     assert tops == sorted(tops)
     return torch.cat([strip for _, strip in strips], dim=2), len(strips)
@@ -97,7 +102,7 @@ def test_decode_bf16(vae, latents, tmp_path, monkeypatch):
 def test_encode_fp32(vae, working_bytes, tmp_path):
     pixels = torch.rand((1, 3, SIZE.height * 4, SIZE.width * 4), generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    got = exact_encode(vae, lambda a, b: pixels[:, :, a:b], SIZE, tmp_path, working_bytes=working_bytes)
+    got = exact_encode(vae, rows_of(pixels), SIZE, tmp_path, working_bytes=working_bytes)
     assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     assert not list(tmp_path.iterdir())
 
@@ -105,7 +110,7 @@ def test_encode_fp32(vae, working_bytes, tmp_path):
 @torch.no_grad()
 def test_boxes_of_the_pixels(vae, latents, tmp_path):
     expected = to_uint8(vae.decode(latents / vae.config.scaling_factor).sample)
-    pixels = exact_decode(vae, latents, tmp_path, working_bytes=100_000)
+    pixels = exact_decode(vae, rows_of(latents), SIZE, tmp_path, working_bytes=100_000)
     difference = pixels.box(8, 20, 60, 100).int() - expected[:, :, 8:60, 20:100].int()
     assert int(difference.abs().max()) <= 1
     pixels.remove()
@@ -118,7 +123,7 @@ class Killed(Exception):
 @torch.no_grad()
 def test_a_killed_decode_goes_on_layer_by_layer(vae, latents, tmp_path):
     names = [layer.name for layer in program(vae, "decode")]
-    whole = exact_decode(vae, latents, tmp_path / "whole", working_bytes=50_000)
+    whole = exact_decode(vae, rows_of(latents), SIZE, tmp_path / "whole", working_bytes=50_000)
     expected = whole.rows(0, SIZE.height * 4)
     ran = []
     for kill_at in (2, 4, 9, len(names) - 1):
@@ -130,12 +135,14 @@ def test_a_killed_decode_goes_on_layer_by_layer(vae, latents, tmp_path):
             started.append(name)
 
         with pytest.raises(Killed):
-            exact_decode(vae, latents, tmp_path / "work", working_bytes=50_000, mark=mark)
+            exact_decode(vae, rows_of(latents), SIZE, tmp_path / "work", working_bytes=50_000, mark=mark)
         ran += started
     assert ran == names[:-1]  # each layer once
     # a layer that was cut short leaves a file that is not whole: it is made again
     shares = []
-    got = exact_decode(vae, latents, tmp_path / "work", working_bytes=50_000, mark=ran.append, advance=shares.append)
+    got = exact_decode(
+        vae, rows_of(latents), SIZE, tmp_path / "work", working_bytes=50_000, mark=ran.append, advance=shares.append
+    )
     assert ran == names
     assert torch.equal(got.rows(0, SIZE.height * 4), expected)
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
@@ -147,23 +154,23 @@ def test_a_lost_activation_starts_over(vae, latents, tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        exact_decode(vae, latents, tmp_path, mark=mark)
+        exact_decode(vae, rows_of(latents), SIZE, tmp_path, mark=mark)
     (kept,) = tmp_path.glob("*.raw")
     kept.write_bytes(kept.read_bytes()[:-1])
     ran = []
-    exact_decode(vae, latents, tmp_path, mark=ran.append).remove()
+    exact_decode(vae, rows_of(latents), SIZE, tmp_path, mark=ran.append).remove()
     assert ran == [layer.name for layer in program(vae, "decode")]
 
 
 @torch.no_grad()
 def test_disk_use_is_as_planned(vae, latents, tmp_path):
-    planned = exact_disk_bytes(vae, SIZE, 4)
+    planned = exact_disk_bytes(vae, "decode", SIZE, 4)
     seen = []
 
     def advance(_):
         seen.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
-    exact_decode(vae, latents, tmp_path, working_bytes=20_000, advance=advance).remove()
+    exact_decode(vae, rows_of(latents), SIZE, tmp_path, working_bytes=20_000, advance=advance).remove()
     assert 0.8 * planned <= max(seen) <= planned * 1.01 + 4096
 
 
@@ -181,7 +188,7 @@ def test_the_plan_needs_no_weights():
     assert found[layers[-1].name] == Shape(3, Size(2048, 2048))
     assert set(last_use(layers)) == {INPUT, *(layer.name for layer in layers[:-1])}
     # the first resnet of the last block: 256 channels in, 128 between and 128 out, at 2048 x 2048
-    assert disk_bytes(layers, given, 2) == 2 * 2048**2 * (256 + 128 + 128)
+    assert disk_bytes(layers, found, 2) == 2 * 2048**2 * (256 + 128 + 128)
 
 
 def test_unknown_blocks_are_refused():
@@ -191,11 +198,14 @@ def test_unknown_blocks_are_refused():
 
 
 def test_attention_in_chunks_is_attention():
-    query, key, value = torch.randn((3, 1, 2, 50, 16), generator=torch.Generator().manual_seed(0)) * 3
+    query, key, value = torch.randn((3, 2, 50, 16), generator=torch.Generator().manual_seed(0)) * 3
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    chunks = list(zip(key.split(7, dim=2), value.split(7, dim=2), strict=True))
+    chunks = list(zip(key.split(7, dim=1), value.split(7, dim=1), strict=True))
     random.Random(0).shuffle(chunks)
-    assert torch.allclose(attend_chunks(query, iter(chunks)), expected, atol=1e-5)
+    running = RunningAttention(query)
+    for chunk in chunks:
+        running.add(*chunk)
+    assert torch.allclose(running.result(), expected, atol=1e-5)
 
 
 def test_weights_are_held_for_each_layer(vae, latents, tmp_path):
@@ -213,6 +223,6 @@ def test_weights_are_held_for_each_layer(vae, latents, tmp_path):
     def mark(name):
         assert not held
 
-    exact_decode(vae, latents, tmp_path, hold=hold, mark=mark).remove()
-    assert order[:3] == ["Conv2d", "Conv2d", "ResnetBlock2D"] and order.count("Attention") == 1
+    exact_decode(vae, rows_of(latents), SIZE, tmp_path, hold=hold, mark=mark).remove()
+    assert order[:4] == ["Conv2d", "Conv2d", "GroupNorm", "Conv2d"] and order.count("Attention") == 1
     assert order[-2:] == ["GroupNorm", "Conv2d"] and not held

@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stages import decode
-from stages.canvas import exact
+from stages.canvas import exact, exact_size
 from stages.canvas.tiles import latent_grid
 from stages.canvas.vae import to_uint8
 from stages.config import Config, resolve
 from stages.context import Progress, StageContext
+from stages.workflow import disk
 
 WIDTH, HEIGHT = 168, 120
 STREAMED = {"resident": [], "unit_limit": 20_000, "ring_bytes": 200_000}
@@ -51,10 +52,10 @@ def context(checkpoint, tmp_path):
     config = resolve(OmegaConf.merge(OmegaConf.structured(Config), written))
     latents = torch.randn((1, 4, HEIGHT // 8, WIDTH // 8), generator=torch.Generator().manual_seed(1))
     (tmp_path / "denoise").mkdir()
-    (tmp_path / "decode").mkdir()
+    (tmp_path / "decode" / "0").mkdir(parents=True)
     save_file({"latents": latents}, tmp_path / "denoise" / "canvas.safetensors")
     return StageContext(
-        config=config, run_dir=tmp_path, output=tmp_path / "decode", inputs={"denoise": tmp_path / "denoise"}
+        config=config, run_dir=tmp_path, output=tmp_path / "decode" / "0", inputs={"denoise": tmp_path / "denoise"}
     )
 
 
@@ -70,15 +71,17 @@ def worst(context, vae):
     return found
 
 
-@pytest.mark.parametrize("plan", [{}, STREAMED | {"working_bytes": 50_000}])
-def test_tiles_of_the_whole_decode(context, checkpoint, plan):
+@pytest.mark.parametrize("plan", [{}, STREAMED, STREAMED | {"unit_limit": 5_000}])
+@pytest.mark.parametrize("strip_bytes", [50_000, exact_size.STRIP_BYTES])
+def test_tiles_of_the_whole_decode(context, checkpoint, plan, strip_bytes, monkeypatch):
+    monkeypatch.setitem(exact.ExactPass.__init__.__kwdefaults__, "working_bytes", strip_bytes)
     context.plan = plan
     events = []
     context.progress = Progress(events.append)
     decode.run(context)
     context.progress.flush()
     assert worst(context, checkpoint[1]) <= 1
-    assert not [path for path in (context.output / "checkpoint_exact").iterdir() if path.suffix == ".raw"]
+    assert not [path for path in (context.output / "checkpoint_exact_decode").iterdir() if path.suffix == ".raw"]
     started = next(event for event in events if event["event"] == "start")
     assert started["unit"] == "layers"
     assert sum(event["n"] for event in events if event["event"] == "advance") == started["total"]
@@ -101,7 +104,7 @@ def test_killed_in_a_layer_and_between_tiles(context, checkpoint, monkeypatch):
     monkeypatch.setattr(context.progress, "mark", lambda name: mark(name, "up_blocks.1.resnets.0.conv1"))
     with pytest.raises(Killed):
         decode.run(context)
-    done = exact.layers_done(context.output / "checkpoint_exact")
+    done = exact.layers_done(context.output / "checkpoint_exact_decode")
     assert done > 5 and not (context.output / "tiles").exists()
     monkeypatch.setattr(context.progress, "mark", mark)
 
@@ -128,6 +131,6 @@ def test_a_full_disk_is_refused_before_the_work(context, monkeypatch):
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(ValueError, match=r"exact needs .* GB of scratch space.*decode\.mode=shared"):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(ValueError, match=r"decode needs .* GB of scratch space, 0\.0 GB are free.*decode\.mode=shared"):
         decode.run(context)

@@ -12,6 +12,7 @@ from in_process import small_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.canvas.exact_size import STRIP_BYTES
 from stages.memory.layout import Layout, Unit, split_units
 from stages.memory.planner import StageProfile, plan_run
 from stages.memory.profile import Trace, segments, trace
@@ -124,3 +125,17 @@ def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path
 def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], tmp_path: Path) -> None:
     plain = profile_run(small_config(small("sd15"), tmp_path, {"guide.mode": "none"}))
     assert set(plain) == {"text_encode", "denoise", "decode"}
+
+
+def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[str], Path], tmp_path: Path) -> None:
+    def profile(side: int) -> StageProfile:
+        values = {"decode.mode": "exact", "guide.mode": "none", "width": side, "height": side}
+        return StageProfile.of(profile_run(small_config(small("sd15"), tmp_path, values))["decode"])
+
+    less, more = profile(512), profile(2048)
+    assert more.disk == 16 * less.disk > 0
+    peaks = [one.cuts[0].peak(1) for one in (less, more)]
+    assert peaks[0] <= peaks[1] <= STRIP_BYTES + 3 * max(more.cuts[0].nbytes.values())  # whatever the canvas' size
+    plans = plan_run([more], 4 * 10**9, 40_000_000), plan_run([more], more.base + 10**8, 0)
+    assert [plan["decode"].resident for plan in plans] == [(), ()]  # read once: streaming costs nothing
+    assert profile_run(small_config(small("sd15"), tmp_path))["decode"].get("disk") is None

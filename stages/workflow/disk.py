@@ -1,0 +1,25 @@
+"""Room on the disk for the scratch files of exact passes: what is there, and the refusal. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+SCRATCH = "checkpoint_exact"  # begins the names of scratch folders in a stage's output; they go when the stage ends
+_MODE = {"decode": "decode.mode", "guide": "guide.vae_mode"}
+
+
+def room(output: Path) -> int:
+    """Bytes that scratch files in ``output`` may take: free ones, and what an interrupted pass left there."""
+    there = sum(path.stat().st_size for path in output.glob(f"{SCRATCH}*/*"))
+    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    return shutil.disk_usage(nearest).free + there
+
+
+def refusal(stage: str, needed: int, there: int) -> str:
+    """What to do where ``needed`` bytes are more than ``there`` are."""
+    key = _MODE[stage.partition("_")[0]]
+    return (
+        f"{key}=exact: {stage} needs {needed / 1e9:.1f} GB of scratch space, {there / 1e9:.1f} GB are free. "
+        f"Free some, set output_dir to another disk, or use {key}=shared."
+    )
