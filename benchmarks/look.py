@@ -42,7 +42,8 @@ def look(run: Path, folder: Path, side: int = 1024, crop: int = 768) -> list[Pat
                 if first < last:
                     part[first - start : last - start] = band[first - top : last - top, left : left + part.shape[1]]
             top += len(band)
-    counts = np.diff(np.append(np.arange(0, height, every), height))[:, None] * np.diff(np.append(columns, width))
+    heights = np.diff(np.append(np.arange(0, height, every), height))
+    counts = np.multiply.outer(heights, np.diff(np.append(columns, width)))
     pictures = {"small.png": np.rint(sums / counts[..., None]).astype(np.uint8)}
     pictures |= {f"crop_{index}.png": part for index, part in enumerate(crops)}
     for name, pixels in pictures.items():

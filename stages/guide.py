@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from stages.canvas.picture import Picture, RowBlend
+from stages.canvas.picture import Picture
+from stages.canvas.row_blend import RowBlend
 from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
 from stages.canvas.weights import grid_weights
@@ -23,7 +25,7 @@ from stages.context import StageContext
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
 from stages.models.vae import open_vae
-from stages.workflow.store import CHECKPOINT, atomic_path
+from stages.workflow.store import CHECKPOINT, atomic_path, read_json, write_json
 
 HALO = 8  # latents of context around a tile, decoding and encoding
 
@@ -34,35 +36,27 @@ def run(context: StageContext) -> None:
     f = config.model.vae_scale_factor
     shape = (config.model.latent_channels, config.height // f, config.width // f)
     in_pixels = config.guide.image or config.guide.upscale == "lanczos"
-    scratch = context.output / CHECKPOINT / "picture.safetensors"
-    latents = picture = None
-    if config.guide.image:
-        picture = Picture.of(open_picture(Path(config.guide.image)), scratch)
-        small = picture.resized((config.lowres.width, config.lowres.height))
-        _preview(context, Picture.of(small, scratch.with_name("lowres.safetensors")))
-    else:
-        latents = _source(context)
+    scratch = context.output / CHECKPOINT
     halves = {"encoder": bool(in_pixels), "decoder": not config.guide.image}
-    with (
-        open_vae(config, plan=context.plan, **halves, note=progress.note, mark=progress.mark) as streamer,
-        atomic_path(context.output / "latents.safetensors") as temporary,
-    ):
-        guide = Rows.create(temporary, shape)
-        if latents is not None:
-            picture = _decode(streamer, latents, config.guide.tile_size // f, scratch)
+    if config.guide.image:  # before the model is there: Pillow holds the whole of it
+        picture = Picture.of(open_picture(Path(config.guide.image)), scratch / "picture.safetensors")
+        small = picture.resized((config.lowres.width, config.lowres.height))
+        _preview(context, Picture.of(small, scratch / "lowres.safetensors"))
+    with open_vae(config, plan=context.plan, **halves, note=progress.note, mark=progress.mark) as streamer:
+        latents = None
+        if not config.guide.image:
+            latents = _source(context)
+            picture = _decode(streamer, latents, config.guide.tile_size // f, scratch / "picture.safetensors")
             _preview(context, picture)
-        if latents is not None and latents.shape == guide.shape:
-            progress.start(1, "tiles")
-            for top, rows in latents.bands():  # the canvas is as large as the picture: nothing to enlarge
-                guide.write(top, rows)
-            progress.advance()
-        elif latents is not None and not in_pixels:
-            progress.start(1, "tiles")
-            _enlarge(latents, guide)
-            progress.advance()
+        if in_pixels and (latents is None or latents.shape[1:] != shape):
+            guide = _encode(context, streamer, picture, shape)
         else:
-            assert picture is not None
-            _encode(context, streamer, picture, guide)
+            assert latents is not None
+            progress.start(1, "tiles")
+            guide = _enlarge(latents, Rows.create(scratch / "latents.safetensors", shape))
+            progress.advance()
+    with atomic_path(context.output / "latents.safetensors") as temporary:
+        os.replace(guide.path, temporary)
 
 
 def _source(context: StageContext) -> Rows:
@@ -117,13 +111,19 @@ def _tiles(size: Size, side: int) -> list[Tile]:
 
 def _decode(streamer: Streamer, latents: Rows, side: int, file: Path) -> Picture:
     """The picture to enlarge; in tiles with shared statistics if it is larger than one."""
-    vae: Any = streamer.model
+    if not file.is_file():  # else an earlier try was stopped later
+        with atomic_path(file) as temporary:
+            _decode_to(temporary, streamer.model, latents, side)
+    return Picture(Rows.open(file, "pixels"))
+
+
+def _decode_to(file: Path, vae: Any, latents: Rows, side: int) -> None:
     f, size = factor(vae), Size(latents.height, latents.width)
     picture = Picture.create(file, size.width * f, size.height * f)
     if max(size) <= side + 2 * HALO:
         pixels = decode_tile(vae, latents.read(0, latents.height), whole(size)).float()
         picture.pixels.write(0, to_uint8(pixels))
-        return picture
+        return
     statistics = decoder_statistics(vae, latents, side + 2 * HALO)
     tiles = _tiles(size, side)
     weights = grid_weights([tile.scaled(f) for tile in tiles], Size(picture.height, picture.width), "cosine")
@@ -135,7 +135,6 @@ def _decode(streamer: Streamer, latents: Rows, side: int, file: Path) -> Picture
             decoded = decode_tile(vae, around, tile.within(crop))[0].float()
             blend.add(tile.scaled(f), decoded * weight.map())
     blend.finish()
-    return picture
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -144,16 +143,22 @@ def _to_tensor(picture: Image.Image) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def _enlarge(latents: Rows, guide: Rows) -> None:
-    """Bicubic enlargement of the latents themselves, channel by channel."""
+def _enlarge(latents: Rows, guide: Rows) -> Rows:
+    """The latents themselves, enlarged (bicubic), channel by channel; returns ``guide``."""
     source, size = latents.read(0, latents.height), (guide.height, guide.width)
     for channel in range(guide.channels):
-        plane = F.interpolate(source[:, channel : channel + 1], size=size, mode="bicubic", antialias=False)
+        plane = source[:, channel : channel + 1]
+        if latents.shape != guide.shape:  # else there is nothing to enlarge
+            plane = F.interpolate(plane, size=size, mode="bicubic", antialias=False)
         guide.write_flat(channel * plane.numel(), plane.flatten())
+    return guide
 
 
-def _encode(context: StageContext, streamer: Streamer, picture: Picture, guide: Rows) -> None:
-    """Guide latents of the canvas: each crop is cut from the enlarged picture, which never exists as a whole."""
+def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: tuple[int, int, int]) -> Rows:
+    """Guide latents of the canvas: each crop is cut from the enlarged picture, which never exists as a whole.
+
+    A killed stage goes on with the row of tiles that it was in.
+    """
     config, progress = context.config, context.progress
     vae: Any = streamer.model
     f = factor(vae)
@@ -163,14 +168,25 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, guide: 
         region = (box.left * across, box.top * down, box.right * across, box.bottom * down)
         return _to_tensor(picture.cut(region, (box.right - box.left, box.bottom - box.top)))
 
-    side = config.guide.tile_size // f
-    tiles = _tiles(Size(guide.height, guide.width), side)
-    progress.start(len(tiles), "tiles")
+    side, folder = config.guide.tile_size // f, context.output / CHECKPOINT
+    tiles = _tiles(Size(*shape[1:]), side)
     limit = (side + 2 * HALO) * f
     extent = (picture.width, picture.height)
     if max(extent) > limit:
         scale = limit / max(extent)
         extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
+    file, mark = folder / "latents.safetensors", folder / "rows.json"
+    first = (read_json(mark) or {}).get("rows", 0) if file.is_file() else 0
+    guide = Rows.open(file) if first else Rows.create(file, shape)
+
+    def keep(row: int) -> None:
+        guide.sync()
+        write_json(mark, {"rows": row})
+
+    if first:
+        progress.resumed(f"row {first} of {tiles[-1].row + 1}")
+    progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
     statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent)))
     with statistics.applied(vae):
-        encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance)
+        encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance, first=first, kept=keep)
+    return guide

@@ -7,7 +7,6 @@ is always the width, row by row, so that no result depends on which rows are loo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from stages.canvas.png import PngWriter
-from stages.canvas.tiles import Tile
 from stages.memory.rows import Rows, Window
 
 _REACH = 3  # source pixels that Lanczos looks at around each place, times the reduction
@@ -87,37 +85,3 @@ class Picture:
 
 def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-
-
-class RowBlend:
-    """Adds up weighted tiles of a grid, row by row of tiles; what is in memory is one row of tiles.
-
-    Args:
-        channels, width: of the canvas.
-        put: gets the rows that are complete, ``[1, C, h, W]`` float32 from row ``top`` on.
-    """
-
-    def __init__(self, channels: int, width: int, put: Callable[[int, Tensor], None]) -> None:
-        self._put, self._top = put, 0
-        self._held = torch.zeros((1, channels, 0, width))
-
-    def add(self, tile: Tile, values: Tensor) -> None:
-        """Add ``values [C, h, w]``, the next tile of the grid."""
-        self._emit(tile.top)
-        missing = tile.bottom - self._top - self._held.shape[2]
-        if missing > 0:
-            more = torch.zeros((1, self._held.shape[1], missing, self._held.shape[3]))
-            self._held = torch.cat([self._held, more], dim=2)
-        self._held[0, :, tile.top - self._top : tile.bottom - self._top, tile.left : tile.right] += values
-
-    def finish(self) -> None:
-        """After the last tile."""
-        self._emit(self._top + self._held.shape[2])
-
-    def _emit(self, until: int) -> None:
-        done, step = until - self._top, max(1, _STRIP // self._held.shape[3])
-        if done <= 0:
-            return
-        for start in range(0, done, step):
-            self._put(self._top + start, self._held[:, :, start : min(start + step, done)])
-        self._held, self._top = self._held[:, :, done:].clone(), until

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.canvas.groupnorm import GroupNormStatistics
+from stages.canvas.row_blend import RowBlend
 from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import grid_weights
-from stages.memory.rows import Rows, Window, std_mean
+from stages.memory.rows import Rows, std_mean
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:
@@ -94,6 +95,8 @@ def encode_tiled(
     out: Rows,
     *,
     done: Callable[[], None] = lambda: None,
+    first: int = 0,
+    kept: Callable[[int], None] = lambda row: None,
 ) -> None:
     """A picture's latents, one crop at a time.
 
@@ -102,16 +105,26 @@ def encode_tiled(
         read: gives the pixels ``[1, 3, h, w]`` in [-1, 1] of a box in pixels.
         tiles: a grid of the canvas, whose overlaps are blended.
         halo: latents of context around each tile.
-        out: where the latents go, ``[1, C, H, W]`` float32 of zeros; in the denoiser's space.
+        out: where the latents go, ``[1, C, H, W]`` float32; in the denoiser's space.
         done: called after each tile.
+        first: the row of tiles before which ``out`` is complete, from an earlier try.
+        kept: told every row of tiles before which ``out`` is complete now.
     """
-    size, window = Size(out.height, out.width), Window(out)
+    size, finished = Size(out.height, out.width), next((tile.top for tile in tiles if tile.row == first), 0)
+    blend = RowBlend(out.channels, out.width, lambda top, rows: out.write(top, rows) if top >= finished else None)
+    row = max(0, first - 1)  # its tiles reach into the next row's: they are encoded again
     for tile, weight in zip(tiles, grid_weights(tiles, size, "cosine"), strict=True):
+        if tile.row < row:
+            continue
+        if tile.row > row:
+            row = tile.row
+            blend.complete(tile.top)
+            kept(row)
         crop = tile.grown(halo, size)
         encoded = encode_tile(vae, read(crop.scaled(factor(vae))), tile.within(crop)).to("cpu")
-        window.add(tile.top, tile.left, encoded[0] * weight.map())
+        blend.add(tile, encoded[0] * weight.map())
         done()
-    window.flush()
+    blend.finish()
 
 
 def small_canvas(latents: Rows, side: int) -> Tensor:

@@ -106,6 +106,14 @@ class Rows:
         finally:
             os.close(descriptor)
 
+    def sync(self) -> None:
+        """Have all that was written on the disk."""
+        descriptor = os.open(self._ref.file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def bands(self) -> Iterator[tuple[int, Tensor]]:
         """(top, rows) of every band."""
         for top, bottom in bands(self.height, self.width):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from in_process import Work
 from PIL import Image
 from torch import Tensor
 
+from stages.canvas import vae
+from stages.canvas.tiles import latent_grid
 from stages.canvas.vae import from_vae, to_vae
 from stages.config import ConfigError
 from stages.memory.tensors import read_tensors
@@ -151,3 +154,29 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
         profile_run(work.config(values))
     with pytest.raises(ConfigError, match=r"guide\.image: got"):
         guide(work, **values)
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6, 10, 17])
+def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    values = {"width": 264, "height": 256, "guide.phases": []}
+    _, expected = guide(work, **values)
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+    done, original = 0, vae.encode_tile
+
+    def fails(*arguments: Any) -> Tensor:
+        nonlocal done
+        done += 1
+        if done > calls:
+            raise RuntimeError("pulled the plug")
+        return original(*arguments)
+
+    monkeypatch.setattr(vae, "encode_tile", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        guide(second, **values)
+    across = len(latent_grid(264, 256, 64, 16, 8)) // len(latent_grid(64, 256, 64, 16, 8))
+    rows, done = calls // across, -1000
+    folder, latents = guide(second, **values)
+    assert torch.equal(latents, expected)
+    assert second.status == ("resumed" if rows else "ran")
+    assert done + 1000 == len(latent_grid(264, 256, 64, 16, 8)) - max(0, rows - 1) * across
+    assert not list(folder.glob("checkpoint*"))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.canvas.picture import Picture, RowBlend
+from stages.canvas.picture import Picture
+from stages.canvas.row_blend import RowBlend
 from stages.canvas.tiles import Size, grid
 from stages.canvas.weights import grid_weights
 
@@ -58,7 +59,8 @@ def test_saved_and_kept_it_is_the_same(picture: Picture, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [Size(40, 50), Size(100, 33), Size(16, 16), Size(17, 200)])
-def test_rows_of_tiles_add_up_to_the_canvas(size: Size) -> None:
+def test_rows_of_tiles_add_up_to_the_canvas(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.canvas.row_blend.STRIP", 150)
     canvas = torch.randn((3, *size), generator=torch.Generator().manual_seed(2))
     tiles, rows = grid(size, Size(16, 16), 4), []
     blend = RowBlend(3, size.width, lambda top, part: rows.append((top, part.clone())))
