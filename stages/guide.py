@@ -177,14 +177,17 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
         extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
     file, mark = folder / "latents.safetensors", folder / "rows.json"
     first = (read_json(mark) or {}).get("rows", 0) if file.is_file() else 0
-    guide = Rows.open(file) if first else Rows.create(file, shape)
+    if first:
+        guide = Rows.open(file)
+        progress.resumed(f"row {first} of {tiles[-1].row + 1}")
+    else:
+        mark.unlink(missing_ok=True)  # of a file that has been put in its place since
+        guide = Rows.create(file, shape)
 
     def keep(row: int) -> None:
         guide.sync()
         write_json(mark, {"rows": row})
 
-    if first:
-        progress.resumed(f"row {first} of {tiles[-1].row + 1}")
     progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
     statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent)))
     with statistics.applied(vae):

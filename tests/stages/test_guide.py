@@ -180,3 +180,19 @@ def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pyt
     assert second.status == ("resumed" if rows else "ran")
     assert done + 1000 == len(latent_grid(264, 256, 64, 16, 8)) - max(0, rows - 1) * across
     assert not list(folder.glob("checkpoint*"))
+
+
+def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when the finished file was about to get its name; and again, before the first row."""
+    values = {"width": 264, "height": 256, "guide.phases": []}
+    _, expected = guide(work, **values)
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+    second.run(values, until="lowres")
+    folder = second.states(second.config(values))["guide"].entry.path / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "rows.json").write_text('{"rows": 3}')
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "encode_tile", None)
+        with pytest.raises(TypeError):
+            guide(second, **values)
+    assert torch.equal(guide(second, **values)[1], expected) and second.status == "ran"
