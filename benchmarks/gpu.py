@@ -67,6 +67,8 @@ def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any
     data |= {"micro_batches": -(-TILES // micro), "steps": 20, "rate": 1.0}
     if "cut" in job:
         found = [found[job["cut"]]]
+    if not job.get("parked", True):
+        found = [cut for cut in found if not cut["parked"]]
     profile = for_device(StageProfile.of({**data, "cuts": found}), job["host"])
     try:
         plan = plan_stage(profile, job["budget"] * MB, 0)
@@ -105,15 +107,15 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(f)
         common = {"checkpoint": checkpoint, "folder": str(folder), "count": options.count}
 
-        def go(job: dict[str, Any], environment: dict[str, str], **shown: Any) -> None:
+        def go(job: dict[str, Any], environment: dict[str, str], shown: dict[str, Any]) -> None:
             for found in run({**common, **job}, environment):
                 results.append({"kind": job["kind"], **shown, **found})
                 print(json.dumps(results[-1]), flush=True)
 
         if options.only in (None, "resident"):
-            go({"kind": "resident", "micros": MICROS, "keep": False, "whole": True}, {})
+            go({"kind": "resident", "micros": MICROS, "keep": False, "whole": True}, {}, {})
         if options.only in (None, "offload"):
-            go({"kind": "offload", "count": 2}, {})
+            go({"kind": "offload", "count": 2}, {}, {})
         if options.only in (None, "ours"):
             chosen = json.loads(options.jobs) if options.jobs else DEFAULT
             chosen = [
@@ -123,14 +125,15 @@ def main(arguments: list[str] | None = None) -> int:
             go(
                 {"kind": "resident", "micros": micros, "keep": True, "whole": False, "count": 1},
                 ENVIRONMENT,
-                what="reference",
+                {"what": "reference"},
             )
             for job in chosen:
                 plan = planned(job, checkpoint, folder)
                 shown = {k: v for k, v in plan.items() if k in ("ring_bytes", "group_size", "unit_limit")}
                 shown["predicted_mb"] = round(plan["predicted_peak_rss_bytes"] / MB)
                 environment = ENVIRONMENT | job.get("environment", {})
-                go({"kind": "ours", **job, "plan": plan}, environment, **job, **shown)
+                shown["parks"] = bool(plan["parked"])
+                go({"kind": "ours", **job, "plan": plan}, environment, {**job, **shown})
     return _measure.finish("gpu", results, {})
 
 

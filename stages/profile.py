@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from stages.canvas.tiles import Size, grid, latent_grid
 from stages.config import ConfigError
 from stages.context import StageContext
 from stages.memory.imports import light_imports
-from stages.memory.layout import Layout, split_units
+from stages.memory.layout import Layout, parkable, split_units
 from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.profile import segments, trace
 from stages.memory.rows import BAND
@@ -97,11 +98,14 @@ def cuts(
     layout = Layout(model, dtype, channels_last=channels_last)
     found = []
     largest_leaf = max(unit.nbytes for unit in split_units(model, layout, 0))
-    for limit in (layout.nbytes, largest_leaf):
-        stage_limit = largest_leaf if whole_stages else 0
+    stage_limit = largest_leaf if whole_stages else 0
+    for limit, parks in product((layout.nbytes, largest_leaf), (False, True)):
         units = split_units(model, layout, limit, stage_limit)
+        parked = parkable(model, units) if parks and whole_stages else ()
+        if parks and not parked:
+            continue
         counts = (2, 3) if size else (1,)  # nothing grows with a group of one
-        traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size) for n in counts]
+        traces = [trace(model, units, lambda n=n: call(model, n * max(size, 1)), size, parked) for n in counts]
         lines = segments(traces[0], traces[-1])
         if not size:
             lines = [replace(line, slope=0) for line in lines]
@@ -109,6 +113,8 @@ def cuts(
             {
                 "limit": limit,
                 "stage_limit": stage_limit,
+                "parked": list(parked),
+                "parked_bytes": (traces[-1].parked - traces[0].parked) if parked else 0,
                 "order": list(dict.fromkeys(name for name in traces[0].order)),
                 "nbytes": {unit.name: unit.nbytes for unit in units},
                 "flops": {unit.name: traces[0].flops_of(unit.name, counts[0]) for unit in units},

@@ -71,15 +71,15 @@ class Captures:
             yield
         outer.wait_stream(self._stream)
 
-    def of(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], warm_up: Callable[..., None]) -> Captured:
-        """The pass ``call(*inputs)``, recorded at the first use of these shapes, after ``warm_up(*inputs)``."""
+    def of(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prepare: Callable[[], None]) -> Captured:
+        """The pass ``call(*inputs)``, recorded at the first use of these shapes, after ``prepare()``."""
         key = tuple((tuple(value.shape), value.dtype, value.stride()) for value in inputs)
         if key not in self._known:
-            self._known[key] = self._record(call, [value.clone() for value in inputs], warm_up)
+            self._known[key] = self._record(call, [value.clone() for value in inputs], prepare)
         return self._known[key]
 
-    def _record(self, call: Callable[..., Tensor], inputs: list[Tensor], warm_up: Callable[..., None]) -> Captured:
-        warm_up(*inputs)  # libraries set themselves up, which a capture does not allow
+    def _record(self, call: Callable[..., Tensor], inputs: list[Tensor], prepare: Callable[[], None]) -> Captured:
+        prepare()
         torch.cuda.synchronize(self.device)
         gc.collect()
         torch.cuda.empty_cache()  # the graphs have a pool of their own; what the other one holds is of no use to them
@@ -95,4 +95,10 @@ class Captures:
         return Captured(recording.graphs, inputs, output)
 
     def clear(self) -> None:
-        self._known.clear()
+        """Forget all recorded passes and give their memory back."""
+        if self._known:
+            torch.cuda.synchronize(self.device)
+            self._known.clear()
+            self._pool = None
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -98,6 +98,13 @@ class Unit:
         return self.end - self.start
 
 
+def parkable(model: nn.Module, units: Iterable[Unit]) -> tuple[str, ...]:
+    """Units of a UNet that give its longest skip connections, where both ends are units: nothing between needs them."""
+    names, stages = {unit.name for unit in units}, getattr(model, "up_blocks", ())
+    ends = ("conv_in", "down_blocks.0", f"up_blocks.{len(stages) - 1}")
+    return ends[:2] if stages and names.issuperset(ends) else ()
+
+
 def split_units(model: nn.Module, layout: Layout, limit: int, stage_limit: int = 0) -> list[Unit]:
     """Cut ``model`` into units of at most ``limit`` bytes where its block structure allows it.
 

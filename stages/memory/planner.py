@@ -12,6 +12,7 @@ from typing import Any
 
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
+PINNED_RATE = 4.0e10  # bytes a second between a GPU and pinned memory
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute
 
 
@@ -34,6 +35,8 @@ class Cut:
 
     limit: int
     stage_limit: int = 0
+    parked: tuple[str, ...] = ()  # units whose skip connections wait in host memory, of a GPU
+    parked_bytes: int = 0  # of one micro-batch
     order: tuple[str, ...]
     nbytes: Mapping[str, int]
     flops: Mapping[str, int]  # of one micro-batch
@@ -50,8 +53,9 @@ class Cut:
     def of(cls, data: Mapping[str, Any]) -> Cut:
         lines = tuple(Line(unit=u, fixed=f, slope=s, workspace=w) for u, f, s, w in data["lines"])
         order = tuple(data["order"])
-        limits = {"limit": data["limit"], "stage_limit": data.get("stage_limit", 0)}
-        return cls(**limits, order=order, nbytes=data["nbytes"], flops=data["flops"], lines=lines)
+        more: Any = {name: data[name] for name in ("stage_limit", "parked_bytes") if name in data}
+        more["parked"] = tuple(data.get("parked", ()))
+        return cls(limit=data["limit"], order=order, nbytes=data["nbytes"], flops=data["flops"], lines=lines, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ class Plan:
     resident: str | tuple[str, ...]
     unit_limit: int
     stage_limit: int
+    parked: tuple[str, ...]
     ring_bytes: int
     group: int
     order: tuple[str, ...]
@@ -150,6 +155,7 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
             resident="all",
             unit_limit=whole.limit,
             stage_limit=whole.stage_limit,
+            parked=(),
             ring_bytes=0,
             group=group,
             order=whole.order,
@@ -161,16 +167,18 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
         pair = max(
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
         )
-        for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest)):
+        more = (3 * cut.largest, 4 * cut.largest) if profile.start_seconds else ()
+        for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest, *more)):
             for group in _groups(total):
                 rounds = -(-total // group)
                 rates = profile.rate, profile.read_rate, profile.copy_rate
                 seconds = pass_seconds(cut, min(group, total), ring, *rates) + profile.start_seconds
-                seconds *= profile.steps * rounds
+                seconds = profile.steps * (rounds * seconds + total * 2 * cut.parked_bytes / PINNED_RATE)
                 yield Plan(
                     resident=kept,
                     unit_limit=cut.limit,
                     stage_limit=cut.stage_limit,
+                    parked=cut.parked,
                     ring_bytes=ring,
                     group=group,
                     order=cut.order,

@@ -8,7 +8,7 @@ group size is known from one profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,13 +41,14 @@ class Trace:
     """A pass: its operations in order, the units in order of use, and floating-point operations.
 
     ``flops`` are of one micro-batch in a unit; ``outside``, by the unit that ran before, are those between units
-    (attention itself, where its projections are units), of the whole group.
+    (attention itself, where its projections are units), of the whole group. ``parked``: bytes that wait elsewhere.
     """
 
     events: list[Event] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
+    parked: int = 0
 
     def flops_of(self, unit: str, micro_batches: int) -> int:
         """What one micro-batch costs from this unit to the next, the pass being of ``micro_batches``."""
@@ -87,6 +88,7 @@ class _Follower(TorchDispatchMode):
         super().__init__()
         self.trace, self.unit, self.live = Trace(), "", 0
         self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._followed: dict[int, weakref.finalize] = {}
         self._weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
 
     def enter_unit(self, name: str) -> None:
@@ -101,6 +103,12 @@ class _Follower(TorchDispatchMode):
     def _gone(self, nbytes: int) -> None:
         self.live -= nbytes
 
+    def forget(self, tensor: torch.Tensor) -> None:
+        """It is elsewhere from now on."""
+        storage = tensor.untyped_storage()
+        if self._followed.pop(storage._cdata).detach():
+            self.live -= storage.nbytes()
+
     def _follow(self, value: Any) -> None:
         if isinstance(value, torch.Tensor):
             storage = value.untyped_storage()
@@ -108,7 +116,7 @@ class _Follower(TorchDispatchMode):
             if key not in self._known and key not in self._weights:
                 self._known[key] = storage
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage.nbytes())
+                self._followed[key] = weakref.finalize(storage, self._gone, storage.nbytes())
         elif isinstance(value, list | tuple):
             for item in value:
                 self._follow(item)
@@ -127,10 +135,17 @@ class _Follower(TorchDispatchMode):
         return result
 
 
-def trace(model: nn.Module, units: Sequence[Unit], call: Callable[[], Any], micro_batch: int) -> Trace:
+def trace(
+    model: nn.Module,
+    units: Sequence[Unit],
+    call: Callable[[], Any],
+    micro_batch: int,
+    parked: Collection[str] = (),
+) -> Trace:
     """Run ``call`` (a forward of ``model`` on meta tensors made inside it) and follow it.
 
-    Units run their first micro-batch only; what they return has the size of the whole group.
+    Units run their first micro-batch only; what they return has the size of the whole group. The skip connections that
+    ``parked`` units give wait elsewhere.
     """
     global _current
     follower = _Follower(model)
@@ -149,9 +164,14 @@ def trace(model: nn.Module, units: Sequence[Unit], call: Callable[[], Any], micr
                     return forward(*args, **kwargs)
                 inside = True
                 try:
-                    return stream.micro_batched(forward, args, kwargs, micro_batch, only_first=True)
+                    result = stream.micro_batched(forward, args, kwargs, micro_batch, only_first=True)
                 finally:
                     inside = False
+                if unit.name in parked:
+                    for tensor in stream.skips(result):
+                        follower.forget(tensor)
+                        follower.trace.parked += tensor.nbytes
+                return result
             finally:
                 follower.unit = outer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from stages.memory.host import DiskWeights, HostWeights, PinnedWeights, Reader
 from stages.memory.layout import Layout, Unit, owner
 from stages.memory.places import Places
 from stages.memory.source import WeightSource
-from stages.memory.stream import micro_batched
+from stages.memory.stream import empty_like, mapped, micro_batched, on_meta, skips
 
 STAGING_BYTES = 512 << 20  # pinned bytes that disk reads go to
 
@@ -33,6 +34,7 @@ class CudaStreamer:
         ring_bytes: device bytes for all others; at least the largest.
         host: ``pinned`` (weights stay in pinned memory) or ``disk`` (read for every pass).
         staging_bytes: pinned bytes for ``disk``; at least the largest unit.
+        parked: units whose skip connections wait in pinned memory for the unit that reads them.
     """
 
     def __init__(
@@ -48,10 +50,16 @@ class CudaStreamer:
         micro_batch: int = 0,
         host: str = "pinned",
         staging_bytes: int = STAGING_BYTES,
+        parked: frozenset[str] = frozenset(),
         mark: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.layout, self.source, self.device = model, layout, source, torch.device(device)
-        self.micro_batch, self._mark = micro_batch, mark
+        self.micro_batch, self._mark, self._parked = micro_batch, mark, parked
+        self._pin = self.device.type == "cuda"
+        self._results: dict[str, Any] = {}  # of units, on meta
+        self._parking: dict[tuple[str, int], Tensor] = {}
+        self._outgrown: list[Tensor] = []  # graphs may still write there
+        self._warm: set[int] = set()  # samples that went through units at once before
         resident |= {unit.name for unit in units if unit.nested}
         self._streamed = [unit for unit in units if unit.name not in resident]
         self._reader = Reader(source)
@@ -78,10 +86,9 @@ class CudaStreamer:
             self._wrap(unit, numbers.get(unit.name))
         self._host: HostWeights | None = None
         if sizes and host == "pinned":
-            self._host = PinnedWeights(self._streamed, self._reader, pin=self.device.type == "cuda")
+            self._host = PinnedWeights(self._streamed, self._reader, pin=self._pin)
         elif sizes:
-            event, pin = torch.cuda.Event, self.device.type == "cuda"
-            self._host = DiskWeights(self._streamed, self._reader, staging_bytes, event, pin=pin)
+            self._host = DiskWeights(self._streamed, self._reader, staging_bytes, torch.cuda.Event, pin=self._pin)
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -147,7 +154,11 @@ class CudaStreamer:
                     return forward(*args, **kwargs)
                 self._inside = True
                 try:
-                    return micro_batched(forward, args, kwargs, self.micro_batch)
+                    whole, size = partial(self._whole, unit.name), self.micro_batch
+                    result = micro_batched(forward, args, kwargs, size, whole=whole, device=self.device)
+                    if unit.name not in self._results:
+                        self._results[unit.name] = on_meta(result)
+                    return result
                 finally:
                     self._inside = False
 
@@ -166,14 +177,45 @@ class CudaStreamer:
         Tensors with dimensions hold a sample a row. The result is valid until the next call.
         """
 
-        def warm_up(*values: Tensor) -> None:
-            count = next(value.shape[0] for value in values if value.dim())
-            size = self.micro_batch or count
-            for rows in {min(size, count), count % size or size}:  # the shapes that kernels will meet
-                call(*(value[:rows] if value.dim() else value for value in values))
+        count = next(value.shape[0] for value in inputs if value.dim())
+
+        def prepare() -> None:
+            """Let libraries set themselves up for the shapes that kernels will meet; capturing does not allow it."""
+            size = min(self.micro_batch or count, count)
+            if cold := {size, count % size or size} - self._warm:
+                self._captures.clear()  # their memory is needed now; they are recorded again
+                for rows in sorted(cold):
+                    call(*(value[:rows] if value.dim() else value for value in inputs))
+                self._warm |= cold
+            for name in self._parked & self._results.keys():
+                for index, like in enumerate(skips(self._results[name])):
+                    self._park((name, index), like, count)
 
         with self._captures.stream():
-            return self._captures.of(call, inputs, warm_up).replay(inputs, self._around)
+            return self._captures.of(call, inputs, prepare).replay(inputs, self._around)
+
+    def _whole(self, name: str, count: int) -> Any:
+        """Tensors for what unit ``name`` gives for ``count`` samples; None while its shapes are not known."""
+        if name not in self._results:
+            return None
+        parked = [id(tensor) for tensor in skips(self._results[name])] if name in self._parked else []
+
+        def made(like: Tensor) -> Tensor:
+            if id(like) in parked:
+                return self._park((name, parked.index(id(like))), like, count)
+            return empty_like(like, count, self.device)
+
+        return mapped(made, self._results[name])
+
+    def _park(self, key: tuple[str, int], like: Tensor, count: int) -> Tensor:
+        held = self._parking.get(key)
+        if held is None or len(held) < count:
+            self._outgrown += [] if held is None else [held]
+            strides = empty_like(like, count, torch.device("meta")).stride()
+            shape = (count, *like.shape[1:])
+            held = torch.empty_strided(shape, strides, dtype=like.dtype, pin_memory=self._pin)
+            self._parking[key] = held
+        return held[:count]
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:

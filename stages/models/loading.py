@@ -94,7 +94,8 @@ def open_model(
             total = torch.cuda.get_device_properties(device).total_memory
             fraction = min(1.0, plan["device_budget"] / total)
             torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device).index)
-        streamer = CudaStreamer(model, device=device, host=plan.get("host", "pinned"), **common)
+        more = {"host": plan.get("host", "pinned"), "parked": frozenset(plan.get("parked", ()))}
+        streamer = CudaStreamer(model, device=device, **more, **common)
     else:
         streamer = WeightStreamer(model, **common)
     with streamer, torch.inference_mode():

@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stages.config import parse_bytes
-from stages.memory.planner import Line, StageProfile
+from stages.memory.planner import PINNED_RATE, Line, StageProfile
 
-LIBRARIES = 70_000_000  # bytes that the allocator gives to the libraries or cannot give out again
+LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
+SLACK = 1.18  # of activations: copies that kernels make for themselves, holes that fit nothing
 FLOPS = 2e14  # of a large GPU in fp16; only ranks plans, as the rates do
-READ_RATES = {"pinned": 4e10, "disk": 8e9}  # bytes a second to the device
+READ_RATES = {"pinned": PINNED_RATE, "disk": 8e9}  # bytes a second to the device
 START_SECONDS = 2e-3  # to begin a pass
 KEEP = 1_000_000  # bytes: smaller units stay on the device
 
@@ -39,7 +40,7 @@ def device_budget(config: DictConfig) -> int | None:
 
 def for_device(profile: StageProfile, host: str) -> StageProfile:
     """``profile``, made for the CPU, as it is on the device: no interpreter there, and weights are never repacked."""
-    cuts = tuple(replace(cut, lines=tuple(map(_no_workspace, cut.lines))) for cut in profile.cuts)
+    cuts = tuple(replace(cut, lines=tuple(map(_on_device, cut.lines))) for cut in profile.cuts)
     return replace(
         profile,
         base=LIBRARIES,
@@ -54,8 +55,8 @@ def for_device(profile: StageProfile, host: str) -> StageProfile:
     )
 
 
-def _no_workspace(line: Line) -> Line:
-    return replace(line, workspace=0)
+def _on_device(line: Line) -> Line:
+    return replace(line, fixed=int(line.fixed * SLACK), slope=int(line.slope * SLACK), workspace=0)
 
 
 def of_device(plan: Mapping[str, Any], config: DictConfig, *, streams: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.memory import graphs
 from stages.memory.host import DiskWeights, Reader
-from stages.memory.layout import Layout, split_units
+from stages.memory.layout import Layout, parkable, split_units
 from stages.memory.places import Places
 from stages.memory.source import CheckpointSource, PreparedSource
 from stages.memory.stream_cuda import CudaStreamer
@@ -116,8 +116,8 @@ def opened(component: Component, chosen: dict[str, Any], folder: Path, **more: A
     source = CheckpointSource(component.tensors, layout)
     if chosen.get("prepared"):
         source = PreparedSource(prepared(component, layout, folder / "unet.bin"), layout)
-    ring = chosen["ring_bytes"]
-    return CudaStreamer(model, layout=layout, units=units, source=source, device="cpu", ring_bytes=ring, **more)
+    more |= {"parked": frozenset(parkable(model, units)), "ring_bytes": chosen["ring_bytes"]}
+    return CudaStreamer(model, layout=layout, units=units, source=source, device="cpu", **more)
 
 
 def predict(streamer: Any, image: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def expected(unet: Component) -> Tensor:
 
 @pytest.mark.parametrize("host", ["pinned", "disk"])
 @pytest.mark.parametrize("from_copy", [True, False])
-@pytest.mark.parametrize(("limit", "stage_limit", "ring"), [(0, 0, 1.0), (40_000, 60_000, 2.5), (0, 0, 1e3)])
+@pytest.mark.parametrize(("limit", "stage_limit", "ring"), [(0, 0, 1.0), (40_000, 200_000, 2.5), (0, 0, 1e3)])
 def test_streamed_is_resident(
     no_gpu: None,
     unet: Component,
@@ -147,8 +147,10 @@ def test_streamed_is_resident(
     chosen = plan(unet, limit, stage_limit, min(ring, 60.0), prepared=from_copy)
     more: dict[str, Any] = {"micro_batch": 2, "host": host, "staging_bytes": 3 * chosen["ring_bytes"]}
     with torch.inference_mode(), opened(unet, chosen, tmp_path, **more) as streamer:
+        predict(streamer, *inputs(2))  # shapes are known from here on
         for _ in range(3):
             assert torch.equal(predict(streamer, *inputs()), expected)
+        assert len(streamer._parking) == (3 if stage_limit else 0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("weights")]
 
 
