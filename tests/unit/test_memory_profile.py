@@ -139,3 +139,21 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
     plans = plan_run([more], 4 * 10**9, 40_000_000), plan_run([more], more.base + 10**8, 0)
     assert [plan["decode"].resident for plan in plans] == [(), ()]  # read once: streaming costs nothing
     assert profile_run(small_config(small("sd15"), tmp_path))["decode"].get("disk") is None
+
+
+def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
+    """Row bands: from 2048 to 8192 pixels a side the canvas itself is sixteen times as large."""
+    tiles = {"denoise.tile_size": 512, "denoise.overlap": 128, "decode.tile_size": 512, "guide.tile_size": 256}
+    found = []
+    for side in (2048, 8192):
+        halves = [
+            {"prompt": "sea", "box": [0, 0, side // 2, side]},
+            {"prompt": "sand", "box": [side // 2, 0, side, side]},
+        ]
+        values = {"width": side, "height": side, "guide.phases": [side // 2], "regions": halves, **tiles}
+        found.append(
+            {name: data["extra"] for name, data in profile_run(small_config(small("sd15"), tmp_path, values)).items()}
+        )
+    for name in ("lowres", "denoise", "decode", "guide"):
+        assert found[1][name] - found[0][name] <= 20_000_000, name
+    assert found[0]["denoise"] > 12 * 4 * 256 * 256 * 4  # one band of 2048 pixels a side, all that is held of it
