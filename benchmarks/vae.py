@@ -10,6 +10,7 @@ with it by their area; the mid-block's attention, which grows with the square of
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -99,7 +100,7 @@ def attention_seconds(output: Path) -> float:
     """How long the attention of the last decode ran, from its memory timeline."""
     newest = max((output / ".store" / ".stats").glob("decode-*.json"), key=lambda path: path.stat().st_mtime)
     line = json.loads(newest.read_text(encoding="utf-8"))["timeline"]
-    return sum(after[0] - now[0] for now, after in zip(line, line[1:], strict=False) if "attentions" in now[-1])
+    return sum(after[0] - now[0] for now, after in itertools.pairwise(line) if "attentions" in now[-1])
 
 
 def main() -> int:
