@@ -37,7 +37,7 @@ class Worker:
     def __init__(self, spec: dict[str, Any], group: Cgroup | None = None) -> None:
         self.way, self.steps, self.group = spec["way"], [], group
         command = [sys.executable, "-m", "benchmarks._worker", json.dumps(spec)]
-        given = environment(OmegaConf.create({"launch": {"threads": None}}))
+        given = environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}}))
         given |= {"TQDM_DISABLE": "1"} | (group.environment if group else {})
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         begin = time.monotonic()

@@ -28,6 +28,7 @@ from stages.workflow.launch import environment
 
 WHOLE = """
 import sys, time
+from pathlib import Path
 import torch
 from PIL import Image
 from stages.canvas.vae import to_uint8
@@ -36,7 +37,7 @@ from stages.memory.tensors import read_tensors
 with light_imports():
     from diffusers import AutoencoderKL
 vae = AutoencoderKL.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[4])).eval()
-latents = read_tensors(sys.argv[2])["latents"] / vae.config.scaling_factor
+latents = read_tensors(Path(sys.argv[2]))["latents"] / vae.config.scaling_factor
 attention, spent = vae.decoder.mid_block.attentions[0], [0.0]
 attend = attention.forward
 def timed(*args, **options):
@@ -89,7 +90,9 @@ def whole(folder: Path, canvas: Path, picture: Path, dtype: str) -> dict[str, An
     """The reference: stock diffusers, the whole canvas at once."""
     command = [sys.executable, "-c", WHOLE, str(folder / "vae"), str(canvas), str(picture), dtype]
     given = {
-        k: v for k, v in environment(OmegaConf.create({"launch": {"threads": None}})).items() if k not in os.environ
+        k: v
+        for k, v in environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}})).items()
+        if k not in os.environ
     }
     done = measure(command, environment=given).check()
     seconds, attention = map(float, done.output.split("seconds")[-1].split()[:2])

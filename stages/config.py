@@ -116,6 +116,7 @@ class GuideConfig:
     image: str | None = None
     upscale: str = "lanczos"  # lanczos | latent
     phases: Any = None  # long sides of smaller canvases on the way up, pixels; [] for none; derived
+    vae_mode: str = "shared"  # independent | shared | exact, as decode.mode
     tile_size: int | None = None  # of the tiled encode, pixels; derived
     hold_steps: float = 0.3  # hold: share of the steps that are overwritten with the noised guide
     skip_residual_power: float = 3.0  # skip_residual: exponent a of DemoFusion's cosine weight

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from stages.canvas.exact_scratch import open_scratch
+from stages.canvas.exact_vae import exact_decode, exact_encode
 from stages.canvas.picture import Picture
 from stages.canvas.row_blend import RowBlend
 from stages.canvas.tiles import Size, Tile, grid, whole
@@ -46,7 +48,7 @@ def run(context: StageContext) -> None:
         latents = None
         if not config.guide.image:
             latents = _source(context)
-            picture = _decode(streamer, latents, config.guide.tile_size // f, scratch / "picture.safetensors")
+            picture = _decode(context, streamer, latents, scratch / "picture.safetensors")
             _preview(context, picture)
         if in_pixels and (latents is None or latents.shape[1:] != shape):
             guide = _encode(context, streamer, picture, shape)
@@ -109,26 +111,40 @@ def _tiles(size: Size, side: int) -> list[Tile]:
     return grid(size, Size(side, side), min(4, side // 4))
 
 
-def _decode(streamer: Streamer, latents: Rows, side: int, file: Path) -> Picture:
-    """The picture to enlarge; in tiles with shared statistics if it is larger than one."""
+def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path) -> Picture:
+    """The picture to enlarge; in tiles if it is larger than one."""
     if not file.is_file():  # else an earlier try was stopped later
+        f = factor(streamer.model)
         with atomic_path(file) as temporary:
-            _decode_to(temporary, streamer.model, latents, side)
+            picture = Picture.create(temporary, latents.width * f, latents.height * f)
+            if context.config.guide.vae_mode == "exact":
+                _decode_exactly(context, streamer, latents, picture)
+            else:
+                shared = context.config.guide.vae_mode == "shared"
+                _decode_tiles(streamer.model, latents, picture, context.config.guide.tile_size // f, shared)
     return Picture(Rows.open(file, "pixels"))
 
 
-def _decode_to(file: Path, vae: Any, latents: Rows, side: int) -> None:
+def _decode_exactly(context: StageContext, streamer: Streamer, latents: Rows, picture: Picture) -> None:
+    size = Size(latents.height, latents.width)
+    folder, options = open_scratch(context, streamer, "decode", size)
+    pixels = exact_decode(streamer.model, latents.read, size, folder, **options)
+    for top, bottom in picture.strips():
+        picture.pixels.write(top, pixels.rows(top, bottom))
+    pixels.remove()
+
+
+def _decode_tiles(vae: Any, latents: Rows, picture: Picture, side: int, shared: bool) -> None:
     f, size = factor(vae), Size(latents.height, latents.width)
-    picture = Picture.create(file, size.width * f, size.height * f)
     if max(size) <= side + 2 * HALO:
         pixels = decode_tile(vae, latents.read(0, latents.height), whole(size)).float()
         picture.pixels.write(0, to_uint8(pixels))
         return
-    statistics = decoder_statistics(vae, latents, side + 2 * HALO)
+    statistics = decoder_statistics(vae, latents, side + 2 * HALO) if shared else None
     tiles = _tiles(size, side)
     weights = grid_weights([tile.scaled(f) for tile in tiles], Size(picture.height, picture.width), "cosine")
     blend = RowBlend(3, picture.width, lambda top, rows: picture.pixels.write(top, to_uint8(rows)))
-    with statistics.applied(vae):
+    with statistics.applied(vae) if statistics else nullcontext():
         for tile, weight in zip(tiles, weights, strict=True):
             crop = tile.grown(HALO, size)
             around = latents.read(crop.top, crop.bottom)[..., crop.left : crop.right]
@@ -168,6 +184,10 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
         region = (box.left * across, box.top * down, box.right * across, box.bottom * down)
         return _to_tensor(picture.cut(region, (box.right - box.left, box.bottom - box.top)))
 
+    if config.guide.vae_mode == "exact":
+        return _encode_exactly(
+            context, streamer, lambda top, bottom: read(Tile(0, 0, top, 0, bottom, config.width)), shape
+        )
     side, folder = config.guide.tile_size // f, context.output / CHECKPOINT
     tiles = _tiles(Size(*shape[1:]), side)
     limit = (side + 2 * HALO) * f
@@ -189,7 +209,19 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
         write_json(mark, {"rows": row})
 
     progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
-    statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent)))
-    with statistics.applied(vae):
+    shared = config.guide.vae_mode == "shared"
+    statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent))) if shared else None
+    with statistics.applied(vae) if statistics else nullcontext():
         encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance, first=first, kept=keep)
+    return guide
+
+
+def _encode_exactly(
+    context: StageContext, streamer: Streamer, rows: Callable[[int, int], Tensor], shape: tuple[int, int, int]
+) -> Rows:
+    guide = Rows.create(context.output / CHECKPOINT / "latents.safetensors", shape)
+    size = Size(*shape[1:])
+    folder, options = open_scratch(context, streamer, "encode", size)
+    exact_encode(streamer.model, rows, size, folder, guide.write, **options)
+    guide.sync()
     return guide

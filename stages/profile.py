@@ -262,12 +262,23 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         return found
     side = config.guide.tile_size // f + 2 * HALO
     count = len(grid(Size(config.height // f, config.width // f), Size(*[config.guide.tile_size // f] * 2), 4)) + 1
-    halves, passes = [], []
-    if config.guide.image or config.guide.upscale == "lanczos":
+    halves, passes, disk = [], [], 0
+    if config.guide.vae_mode == "exact":
+        canvases: list[tuple[Direction, tuple[int, int]]] = []
+        if config.guide.image or config.guide.upscale == "lanczos":
+            canvases.append(("encode", (config.width, config.height)))
+        if not config.guide.image:
+            canvases.append(("decode", _source_size(config)))
+        for direction, (width, height) in canvases:
+            made = _exact(component, dtype, direction, Size(height // f, width // f))
+            halves.append((made["weights"], made["cuts"]))
+            passes.append(count := 1)
+            disk = max(disk, made["disk"])
+    elif config.guide.image or config.guide.upscale == "lanczos":
         height, width = min(side, config.height // f) * f, min(side, config.width // f) * f
         halves.append(cuts(component, dtype, encode(height, width), channels_last=last, drop=DECODER))
         passes.append(count)
-    if not config.guide.image:
+    if not config.guide.image and config.guide.vae_mode != "exact":
         height, width = (min(side, length // f) for length in reversed(_source_size(config)))
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
         passes.append(max(1, math.prod(_source_size(config)) // (height * width * f * f)))
@@ -279,6 +290,7 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         "weights": sum(half[0] for half in halves),
         "micro_batches": count,
         "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),
+        "disk": disk,
     }
     return found
 

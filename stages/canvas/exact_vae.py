@@ -87,7 +87,14 @@ def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
     return Spill(done, shape, torch.uint8)
 
 
-def exact_encode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Tensor:
+def exact_encode(
+    vae: Any,
+    rows: Callable[[int, int], Tensor],
+    size: Size,
+    folder: Path,
+    put: Callable[[int, Tensor], None],
+    **options: Any,
+) -> None:
     """Encode a canvas as the whole-image encode would, to the posterior's mode.
 
     Args:
@@ -95,18 +102,11 @@ def exact_encode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
         rows: gives pixel rows ``[top, bottom)``, ``[1, 3, h, W]`` in [-1, 1].
         size: of the canvas in latents.
         folder, options: as for ``exact_decode``.
-
-    Returns:
-        ``[1, C, H, W]`` float32, in the denoiser's space.
+        put: gets the latents in the denoiser's space: first row, ``[1, C, h, W]`` float32.
     """
     channels = vae.config.latent_channels
-    latents = torch.empty((1, channels, *size))
     options.setdefault("dtype", vae.dtype)
 
-    def sink(top: int, moments: Tensor) -> None:
-        latents[:, :, top : top + moments.shape[2]] = from_vae(vae, moments[:, :channels]).cpu()
-
     steps = ExactPass(program(vae, "encode"), given_shape(vae, "encode", size), folder, **options)
-    steps.run(rows, sink)
+    steps.run(rows, lambda top, moments: put(top, from_vae(vae, moments[:, :channels]).cpu()))
     steps.clear()
-    return latents

@@ -166,6 +166,7 @@ def validate(config: DictConfig) -> None:
     from_config(config)  # boxes off the canvas, parts that no region covers
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "guide.upscale", ("lanczos", "latent"))
+    _one_of(config, "guide.vae_mode", DECODE_MODES)
     _one_of(config, "decode.mode", DECODE_MODES)
     _one_of(config, "technique.dtype", DTYPES)
     _one_of(config, "memory.enforce", ("auto", "cgroup", "watchdog", "off"))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stages.canvas import vae
 from stages.canvas.tiles import latent_grid
-from stages.canvas.vae import from_vae, to_vae
+from stages.canvas.vae import from_vae, to_uint8, to_vae
 from stages.config import ConfigError
+from stages.context import Progress
 from stages.memory.tensors import read_tensors
 from stages.models.vae import open_vae
 
@@ -196,3 +197,53 @@ def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pyt
         with pytest.raises(TypeError):
             guide(second, **values)
     assert torch.equal(guide(second, **values)[1], expected) and second.status == "ran"
+
+
+def whole_guide(work: Work, found: dict[str, Path], canvas: tuple[int, int]) -> Tensor:
+    """The low-res latents decoded whole, enlarged by Pillow, encoded whole."""
+    latents = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
+    plan = {"plan": {}, "note": str, "mark": str}
+    with open_vae(work.config(), decoder=True, encoder=True, **plan) as streamer, torch.inference_mode():
+        model = streamer.model
+        pixels = to_uint8(model.decode(to_vae(model, latents), return_dict=False)[0])
+        picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize(canvas, Image.Resampling.LANCZOS)
+        enlarged = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        return from_vae(model, model.encode(enlarged, return_dict=False)[0].mode())
+
+
+def test_the_exact_guide_is_the_whole_pictures(work: Work) -> None:
+    values = {"width": 264, "height": 200, "guide.phases": [], "guide.vae_mode": "exact"}
+    found = work.run(values, until="guide")
+    exact = read_tensors(found["guide"] / "latents.safetensors")["latents"]
+    assert [note for note in work.notes if "scratch space" in note][1].startswith("exact encode: up to 0.0 GB")
+    assert not list(found["guide"].glob("checkpoint*"))
+    expected = whole_guide(work, found, (264, 200))
+    distance = dict.fromkeys(("exact", "shared", "independent"), 0.0)
+    for mode in distance:
+        other = work.run({**values, "guide.vae_mode": mode}, until="guide")["guide"] / "latents.safetensors"
+        distance[mode] = float((read_tensors(other)["latents"] - expected).square().mean().sqrt())
+    assert torch.isfinite(exact).all() and distance["exact"] < 0.02  # a level of 8 bits here and there
+    assert distance["exact"] < distance["shared"] and distance["exact"] < distance["independent"]
+
+
+def test_an_exact_guide_killed_while_it_encodes_goes_on(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"width": 264, "height": 200, "guide.phases": [], "guide.vae_mode": "exact"}
+    whole = read_tensors(work.run(values, until="guide")["guide"] / "latents.safetensors")["latents"]
+    ran: list[str] = []
+
+    def mark(progress: Progress, name: str) -> None:
+        if name.startswith(("encoder.", "decoder.")):
+            ran.append(name)
+        if name == "encoder.mid_block.attentions.0" and ran.count(name) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "mark", mark)
+    other = Work(work.output_dir / "other", work.checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        other.run(values, until="guide")
+    first = len(ran)
+    found = other.run(values, until="guide")["guide"]
+    assert other.status == "resumed"
+    again = [name for name in ran[first:] if name in ran[: first - 1]]
+    assert not again, again  # neither the decoder's layers nor the encoder's first ones
+    assert torch.equal(read_tensors(found / "latents.safetensors")["latents"], whole)

@@ -138,7 +138,7 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
     assert peaks[0] <= peaks[1] <= STRIP_BYTES + 3 * max(more.cuts[0].nbytes.values())  # whatever the canvas' size
     plans = plan_run([more], 4 * 10**9, 40_000_000), plan_run([more], more.base + 10**8, 0)
     assert [plan["decode"].resident for plan in plans] == [(), ()]  # read once: streaming costs nothing
-    assert profile_run(small_config(small("sd15"), tmp_path))["decode"].get("disk") is None
+    assert not any(one.get("disk") for one in profile_run(small_config(small("sd15"), tmp_path)).values())
 
 
 def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -157,3 +157,12 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
     for name in ("lowres", "denoise", "decode", "guide"):
         assert found[1][name] - found[0][name] <= 20_000_000, name
     assert found[0]["denoise"] > 12 * 4 * 256 * 256 * 4  # one band of 2048 pixels a side, all that is held of it
+
+
+@pytest.mark.parametrize("upscale", ["lanczos", "latent"])
+def test_an_exact_guide_is_planned_too(small: Callable[[str], Path], tmp_path: Path, upscale: str) -> None:
+    values = {"guide.vae_mode": "exact", "guide.upscale": upscale, "width": 1024, "height": 512}
+    found = StageProfile.of(profile_run(small_config(small("sd15"), tmp_path, values))["guide"])
+    names = {name.partition(".")[0] for name in found.cuts[0].order}
+    assert names == ({"encoder", "decoder"} if upscale == "lanczos" else {"decoder"})
+    assert found.disk > 0 and plan_run([found], 10**9, 0)["guide"].resident == ()
