@@ -65,7 +65,7 @@ class StageProfile:
     ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights, ``imports``
     its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels). On a GPU
     (:mod:`stages.workflow.device`) rates differ, starting a pass takes time, and units of at most ``keep`` bytes are
-    not worth a copy.
+    not worth a copy. Without ``streams`` all weights stay.
     """
 
     name: str
@@ -83,6 +83,7 @@ class StageProfile:
     copy_rate: float = COPY_RATE
     start_seconds: float = 0.0
     keep: int = 0
+    streams: bool = True
     disk: int = 0  # bytes of scratch files while it runs
 
     @classmethod
@@ -162,7 +163,7 @@ def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
             predicted_peak_rss_bytes=peak(profile.weights + whole.peak(group)),
             predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE + starts,
         )
-    for cut in profile.cuts:
+    for cut in profile.cuts if profile.streams else ():
         kept = tuple(name for name in cut.order if cut.nbytes[name] <= profile.keep)
         pair = max(
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)

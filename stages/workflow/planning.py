@@ -63,7 +63,8 @@ def plan(
     budget = parse_bytes(config.memory.budget)
     if device.on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, device.device_budget(config) or 10**15
-        profiles = [device.for_device(one, config.memory.host) for one in profiles]
+        kinds = {one.name: _COMPONENT[_base(one.name)] for one in profiles}
+        profiles = [device.for_device(one, config.memory.host, streams=kinds[one.name] == "unet") for one in profiles]
     try:
         plans = plan_run(profiles, budget, runner)
     except OverBudget as error:
@@ -130,7 +131,7 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
     made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared, "disk_bytes": profile.disk}
     if device.on_gpu(config):
-        return device.of_device(made, config, streams=_COMPONENT[_base(profile.name)] == "unet")
+        return device.of_device(made, config)
     return made
 
 

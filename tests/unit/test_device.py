@@ -1,0 +1,70 @@
+"""Plans for a GPU: the device's bytes and rates, whole groups, and what may not be streamed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stages.memory.planner import Cut, Line, OverBudget, StageProfile, plan_stage
+from stages.workflow import device, launch
+
+MB = 1_000_000
+UNITS = ("a", "b", "c", "norm")
+
+
+def cut(*, parked: bool) -> Cut:
+    return Cut(
+        limit=100 * MB,
+        parked=("a",) if parked else (),
+        parked_bytes=10 * MB if parked else 0,
+        order=UNITS,
+        nbytes={"a": 100 * MB, "b": 100 * MB, "c": 100 * MB, "norm": 1000},
+        flops=dict.fromkeys(UNITS, 10**12),
+        lines=(Line(unit="a", fixed=20 * MB, slope=(10 if parked else 20) * MB, workspace=500 * MB),),
+    )
+
+
+PROFILE = StageProfile(
+    name="denoise",
+    base=300 * MB,
+    imports=900 * MB,
+    extra=50 * MB,
+    weights=301 * MB,
+    micro_batch=4,
+    micro_batches=12,
+    steps=10,
+    cuts=(cut(parked=False), cut(parked=True)),
+    rate=1e9,
+    seconds=1.0,
+)
+
+
+def test_nothing_of_the_process_counts_and_small_units_stay() -> None:
+    plan = plan_stage(device.for_device(PROFILE, "disk"), 500 * MB, 0)
+    assert plan.resident == ("norm",)
+    activations = (20 + 10 * plan.group) * MB * device.SLACK
+    assert plan.predicted_peak_rss_bytes == pytest.approx(device.LIBRARIES + plan.ring_bytes + 1000 + activations)
+
+
+def test_parking_buys_larger_groups_where_memory_is_short() -> None:
+    """From disk every group reads all weights again."""
+    short = plan_stage(device.for_device(PROFILE, "disk"), 500 * MB, 0)
+    assert short.parked == ("a",) and short.group == 12
+    plenty = plan_stage(device.for_device(PROFILE, "disk"), 5000 * MB, 0)
+    assert plenty.parked == () and plenty.group == 12
+
+
+def test_what_does_not_stream_is_planned_as_resident() -> None:
+    vae = device.for_device(replace(PROFILE, name="decode"), "pinned", streams=False)
+    assert plan_stage(vae, 500 * MB, 0).resident == "all"
+    with pytest.raises(OverBudget):
+        plan_stage(vae, 300 * MB, 0)
+
+
+def test_libraries_are_told_to_be_modest(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    given = launch.environment(make_config({"device": "cuda"}))
+    assert given["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert given["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user set stays"
+    assert "CUDNN_CONV_WSCAP_DBG" not in launch.environment(make_config({}))
