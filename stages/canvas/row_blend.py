@@ -27,10 +27,11 @@ class RowBlend:
     def add(self, tile: Tile, values: Tensor) -> None:
         """Add ``values [C, h, w]``, the next tile of the grid."""
         self.complete(tile.top)
-        missing = tile.bottom - self._top - self._held.shape[2]
-        if missing > 0:
-            more = torch.zeros((1, self._held.shape[1], missing, self._held.shape[3]))
-            self._held = torch.cat([self._held, more], dim=2)
+        there, wanted = self._held.shape[2], tile.bottom - self._top
+        if wanted > there:
+            held = torch.zeros((1, self._held.shape[1], wanted, self._held.shape[3]))
+            held[:, :, :there] = self._held
+            self._held = held
         self._held[0, :, tile.top - self._top : tile.bottom - self._top, tile.left : tile.right] += values
 
     def complete(self, until: int) -> None:
