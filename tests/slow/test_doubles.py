@@ -34,7 +34,7 @@ MODEL = {  # conf/model/embedded.yaml, few steps; 16 tiles, each of which knows 
     "decode.tile_size": 288,
 }
 DILATED = {"denoise.dilated.enabled": True}
-STRONG = {"guide.mode": "skip_residual", "denoise.strength": 1.0, "denoise.num_inference_steps": 8}  # as DemoFusion
+STRONG = {"guide.mode": "skip_residual", "denoise.strength": 1.0, "denoise.num_inference_steps": 14}  # as DemoFusion
 ONE = {
     "sdedit": {"guide.mode": "sdedit"},
     "hold": {"guide.mode": "hold", "denoise.strength": 0.6, "guide.hold_steps": 0.5},
