@@ -134,7 +134,28 @@ def main(arguments: list[str] | None = None) -> int:
                 environment = ENVIRONMENT | job.get("environment", {})
                 shown["parks"] = bool(plan["parked"])
                 go({"kind": "ours", **job, "plan": plan}, environment, {**job, **shown})
-    return _measure.finish("gpu", results, {})
+    return _measure.finish("gpu", results, checks(results, options.budget))
+
+
+def checks(results: list[dict[str, Any]], budget: int) -> dict[str, bool]:
+    """What must hold of ours within ``budget`` MB, as far as it was measured."""
+    loops = [one["seconds"] for one in results if one["kind"] == "resident" and "micro" in one and "what" not in one]
+    offload = [one["seconds"] for one in results if one["kind"] == "offload" and "seconds" in one]
+    found: dict[str, bool] = {}
+    for one in results:
+        if one["kind"] != "ours" or one["budget"] != budget:
+            continue
+        name, most = one["host"], {"pinned": 1.4, "disk": 3.0}[one["host"]]
+        found[f"{name}: runs within {budget} MB reserved"] = one.get("reserved_mb", budget + 1) <= budget
+        found[f"{name}: bit-identical to the resident loop at its micro-batch"] = one.get("identical", False)
+        seconds = one.get("seconds", float("inf"))
+        if loops:
+            found[f"{name}: at most {most} times the resident loop at its best micro-batch"] = seconds <= most * min(
+                loops
+            )
+        if offload:
+            found[f"{name}: at least 8 times faster than group offload"] = seconds * 8 <= offload[0]
+    return found
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stages.memory import stream
 from stages.memory.layout import Unit
+from stages.memory.micro import micro_batched, skips
 from stages.memory.planner import Line
 
 _aten = torch.ops.aten
@@ -164,11 +164,11 @@ def trace(
                     return forward(*args, **kwargs)
                 inside = True
                 try:
-                    result = stream.micro_batched(forward, args, kwargs, micro_batch, only_first=True)
+                    result = micro_batched(forward, args, kwargs, micro_batch, only_first=True)
                 finally:
                     inside = False
                 if unit.name in parked:
-                    for tensor in stream.skips(result):
+                    for tensor in skips(result):
                         follower.forget(tensor)
                         follower.trace.parked += tensor.nbytes
                 return result

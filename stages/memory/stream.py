@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from stages.memory.layout import Layout, Unit, owner
+from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
 
 
@@ -252,90 +253,3 @@ class WeightStreamer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def micro_batched(
-    forward: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    size: int,
-    *,
-    only_first: bool = False,
-    whole: Callable[[int], Any] = lambda count: None,
-    device: torch.device | None = None,
-) -> Any:
-    """``forward`` over slices of at most ``size`` samples; results are gathered in tensors made once.
-
-    The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
-    (a block's skip connections), all else (flags, sizes, a time embedding of one row) is passed on whole.
-    ``only_first`` leaves the other slices of the result as they are: enough for a pass on the meta device.
-    ``whole(count)`` may make the tensors of the result before ``forward`` runs, so that they do not come to lie among
-    what that frees; None leaves it to this function. Slices go to ``device``.
-    """
-    given = _tensors((*args, *kwargs.values()))
-    count = given[0].shape[0] if given else 0
-    if count <= size:
-        return mapped(_laid_out, forward(*args, **kwargs))
-    result = whole(count)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-
-        def cut(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
-            return value[start:stop].to(device or value.device, non_blocking=True) if len(value) == count else value
-
-        part = forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
-        if result is None:
-            result = mapped(lambda tensor: empty_like(tensor, count), part)
-        for target, tensor in zip(_tensors(result), _tensors(part), strict=True):
-            target[start:stop].copy_(tensor if target.device == tensor.device else _laid_out(tensor), non_blocking=True)
-        del part, tensor
-        if only_first:
-            break
-    return result
-
-
-def on_meta(result: Any) -> Any:
-    """The shapes of what a block gave."""
-    return mapped(lambda tensor: empty_like(tensor, tensor.shape[0], torch.device("meta")), result)
-
-
-def skips(result: Any) -> list[torch.Tensor]:
-    """Of what a block gave, the tensors that a later one reads: all but the first, which goes on, or the only one."""
-    found = _tensors(result)
-    return found if len(found) == 1 else found[1:]
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples and lists, each once, but for those without dimensions."""
-    found: dict[int, torch.Tensor] = {}
-    mapped(lambda tensor: tensor, value, found)
-    return list(found.values())
-
-
-def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any, known: dict[int, Any] | None = None) -> Any:
-    """``value`` with ``function`` applied to its tensors, as :func:`_tensors` finds them; one twice stays one."""
-    known = {} if known is None else known  # a closure that calls itself would keep them until it is collected
-    if isinstance(value, tuple | list):
-        return tuple([mapped(function, item, known) for item in value])
-    if not isinstance(value, torch.Tensor) or value.dim() == 0:
-        return value
-    if id(value) not in known:
-        known[id(value)] = function(value)
-    return known[id(value)]
-
-
-def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the strides that gathering gives it: later kernels choose by them how they round."""
-    wanted = empty_like(tensor, tensor.shape[0], torch.device("meta")).stride()
-    if tensor.stride() == wanted:
-        return tensor
-    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):  # sides of length 1 only
-        return tensor.as_strided(tensor.shape, wanted)
-    return empty_like(tensor, tensor.shape[0]).copy_(tensor)
-
-
-def empty_like(tensor: torch.Tensor, count: int, device: torch.device | None = None) -> torch.Tensor:
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (count, *tensor.shape[1:])
-    return torch.empty(shape, dtype=tensor.dtype, device=device or tensor.device, memory_format=memory_format)

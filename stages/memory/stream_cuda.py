@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from stages.memory.graphs import Captures
 from stages.memory.host import DiskWeights, HostWeights, PinnedWeights, Reader
 from stages.memory.layout import Layout, Unit, owner
+from stages.memory.micro import empty_like, mapped, micro_batched, on_meta, skips
 from stages.memory.places import Places
 from stages.memory.source import WeightSource
-from stages.memory.stream import empty_like, mapped, micro_batched, on_meta, skips
 
 STAGING_BYTES = 512 << 20  # pinned bytes that disk reads go to
 
@@ -176,7 +176,6 @@ class CudaStreamer:
 
         Tensors with dimensions hold a sample a row. The result is valid until the next call.
         """
-
         count = next(value.shape[0] for value in inputs if value.dim())
 
         def prepare() -> None:

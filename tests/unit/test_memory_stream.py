@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stages.canvas.groupnorm import GroupNormStatistics
 from stages.memory.layout import Layout, split_units
+from stages.memory.micro import micro_batched
 from stages.memory.source import CheckpointSource, PreparedSource
-from stages.memory.stream import WeightStreamer, micro_batched
+from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import write_tensors
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import open_model, prepared

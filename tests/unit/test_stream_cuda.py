@@ -156,8 +156,9 @@ def test_streamed_is_resident(
 
 def test_out_of_order(no_gpu: None, unet: Component, tmp_path: Path) -> None:
     with opened(unet, plan(unet, 0, 0, 1.0), tmp_path, micro_batch=2) as streamer:
+        model: Any = streamer.model
         with pytest.raises(RuntimeError, match="conv_out was called out of order"):
-            streamer.model.conv_out(torch.zeros(2, 16, 16, 16))
+            model.conv_out(torch.zeros(2, 16, 16, 16))
         with pytest.raises(RuntimeError, match="needs a resident model"), streamer.hold(streamer.model):
             pass
 
