@@ -31,7 +31,7 @@ from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
 LARGEST = 65536  # pixels a side
-LEAST_BUDGET = 350_000_000  # bytes: python, torch and a model class, before the first weight
+LEAST_BUDGET = 280_000_000  # bytes: python, torch and a model class, before the first weight
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
 

@@ -61,9 +61,9 @@ def test_too_small_a_budget_is_refused_before_any_stage_and_the_least_works(fini
     checkpoint = Path(finished.command.common[-1].partition("=")[2])
     command = Command(ROOT / "runner.py", tmp_path, checkpoint)
     values = {"width": 264, "height": 200}
-    refused = command("run=x", *arguments(**values, **{"memory.budget": "350MB"}))
+    refused = command("run=x", *arguments(**values, **{"memory.budget": "290MB"}))
     assert refused.returncode == 1
-    found = re.search(r"memory\.budget: got 350MB, but (\w+) needs at least (\d+) MB for 264x200", refused.stderr)
+    found = re.search(r"memory\.budget: got 290MB, but (\w+) needs at least (\d+) MB for 264x200", refused.stderr)
     assert found, refused.stderr
     assert f"Use memory.budget={found[2]}MB" in refused.stderr and "Traceback" not in refused.stderr
     assert not [path for path in (tmp_path / ".store").glob("[a-z]*") if path.name not in ("profile", "weights")]

@@ -17,7 +17,7 @@ REFUSALS = [
     ("stage=denois", "Did you mean denoise?"),
     ("scheduler=dpmpp2m", "Did you mean dpmpp_2m?"),
     ("promt=x", "Did you mean prompt?"),
-    ("memory.budget=300MB", "at least 350MB"),
+    ("memory.budget=270MB", "at least 280MB"),
     ("model.path=/no/such.ckpt", "Unpickling runs code"),
     ("model.path=/no/such", "model=embedded"),
     ("guide.image=/no/such.png", "guide.image: got"),
