@@ -138,6 +138,18 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
     return compute(state, context, module, force)
 
 
+def said(error: Exception, run_dir: Path) -> tuple[str, bool]:
+    """What a person is told, and whether that is all there is to say (no traceback)."""
+    if isinstance(error, ConfigError):
+        return str(error), True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        budget = load(run_dir / "config.yaml").memory.device_budget
+        limit = f"memory.device_budget: got {budget}, which was not enough" if budget else "the GPU's memory is full"
+        detail = str(error).split(". ")[0]
+        return f"{limit} ({detail}). Give it more, or use a smaller denoise.tile_size or decode.tile_size.", True
+    return f"{type(error).__name__}: {error}", False
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, run, report; returns the exit code: 0 done, 1 failed, 2 bad usage."""
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
@@ -160,8 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1  # the runner is gone
     except Exception as error:
-        message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        expected = isinstance(error, ConfigError)
+        message, expected = said(error, arguments.run_dir)
         if not expected:
             traceback.print_exc()
         events({"event": "error", "message": message, "expected": expected, "errno": getattr(error, "errno", None)})
