@@ -23,7 +23,7 @@ FILES = {
     "guide": {"latents.safetensors", "lowres.png"},
     "denoise": {"canvas.safetensors", *(f"tiles/r0{row}_c0{col}.safetensors" for row in (0, 1) for col in (0, 1, 2))},
     "decode": {f"tiles/r0{row}_c0{col}.safetensors" for row in (0, 1) for col in (0, 1, 2)},
-    "stitch": {"image.png"},
+    "stitch": {"image.png", "seams.json", "seams_decode.png", "seams_denoise.png"},
 }
 
 
@@ -131,4 +131,4 @@ def test_a_stage_that_fails_for_a_known_reason_says_it_in_one_line(finished: Run
     command = Command(ROOT / "runner.py", finished.command.output_dir, finished.command.common[-1].partition("=")[2])
     done = command("run=broken", *arguments(**{"guide.image": folder / "photo.png"}))
     assert done.returncode == 1
-    assert "guide: guide.image: got" in done.stderr and "Traceback" not in done.stderr
+    assert "guide.image: got" in done.stderr and "Traceback" not in done.stderr
