@@ -33,7 +33,7 @@ REFUSED = {
     "guide.hold_steps": [1.5],
     "guide.upscale": ["bicubic"],
     "technique.dtype": ["float32"],
-    "memory.budget": ["300MB", "much", "-5GB"],
+    "memory.budget": ["250MB", "much", "-5GB"],
     "memory.device_budget": ["some"],
     "memory.enforce": ["on"],
     "device": ["gpu", "cuda:x"],
