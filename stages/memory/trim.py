@@ -1,4 +1,4 @@
-"""Give back the code that only importing needed: two fifths of what a process holds after ``import torch``.
+"""Give back the code that only importing needed: nearly a third of what a process holds after ``import torch``.
 
 Libraries are files mapped into the process; a page of them counts in RES from its first touch to the end. Pages that
 nothing wrote to can be dropped at any moment: what is needed again comes back from the page cache by itself.
