@@ -51,7 +51,8 @@ def test_a_run_and_the_same_command_again(toy):
         assert 10e6 < stage["peak_rss_bytes"] < 200e6
         assert stage["seconds"] > 0
         assert len(stage["fingerprint"]) == 64
-    assert first["stages"][1]["peak_module"].startswith("toy.tile")
+    heaviest = [one["module"] for one in first["stages"][1]["heaviest_modules"]]
+    assert heaviest and all(name.startswith("toy.tile") for name in heaviest)  # the peak itself may lie before them
     assert first["budget_bytes"] == 800_000_000
     assert 10e6 < first["runner_peak_rss_bytes"] < 60e6
 

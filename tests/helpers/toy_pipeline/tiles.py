@@ -1,5 +1,7 @@
 """Five files, one after the other; those that are there are not made again."""
 
+import time
+
 from stages.workflow.store import write_text
 from toy_pipeline import mischief
 
@@ -15,6 +17,7 @@ def run(context):
         if path not in done:
             context.progress.mark(f"toy.tile{number}")
             mischief("tiles", number)
+            time.sleep(0.02)  # the memory is sampled as often
             write_text(path, f"{drawn} {number} {context.config.denoise.strength}")
             write_text(context.output / "checkpoint.txt", str(number))
             context.progress.advance()
