@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.config import ROOT
+from stages.files import atomic_path
 from stages.memory.monitor import descendants, peak_rss, usage
-from stages.workflow.store import atomic_path
 
 RESULTS = ROOT / "outputs" / "benchmarks"
 PERIOD = 0.02  # seconds between two samples of the tree

@@ -27,7 +27,7 @@ from benchmarks._measure import RESULTS, finish, runner, table
 from stages.canvas import seams
 from stages.canvas.tiles import latent_grid
 from stages.config import ROOT, load
-from stages.workflow.store import atomic_path
+from stages.files import atomic_path
 
 FOLDER = RESULTS / "embedded_quality"
 PROMPTS = Path(__file__).with_name("embedded_prompts.txt")

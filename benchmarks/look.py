@@ -15,7 +15,7 @@ from PIL import Image
 from stages.canvas.bands import Bands
 from stages.canvas.tiles import latent_grid
 from stages.config import load
-from stages.workflow.store import atomic_path
+from stages.files import atomic_path
 
 
 def look(run: Path, folder: Path, side: int = 1024, crop: int = 768) -> list[Path]:

@@ -26,9 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.original_layout import Entry, Spec, entries_of
+from stages.files import atomic_path
 from stages.models.checkpoint import construct
 from stages.models.single_file import CONFIGS
-from stages.workflow.store import atomic_path
 
 DTYPES = {"fp16": (torch.float16, "F16"), "fp32": (torch.float32, "F32")}
 PIECE = 1 << 22  # numbers drawn at a time: 16 MB

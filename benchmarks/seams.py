@@ -27,7 +27,7 @@ from stages.canvas import seam_map, seams
 from stages.canvas.bands import Bands
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.config import load
-from stages.workflow.store import atomic_path, write_json
+from stages.files import atomic_path, write_json
 
 OVERLAPS = (0, 8, 16)  # latents
 

@@ -59,7 +59,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="guide",
-        version=2,
+        version=3,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
             *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_NUMERICS),
@@ -79,7 +79,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="decode",
-        version=3,
+        version=4,
         parameters=("width", "height", "decode", *_NUMERICS),
         needs=lambda config: ("denoise",),
         components=("vae",),
@@ -95,7 +95,7 @@ PIPELINE: tuple[Stage, ...] = (
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=6,
+    version=7,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "denoise.dilated.enabled"),

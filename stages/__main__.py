@@ -20,9 +20,10 @@ from typing import Any
 from stages import PROFILE
 from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
+from stages.files import read_json
 from stages.memory.monitor import own_peak_rss
 from stages.workflow.plan import StageState, build, config_of, state_of
-from stages.workflow.store import Store, read_json
+from stages.workflow.store import Store
 
 _PR_SET_PDEATHSIG = 1
 

@@ -68,7 +68,7 @@ class StageContext:
     """The argument of every stage's ``run``; the dict that ``run`` returns goes into the manifest's ``info``.
 
     ``output`` is this result's folder in the store; partial results of an earlier, killed try may lie in it (whole
-    files: everything is written through ``workflow.store.atomic_path``). ``inputs`` maps each upstream stage to its
+    files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its
     folder. ``plan`` is the stage's part of ``<run_dir>/plan.json``, {} without one.
     """
 

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from stages.canvas.exact_scratch import open_scratch
 from stages.canvas.exact_vae import exact_decode
-from stages.canvas.groupnorm import GroupNormStatistics
+from stages.canvas.shared import SharedStatistics
 from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
 from stages.context import StageContext
+from stages.files import atomic_path
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_header, write_tensors
 from stages.models.loading import Streamer
 from stages.models.vae import open_vae
-from stages.workflow.store import atomic_path
 
 
 def run(context: StageContext) -> None:
@@ -66,11 +66,11 @@ def _crop(canvas: Rows, box: Tile) -> Tensor:
     return canvas.read(box.top, box.bottom)[..., box.left : box.right].contiguous()
 
 
-def _statistics(context: StageContext, vae: Any, canvas: Rows, side: int) -> GroupNormStatistics:
-    """GroupNorm statistics of one small decode, kept so that a resumed decode uses the same numbers."""
+def _statistics(context: StageContext, vae: Any, canvas: Rows, side: int) -> SharedStatistics:
+    """What tiles share, of one small decode; kept so that a resumed decode uses the same numbers."""
     file = context.output / "checkpoint_statistics.safetensors"
     try:
-        return GroupNormStatistics.load(file)
+        return SharedStatistics.load(file)
     except (OSError, ValueError, KeyError) as error:
         if file.exists():
             context.progress.note(f"warning: {file.name} cannot be used ({error}); it is made again")

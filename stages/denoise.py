@@ -7,10 +7,10 @@ from typing import Any
 from stages.canvas.dilated import Dilated
 from stages.canvas.tiles import latent_grid
 from stages.context import StageContext
+from stages.files import atomic_path
 from stages.memory.rows import Rows, Window
 from stages.memory.tensors import write_tensors
 from stages.sampling import denoise_canvas, sample
-from stages.workflow.store import atomic_path
 
 
 def run(context: StageContext) -> None:

@@ -24,10 +24,11 @@ from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, enc
 from stages.canvas.weights import grid_weights
 from stages.config import ConfigError
 from stages.context import StageContext
+from stages.files import atomic_path, read_json, write_json
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
 from stages.models.vae import open_vae
-from stages.workflow.store import CHECKPOINT, atomic_path, read_json, write_json
+from stages.workflow.store import CHECKPOINT
 
 HALO = 8  # latents of context around a tile, decoding and encoding
 

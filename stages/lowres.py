@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from stages.context import StageContext
+from stages.files import atomic_path
 from stages.memory.tensors import write_tensors
 from stages.sampling import lowres_canvas, sample
-from stages.workflow.store import atomic_path
 
 
 def run(context: StageContext) -> None:

@@ -26,6 +26,7 @@ from stages.canvas.regions import from_config
 from stages.canvas.tiles import Size, grid, latent_grid
 from stages.config import ConfigError
 from stages.context import StageContext
+from stages.files import write_json
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, parkable, split_units
 from stages.memory.monitor import own_peak_rss, usage
@@ -40,7 +41,6 @@ from stages.models.sd import micro_batch
 from stages.models.vae import DECODER, ENCODER
 from stages.sampling import denoise_canvas, lowres_canvas
 from stages.workflow.device import FLOPS, on_gpu
-from stages.workflow.store import write_json
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
 # buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
@@ -257,6 +257,8 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         height, width = min(side, config.height // f), min(side, config.width // f)
         weights, cut = cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER)
         rows = height * (config.width // f) * config.model.latent_channels * 4  # of latents that are in memory
+        if config.decode.mode == "shared":
+            rows += _keys(component, dtype, height * width)
         found["decode"] = {**single, "extra": rows, "weights": weights, "micro_batches": len(tiles) + 1, "cuts": cut}
     if config.guide.mode == "none":
         return found
@@ -282,17 +284,23 @@ def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: 
         height, width = (min(side, length // f) for length in reversed(_source_size(config)))
         halves.append(cuts(component, dtype, decode(height, width), channels_last=last, drop=ENCODER))
         passes.append(max(1, math.prod(_source_size(config)) // (height * width * f * f)))
+    keys = _keys(component, dtype, side * side) if config.guide.vae_mode == "shared" else 0
     opened = opening_bytes(Path(config.guide.image)) if config.guide.image else 0
     found["guide"] = {
         **single,
         # the user's picture is opened before the model is
-        "extra": max(_guide_bytes(config), opened - sum(half[0] for half in halves)),
+        "extra": max(_guide_bytes(config) + keys, opened - sum(half[0] for half in halves)),
         "weights": sum(half[0] for half in halves),
         "micro_batches": count,
         "cuts": _joined([half[1] for half in halves], [number / count for number in passes]),
         "disk": disk,
     }
     return found
+
+
+def _keys(component: Component, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes of the keys and values that the tiles of ``shared`` attend to."""
+    return 2 * tokens * component.config["block_out_channels"][-1] * dtype.itemsize
 
 
 def _exact(component: Component, dtype: torch.dtype, direction: Direction, size: Size) -> dict[str, Any]:

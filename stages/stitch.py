@@ -17,7 +17,7 @@ from stages.canvas.seam_map import heat_map, plain
 from stages.canvas.seams import Gradients, Meter, judge
 from stages.canvas.tiles import Size, latent_grid
 from stages.context import StageContext
-from stages.workflow.store import atomic_path, write_json
+from stages.files import atomic_path, write_json
 
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from stages.config import ROOT, Config, escape_all, resolve
+
+# as stage processes have it: with other work on the machine, threads that spin make small layers 50 times slower
+assert "torch" not in sys.modules, "torch's threads would not see the next line"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 HELPERS = ROOT / "tests" / "helpers"
 sys.path.insert(0, str(HELPERS))

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stages.files import atomic_path
 from stages.memory.tensors import read_header, read_tensor, read_tensors, write_tensors
-from stages.workflow.store import atomic_path
 
 _PLAIN = (int, float, str, bool, type(None))
 _STATE = "state"  # name of the byte tensor that holds everything that is no tensor

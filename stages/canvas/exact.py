@@ -22,7 +22,7 @@ from stages.canvas.exact_program import INPUT, Layer, Shape, shapes
 from stages.canvas.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
 from stages.canvas.groupnorm import merge_var_mean, normalise
 from stages.canvas.spill import Spill
-from stages.workflow.store import read_json, write_json
+from stages.files import read_json, write_json
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"

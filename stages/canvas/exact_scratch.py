@@ -10,7 +10,7 @@ from stages.canvas.exact_program import program
 from stages.canvas.exact_vae import PIXELS, Direction, exact_disk_bytes
 from stages.canvas.tiles import Size
 from stages.context import StageContext
-from stages.workflow.disk import SCRATCH, refusal, room
+from stages.memory.disk import SCRATCH, refusal, room
 
 
 def open_scratch(context: StageContext, streamer: Any, direction: Direction, size: Size) -> tuple[Path, dict[str, Any]]:

@@ -15,7 +15,7 @@ from stages.canvas.exact_size import cost, disk_bytes, working_bytes
 from stages.canvas.spill import Spill
 from stages.canvas.tiles import Size
 from stages.canvas.vae import factor, from_vae, to_uint8, to_vae
-from stages.workflow.store import atomic_path
+from stages.files import atomic_path
 
 PIXELS = "pixels.u8"
 Direction = Literal["decode", "encode"]

@@ -1,8 +1,8 @@
-"""The VAE tile by tile: stock ``AutoencoderKL`` calls on crops with a halo, and GroupNorm statistics for all tiles.
+"""The VAE tile by tile: stock ``AutoencoderKL`` calls on crops with a halo, alone or with shared statistics.
 
-A tile that is normalised by its own statistics (``independent``, as diffusers tiles) drifts in colour from its
-neighbour. ``shared`` takes the statistics of every GroupNorm from one small pass over the whole picture, so that all
-tiles are normalised alike. ``stages.canvas.exact`` computes the true statistics of the whole canvas.
+``independent`` is what diffusers' tiling does. ``shared`` takes the statistics of every GroupNorm, and the keys and
+values of attention, from one small pass over the whole picture (``stages.canvas.shared``). ``stages.canvas.exact``
+computes those of the whole canvas itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.canvas.groupnorm import GroupNormStatistics
 from stages.canvas.row_blend import RowBlend
+from stages.canvas.shared import SharedStatistics
 from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import grid_weights
 from stages.memory.rows import Rows, std_mean
@@ -149,17 +149,17 @@ def _picked(length: int, count: int) -> list[int]:
     return F.interpolate(places, size=count, mode="nearest-exact").flatten().long().tolist()
 
 
-def decoder_statistics(vae: Any, latents: Rows, side: int) -> GroupNormStatistics:
+def decoder_statistics(vae: Any, latents: Rows, side: int) -> SharedStatistics:
     """Statistics for ``shared`` decoding: of one decode of the canvas ``latents [1, C, H, W]`` at ``side`` latents."""
-    statistics = GroupNormStatistics()
+    statistics = SharedStatistics()
     with statistics.collect(vae):
         vae.decode(placed(vae, to_vae(vae, small_canvas(latents, side))), return_dict=False)
     return statistics
 
 
-def encoder_statistics(vae: Any, pixels: Tensor) -> GroupNormStatistics:
+def encoder_statistics(vae: Any, pixels: Tensor) -> SharedStatistics:
     """Statistics for ``shared`` encoding: of the picture at a small size, ``[1, 3, h, w]`` in [-1, 1]."""
-    statistics = GroupNormStatistics()
+    statistics = SharedStatistics()
     with statistics.collect(vae):
         vae.encode(placed(vae, pixels), return_dict=False)
     return statistics

@@ -98,7 +98,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file under ``path``, which is a temporary name of ``workflow.store.atomic_path``."""
+    """Write a safetensors file under ``path``, which is a temporary name of ``files.atomic_path``."""
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

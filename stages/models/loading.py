@@ -12,6 +12,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from stages.config import resolve_dtype
+from stages.files import atomic_path
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, split_units
 from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
@@ -19,7 +20,6 @@ from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.trim import drop_clean_pages
 from stages.models.checkpoint import Checkpoint, Component
-from stages.workflow.store import atomic_path
 
 Streamer = WeightStreamer | CudaStreamer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,7 +12,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from stages.config import ConfigError
-from stages.workflow.store import digest, fingerprint, read_json, write_json
+from stages.files import read_json, write_json
+from stages.workflow.store import digest, fingerprint
 
 _IGNORED = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
 _REMOTE = """

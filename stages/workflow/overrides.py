@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.config import ROOT, Config, ConfigError, close_match, escape
-from stages.workflow.store import read_json, write_json
+from stages.files import read_json, write_json
 
 CONF = ROOT / "conf"
 SAVED = "overrides.json"  # of a run: what its command line said, ready for Hydra

@@ -13,13 +13,14 @@ from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
 from stages.config import parse_bytes, resolve_dtype
+from stages.files import read_json, write_json
+from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
 from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
 from stages.workflow import device, launch
-from stages.workflow.disk import refusal, room
 from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
-from stages.workflow.store import Store, fingerprint, read_json, write_json
+from stages.workflow.store import Store, fingerprint
 
 LOOK = "500MB"  # for the look at the models at least: a smaller budget fits no stage, but by how much has to be known
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from stages.config import parse_bytes, save_text
+from stages.files import read_json, write_json, write_text
 from stages.memory.monitor import Sample
 from stages.workflow.device import device_budget
 from stages.workflow.launch import StageResult, runner_peak
-from stages.workflow.store import read_json, write_json, write_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
 _BORDERS = 10  # rows of a table of seams

@@ -18,11 +18,12 @@ from omegaconf import DictConfig
 
 from stages.canvas.regions import from_config
 from stages.config import ConfigError, escape_all, save_text
+from stages.files import atomic_path, read_json, write_json, write_text
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.plan import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
-from stages.workflow.store import Store, atomic_path, read_json, write_json, write_text
+from stages.workflow.store import Store
 from stages.workflow.validate import complete
 
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time

@@ -1,4 +1,4 @@
-"""The content-addressed store of stage results, and the one place where a file is written.
+"""The content-addressed store of stage results.
 
 ``<root>/<stage>/<fingerprint>/`` holds one result: its files, and last of all ``manifest.json`` with a digest per file.
 Without a manifest whose digests match, a result is not done; what lies there is partial work.
@@ -8,69 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stages.files import TEMPORARY, read_json, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"  # files so named are a stage's own and vanish when it commits
-TEMPORARY = ".tmp-"
-_numbers = count()
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` (same suffix); on success it is synced and renamed to ``path``.
-
-    On an error the temporary file is removed and ``path`` is as it was: a reader sees the old file or the new one.
-
-    Raises:
-        FileNotFoundError: nothing was written under the temporary name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, UTF-8."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically; NaN and infinity are refused (``ValueError``), as JSON has neither."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in ``path``, or None where there is no file or no valid JSON in it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
 
 
 def fingerprint(payload: Mapping[str, Any]) -> str:

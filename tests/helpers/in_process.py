@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from stages import PIPELINE, __main__
 from stages.config import Config, escape_all, resolve, save_text
 from stages.context import Progress
+from stages.files import write_json, write_text
 from stages.workflow.plan import StageState, active, build
-from stages.workflow.store import Store, write_json, write_text
+from stages.workflow.store import Store
 from stages.workflow.validate import validate
 
 # 64x64 pixels are the native size of the tiny models: 8x8 latents, which their three downsamplers can halve

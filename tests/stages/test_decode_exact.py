@@ -14,7 +14,7 @@ from stages.canvas.tiles import latent_grid
 from stages.canvas.vae import to_uint8
 from stages.config import Config, resolve
 from stages.context import Progress, StageContext
-from stages.workflow import disk
+from stages.memory import disk
 
 WIDTH, HEIGHT = 168, 120
 STREAMED = {"resident": [], "unit_limit": 20_000, "ring_bytes": 200_000}

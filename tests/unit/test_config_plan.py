@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 
 from stages import PIPELINE
 from stages.config import ConfigError, load, parse_bytes, resolve_dtype, save_text
+from stages.files import write_text
 from stages.workflow.identity import file_hash, model_identity, resolve_revision
 from stages.workflow.plan import MissingInput, active, asked, build, check_inputs, differences
-from stages.workflow.store import Store, write_text
+from stages.workflow.store import Store
 from stages.workflow.validate import complete, validate
 
 REFUSED = {

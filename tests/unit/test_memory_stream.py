@@ -15,7 +15,7 @@ from dtypes import OTHER
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.canvas.groupnorm import GroupNormStatistics
+from stages.canvas.shared import SharedStatistics
 from stages.memory.layout import Layout, split_units
 from stages.memory.micro import micro_batched
 from stages.memory.source import CheckpointSource, PreparedSource
@@ -133,7 +133,7 @@ def test_vae(folder: Path, cut: str, dtype: torch.dtype) -> None:
 
     def passes(streamer: WeightStreamer) -> list[Tensor]:
         vae: Any = streamer.model
-        statistics = GroupNormStatistics()
+        statistics = SharedStatistics()
         with statistics.collect(vae):
             collected = vae.decode(latents[..., :4], return_dict=False)[0]
         with statistics.applied(vae):
@@ -143,7 +143,9 @@ def test_vae(folder: Path, cut: str, dtype: torch.dtype) -> None:
         with streamer.hold(vae.decoder):
             held = [vae.decode(latents, return_dict=False)[0] for _ in range(2)]
             assert not vae.decoder.conv_out.weight.is_meta
-        values = [tensor for pair in statistics.values.values() for tensor in pair]
+        values = [
+            tensor for pairs in (statistics.norms, statistics.attentions) for pair in pairs.values() for tensor in pair
+        ]
         return [collected, applied, encoded, decoded, *held, vae.decode(latents, return_dict=False)[0], *values]
 
     with opened(component, dtype, {}, 0) as streamer:

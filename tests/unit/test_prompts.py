@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stages.config import ROOT, Config, ConfigError
+from stages.files import read_json
 from stages.workflow.overrides import SAVED, merge, parse, prepare, quote, save, value_of
-from stages.workflow.store import read_json
 
 HOSTILE = [
     "a cat, mat",

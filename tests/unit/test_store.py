@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.config import ROOT
-from stages.workflow.store import Store, atomic_path, fingerprint, read_json, write_text
+from stages.files import atomic_path, read_json, write_text
+from stages.workflow.store import Store, fingerprint
 
 PRINT = "f" * 64
 
@@ -55,7 +56,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     code = f"""
 import itertools
 from pathlib import Path
-from stages.workflow.store import atomic_path
+from stages.files import atomic_path
 for number in itertools.count():
     with atomic_path(Path({str(path)!r})) as temporary:
         temporary.write_bytes(bytes([number % 256]) * 300_000)

@@ -1,5 +1,7 @@
 """The tiled VAE on a tiny stock AutoencoderKL."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.canvas.groupnorm import GroupNormStatistics, group_var_mean, merge_var_mean, normalise
+from stages.canvas.groupnorm import group_var_mean, merge_var_mean, normalise
+from stages.canvas.shared import SharedStatistics
 from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.vae import (
     decode_tile,
@@ -55,7 +58,8 @@ def test_a_tile_that_covers_the_canvas_is_the_stock_decode(vae, latents):
 def test_statistics_of_the_canvas_itself_change_nothing(vae, latents):
     expected = decode_tile(vae, latents, whole(Size(20, 28)))
     statistics = decoder_statistics(vae, rows_of(latents), side=28)
-    assert len(statistics.values) == sum(isinstance(m, nn.GroupNorm) for m in vae.decoder.modules())
+    assert len(statistics.norms) == sum(isinstance(m, nn.GroupNorm) for m in vae.decoder.modules())
+    assert list(statistics.attentions) == ["decoder.mid_block.attentions.0"]
     with statistics.applied(vae):
         got = decode_tile(vae, latents, whole(Size(20, 28)))
     assert torch.allclose(got, expected, atol=1e-5, rtol=0)
@@ -79,6 +83,29 @@ def test_shared_statistics_make_tiles_agree_where_they_meet(vae, latents):
     with decoder_statistics(vae, rows_of(latents), side=28).applied(vae):
         shared = worst()
     assert shared < independent / 2
+
+
+@torch.no_grad()
+def test_every_tile_attends_to_the_whole_picture(vae, latents):
+    """With the keys and values of the whole, a tile is what it is in the whole decode, attention included."""
+    vae = copy.deepcopy(vae)
+    vae.decoder.mid_block.attentions[0].to_q.weight *= 6  # sharp: it matters what is attended to
+    size = Size(20, 28)
+    tiles = grid(size, Size(20, 14), 0)
+    crops = [tile.grown(6, size) for tile in tiles]
+    whole_decode = decode_tile(vae, latents, whole(size))
+    shared = decoder_statistics(vae, rows_of(latents), side=28)
+
+    def error(statistics):
+        parts = []
+        for tile, crop, one in zip(tiles, crops, statistics, strict=True):
+            with one.applied(vae):
+                parts.append(decode_tile(vae, latents[crop.index], tile.within(crop)))
+        return float((torch.cat(parts, dim=-1) - whole_decode).abs().mean())
+
+    own = [decoder_statistics(vae, rows_of(latents[crop.index]), side=28).attentions for crop in crops]
+    to_itself = error([SharedStatistics(norms=shared.norms, attentions=one) for one in own])
+    assert error([shared, shared]) < to_itself / 2
 
 
 @torch.no_grad()
@@ -137,10 +164,12 @@ def test_statistics_survive_the_disk(vae, latents, tmp_path):
     with torch.no_grad():
         statistics = decoder_statistics(vae, rows_of(latents), side=16)
     statistics.save(tmp_path / "statistics.safetensors")
-    loaded = GroupNormStatistics.load(tmp_path / "statistics.safetensors")
-    assert loaded.values.keys() == statistics.values.keys()
-    for name, (var, mean) in statistics.values.items():
-        assert torch.equal(loaded.values[name][0], var) and torch.equal(loaded.values[name][1], mean)
+    loaded = SharedStatistics.load(tmp_path / "statistics.safetensors")
+    for kind in ("norms", "attentions"):
+        before, after = getattr(statistics, kind), getattr(loaded, kind)
+        assert before and after.keys() == before.keys()
+        for name, pair in before.items():
+            assert all(torch.equal(a, b) for a, b in zip(after[name], pair, strict=True))
 
 
 def test_the_small_canvas_has_the_canvas_moments():

@@ -1,6 +1,6 @@
 """One file from seed and prompt."""
 
-from stages.workflow.store import write_text
+from stages.files import write_text
 from toy_pipeline import mischief
 
 

@@ -1,6 +1,6 @@
 """The 'picture'."""
 
-from stages.workflow.store import write_text
+from stages.files import write_text
 from toy_pipeline import mischief
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from stages.workflow.store import write_text
+from stages.files import write_text
 from toy_pipeline import mischief
 
 
