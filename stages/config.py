@@ -22,6 +22,7 @@ STAGES = ("text_encode", "lowres", "guide", "denoise", "decode", "stitch")
 BLENDS = ("gaussian", "cosine", "quartic", "constant")
 GUIDE_MODES = ("sdedit", "hold", "skip_residual", "none")
 DECODE_MODES = ("independent", "shared", "exact")
+WEIGHTS = ("auto", "streamed", "resident")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -71,6 +72,7 @@ class MemoryConfig:
     enforce: str = "auto"  # auto | cgroup | watchdog | off
     device_budget: str | None = None  # what the GPU allocator may reserve; None: no limit
     host: str = "pinned"  # pinned | disk: where a GPU run keeps the weights
+    weights: str = "auto"  # auto | streamed | resident: what the planner may choose; the picture is the same
     prepared: bool = True  # keep a copy of streamed weights in compute layout in the store
 
 

@@ -193,15 +193,18 @@ def _groups(total: int) -> list[int]:
     return sorted({-(-total // rounds) for rounds in range(1, total + 1)})
 
 
-def plan_stage(profile: StageProfile, budget: int, runner: int) -> Plan:
+def plan_stage(profile: StageProfile, budget: int, runner: int, weights: str = "auto") -> Plan:
     """The fastest plan whose predicted peak fits ``budget`` (runner and stage together).
 
-    Of plans within 1% of the fastest, the one that takes least memory.
+    Of plans within 1% of the fastest, the one that takes least memory. ``weights``: ``streamed`` or ``resident`` leaves
+    only such plans; a model that cannot stream stays resident all the same.
 
     Raises:
         OverBudget: nothing fits; it holds the smallest plan.
     """
     plans = list(_plans(profile, runner))
+    if weights == "resident" or (weights == "streamed" and profile.streams):
+        plans = [plan for plan in plans if (plan.resident == "all") == (weights == "resident")]
     fitting = [plan for plan in plans if plan.predicted_peak_rss_bytes <= budget * (1 - MARGIN)]
     fastest = min(plans, key=lambda plan: plan.predicted_seconds)
     if not fitting:
@@ -211,8 +214,8 @@ def plan_stage(profile: StageProfile, budget: int, runner: int) -> Plan:
     return min(near, key=lambda plan: plan.predicted_peak_rss_bytes)
 
 
-def plan_run(profiles: Sequence[StageProfile], budget: int, runner: int) -> dict[str, Plan]:
-    """A plan for every stage.
+def plan_run(profiles: Sequence[StageProfile], budget: int, runner: int, weights: str = "auto") -> dict[str, Plan]:
+    """A plan for every stage, see ``plan_stage``.
 
     Raises:
         OverBudget: of the stage that needs most, so that its ``least`` is enough for all.
@@ -220,7 +223,7 @@ def plan_run(profiles: Sequence[StageProfile], budget: int, runner: int) -> dict
     plans, failures = {}, []
     for profile in profiles:
         try:
-            plans[profile.name] = plan_stage(profile, budget, runner)
+            plans[profile.name] = plan_stage(profile, budget, runner, weights)
         except OverBudget as error:
             failures.append(error)
     if failures:

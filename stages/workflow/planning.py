@@ -67,7 +67,7 @@ def plan(
         kinds = {one.name: _COMPONENT[_base(one.name)] for one in profiles}
         profiles = [device.for_device(one, config.memory.host, streams=kinds[one.name] == "unet") for one in profiles]
     try:
-        plans = plan_run(profiles, budget, runner)
+        plans = plan_run(profiles, budget, runner, config.memory.weights)
     except OverBudget as error:
         raise DoesNotFit(_refusal(error, config)) from None
     check_disk(running, profiles)
@@ -141,8 +141,10 @@ def _refusal(error: OverBudget, config: DictConfig) -> str:
     slower = error.least.predicted_seconds / max(error.fastest.predicted_seconds, 1e-9)
     cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
     key = "device_budget" if device.on_gpu(config) else "budget"
+    other = "memory.weights=auto, " if config.memory.weights == "resident" else ""
     return (
         f"memory.{key}: got {config.memory[key]}, but {error.stage} needs at least {least} MB "
         f"for {config.width}x{config.height} with model={config.model.name}.\n"
-        f"Use memory.{key}={least}MB{f' ({cost})' if cost else ''}, or smaller decode.tile_size / denoise.tile_size."
+        f"Use memory.{key}={least}MB{f' ({cost})' if cost else ''}, {other}"
+        "or smaller decode.tile_size / denoise.tile_size."
     )

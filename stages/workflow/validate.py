@@ -19,6 +19,7 @@ from stages.config import (
     DTYPES,
     GUIDE_MODES,
     ROOT,
+    WEIGHTS,
     ConfigError,
     SchedulerConfig,
     close_match,
@@ -171,6 +172,7 @@ def validate(config: DictConfig) -> None:
     _one_of(config, "technique.dtype", DTYPES)
     _one_of(config, "memory.enforce", ("auto", "cgroup", "watchdog", "off"))
     _one_of(config, "memory.host", ("pinned", "disk"))
+    _one_of(config, "memory.weights", WEIGHTS)
     _one_of(config, "stitch.format", ("png", "tiff", "deepzoom"))
     device, _, index = str(config.device).partition(":")
     if device not in ("cpu", "cuda") or not (index or "0").isdigit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -61,6 +62,19 @@ def test_resident_where_it_fits_streamed_where_not_leaf_by_leaf_where_tight() ->
     assert streamed.predicted_seconds < tight.predicted_seconds
     # of plans that are equally fast the one that takes least
     assert plan_stage(heavy, 4000 * MB, 40 * MB).predicted_peak_rss_bytes < 1200 * MB
+
+
+def test_the_planner_keeps_to_the_weights_that_were_asked_for() -> None:
+    light = profile([80 * MB] * 10, flops=10**7, rate=1e11)
+    assert plan_stage(light, 4000 * MB, 40 * MB, "streamed").resident == ()
+    heavy = profile([80 * MB] * 10, flops=10**10, rate=1e9)
+    assert plan_stage(heavy, 4000 * MB, 40 * MB).resident == ()
+    assert plan_stage(heavy, 4000 * MB, 40 * MB, "resident").resident == "all"
+    with pytest.raises(OverBudget) as refused:
+        plan_stage(heavy, 900 * MB, 40 * MB, "resident")
+    assert refused.value.least.resident == "all"
+    fixed = dataclasses.replace(light, streams=False)
+    assert plan_stage(fixed, 4000 * MB, 40 * MB, "streamed").resident == "all"
 
 
 def test_weights_are_read_once_for_all_tiles_where_memory_allows() -> None:
