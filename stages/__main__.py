@@ -22,6 +22,7 @@ from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.files import read_json
 from stages.memory.monitor import own_peak_rss
+from stages.workflow.device import on_gpu
 from stages.workflow.plan import StageState, build, config_of, state_of
 from stages.workflow.store import Store
 
@@ -82,6 +83,19 @@ def peak_vram() -> int:
     return int(torch.cuda.max_memory_reserved())
 
 
+def report_vram(progress: Progress, period: float) -> None:
+    """Tell the runner every ``period`` seconds what the CUDA allocator has reserved, from a thread of its own."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(period)
+            torch = sys.modules.get("torch")
+            if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
+                progress.device_bytes(int(torch.cuda.memory_reserved()))
+
+    threading.Thread(target=watch, daemon=True, name="vram").start()
+
+
 def stage_module(name: str) -> Any:
     """Import it without looking for garbage meanwhile: half a million objects that stay (a fifth of the time)."""
     gc.disable()
@@ -136,6 +150,8 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
         plan=(read_json(run_dir / "plan.json") or {}).get(stage, {}),
         progress=progress,
     )
+    if on_gpu(config):
+        report_vram(progress, config.launch.sample_seconds)
     return compute(state, context, module, force)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 MARK_BYTES = 256
+_DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
+_NAME = MARK_BYTES - 1 - _DEVICE.size
 _PERIOD = 0.1  # seconds between two 'advance' events: a stage may call advance() as often as it likes
 
 
@@ -53,8 +56,18 @@ class Progress:
     def mark(self, module: str) -> None:
         """Name the module that runs now, for the memory timeline. One memory write: fit for every block of a pass."""
         if self._mark is not None:
-            name = module.encode("utf-8", "replace")[: MARK_BYTES - 1]
+            name = module.encode("utf-8", "replace")[:_NAME]
             self._mark[0 : len(name) + 1] = bytes((len(name),)) + name
+
+    def device_bytes(self, nbytes: int) -> None:
+        """What the GPU's allocator holds now, for the memory timeline."""
+        if self._mark is not None:
+            _DEVICE.pack_into(self._mark, MARK_BYTES - _DEVICE.size, nbytes)
+
+
+def read_device_bytes(view: mmap.mmap) -> int:
+    """What ``Progress.device_bytes`` said last; 0 before the first."""
+    return _DEVICE.unpack_from(view, MARK_BYTES - _DEVICE.size)[0]
 
 
 def read_mark(view: mmap.mmap) -> str:

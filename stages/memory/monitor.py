@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +20,15 @@ _POINTS = 2000  # of a timeline; beyond, neighbours are merged (the higher one s
 
 
 class Sample(NamedTuple):
-    """One look at the tree: seconds since the start, RES, its anonymous and file-backed parts, the running module."""
+    """One look at the tree: seconds since the start, RES, its anonymous and file-backed parts, the running module; and
+    what the GPU's allocator holds."""
 
     seconds: float
     rss: int
     anon: int
     file: int
     module: str
+    vram: int = 0
 
 
 class Usage(NamedTuple):
@@ -95,11 +97,23 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def _merged(samples: Sequence[Sample]) -> Sample:
+    """Neighbours of a timeline in one: no peak is lost."""
+    return max(samples, key=lambda one: one.rss)._replace(vram=max(one.vram for one in samples))
+
+
 class Monitor:
     """Samples the tree in a thread until ``stop``; ``over`` is asked with every sum and may end the stage."""
 
-    def __init__(self, pid: int, period: float, module: Callable[[], str], over: Callable[[Sample], None]) -> None:
-        self.pid, self.period, self.module, self.over = pid, period, module, over
+    def __init__(
+        self,
+        pid: int,
+        period: float,
+        module: Callable[[], str],
+        over: Callable[[Sample], None],
+        vram: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.pid, self.period, self.module, self.over, self.vram = pid, period, module, over, vram
         self.timeline: list[Sample] = []
         self.by_module: dict[str, int] = {}
         self.peak = Sample(0.0, 0, 0, 0, "")
@@ -140,7 +154,7 @@ class Monitor:
             return  # the stage has ended
         parts.append(usage(os.getpid()))
         rss, file, module = sum(part.rss for part in parts), sum(part.file for part in parts), self.module()
-        sample = Sample(round(seconds, 3), rss, rss - file, file, module)
+        sample = Sample(round(seconds, 3), rss, rss - file, file, module, self.vram())
         if rss > self.peak.rss:
             self.peak = sample
         if module:
@@ -151,9 +165,9 @@ class Monitor:
     def _keep(self, sample: Sample) -> None:
         self._pending.append(sample)
         if len(self._pending) >= self._step:
-            self.timeline.append(max(self._pending, key=lambda one: one.rss))
+            self.timeline.append(_merged(self._pending))
             self._pending = []
         if len(self.timeline) >= _POINTS:
             pairs = zip(self.timeline[::2], self.timeline[1::2], strict=True)
-            self.timeline = [max(pair, key=lambda one: one.rss) for pair in pairs]
+            self.timeline = [_merged(pair) for pair in pairs]
             self._step *= 2

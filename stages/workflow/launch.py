@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from omegaconf import DictConfig
 
 from stages.config import ROOT, parse_bytes
-from stages.context import MARK_BYTES, read_mark
+from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.memory.monitor import Monitor, Sample, own_peak_rss, usage
 from stages.workflow import device, enforce
 from stages.workflow.plan import StageState
@@ -118,7 +118,13 @@ def run_stage(
         finally:
             os.close(writer)
         enforcer.adopt(process.pid)
-        monitor = Monitor(process.pid, config.launch.sample_seconds, lambda: read_mark(view), enforcer.look).start()
+        monitor = Monitor(
+            process.pid,
+            config.launch.sample_seconds,
+            lambda: read_mark(view),
+            enforcer.look,
+            lambda: read_device_bytes(view),
+        ).start()
         try:
             with os.fdopen(reader, encoding="utf-8") as events:
                 last = _listen(events, on_event)

@@ -70,6 +70,7 @@ class Band(NamedTuple):
     width: float
     points: str
     anon_points: str
+    vram_points: str  # empty without a GPU
     peak_x: float
     peak_y: float
     label: str
@@ -120,7 +121,8 @@ def _seams(run_dir: Path) -> list[dict[str, Any]]:
 def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:
     """Coordinates of the memory timeline: stages side by side, widths by time, heights by bytes."""
     drawn = [result for result in results if result.timeline]
-    highest = max([budget, *(sample.rss for result in drawn for sample in result.timeline)]) * 1.05
+    highest = [budget, *(sample.rss for result in drawn for sample in result.timeline)]
+    highest = max(highest + [sample.vram for result in drawn for sample in result.timeline]) * 1.05
     total = sum(max(result.timeline[-1].seconds, 0.05) for result in drawn) or 1.0
     scale, left, bands = (_WIDTH - _LEFT) / total, float(_LEFT), []
 
@@ -134,9 +136,10 @@ def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:
         def points(kind: str, samples: Sequence[Sample] = result.timeline, left: float = left) -> str:
             return " ".join(f"{left + s.seconds * scale:.1f},{height(getattr(s, kind))}" for s in samples)
 
+        on_gpu = points("vram") if any(sample.vram for sample in result.timeline) else ""
         label = f"{top.rss / 1e6:.0f} MB" + (f" {top.module}" if top.module else "")
         x, y = left + top.seconds * scale, height(top.rss)
-        bands.append(Band(result.name, left, seconds * scale, points("rss"), points("anon"), x, y, label))
+        bands.append(Band(result.name, left, seconds * scale, points("rss"), points("anon"), on_gpu, x, y, label))
         left += seconds * scale
     step = max(10**8, int(highest / 5 // 10**8 * 10**8))
     ticks = [(size // 10**6, height(size)) for size in range(0, int(highest), step)]

@@ -1,6 +1,7 @@
 """Stage processes: resume, kills, budget, sweeps, concurrency; real processes over the toy pipeline."""
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stages.config import ROOT
-from stages.context import Progress
+from stages.context import MARK_BYTES, Progress, read_device_bytes, read_mark
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
 from stages.workflow import enforce
 from stages.workflow.errors import explain
@@ -263,9 +264,10 @@ def test_monitor_sees_the_tree_and_its_module():
 def test_the_timeline_is_thinned_but_keeps_the_peak():
     monitor = Monitor(os.getpid(), 1, lambda: "", lambda sample: None)
     for number in range(20_000):
-        monitor._keep(Sample(float(number), 10**9 if number == 12_345 else number, 0, 0, ""))
+        monitor._keep(Sample(float(number), 10**9 if number == 12_345 else number, 0, 0, "", number % 5_003))
     assert 900 < len(monitor.timeline) <= 2000
     assert max(sample.rss for sample in monitor.timeline) == 10**9
+    assert max(sample.vram for sample in monitor.timeline) == 5_002
     assert [sample.seconds for sample in monitor.timeline] == sorted(sample.seconds for sample in monitor.timeline)
 
 
@@ -275,6 +277,17 @@ def test_enforcer_off_only_watches():
     enforcer.look(Sample(0.0, 10, 10, 0, ""))
     assert enforcer.violation is None
     assert enforce.start("watchdog", 1).kind == "watchdog"
+
+
+def test_marks_carry_the_module_and_the_bytes_on_the_device():
+    view = mmap.mmap(-1, MARK_BYTES)
+    progress = Progress(None, view)
+    assert (read_mark(view), read_device_bytes(view)) == ("", 0)
+    progress.device_bytes(747 * 10**6)
+    progress.mark("up_blocks." * 100)
+    assert read_mark(view).startswith("up_blocks.up_blocks.") and read_device_bytes(view) == 747 * 10**6
+    progress.mark("conv_out")
+    assert read_mark(view) == "conv_out"
 
 
 def test_progress_holds_back_but_loses_no_step():

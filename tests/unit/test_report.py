@@ -37,6 +37,14 @@ def test_both_files(make_config, tmp_path, monkeypatch):
     assert "700 MB unet.20" in html
 
 
+def test_what_the_gpu_holds_is_drawn_where_there_is_one(make_config, tmp_path):
+    on_gpu = result("denoise")
+    on_gpu = on_gpu._replace(timeline=tuple(sample._replace(vram=600_000_000) for sample in on_gpu.timeline))
+    html = report.render(tmp_path, make_config({"run": "x"}), [result("lowres"), on_gpu], {}, "")
+    assert html.count("<polyline") == 5 and "GPU's allocator" in html
+    assert "GPU's allocator" not in report.render(tmp_path, make_config({"run": "x"}), [result("lowres")], {}, "")
+
+
 def test_a_failed_run_is_reported_too(make_config, tmp_path):
     summary = report.write(tmp_path, make_config({"run": "x"}), [], {}, "lowres: it broke")
     assert summary["error"] == "lowres: it broke"
