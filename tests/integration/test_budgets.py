@@ -14,9 +14,10 @@ from in_process import Work
 from whole_run import Run, arguments, start
 
 from stages.config import ROOT
-from stages.memory import disk, planning
+from stages.memory import disk
 from stages.memory.planner import Plan, StageProfile, _plans
 from stages.profile import profile_run
+from stages.workflow import planning
 from stages.workflow.plan import build
 from stages.workflow.store import Store
 
