@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def decoded(vae: Any, latents: Any, tiles: list[Tile], mode: str, halo: int, fol
             yield from bands
 
 
-def compare(run: Path, crop: int | None) -> list[dict[str, Any]]:
+def compare(run: Path, crop: int | None, modes: Sequence[str]) -> list[dict[str, Any]]:
     """One row a mode and overlap (latents): ratios, PSNR against the whole decode, seconds."""
     import torch
     from diffusers import AutoencoderKL
@@ -81,7 +81,7 @@ def compare(run: Path, crop: int | None) -> list[dict[str, Any]]:
     size, scale, rows = Size(*latents.shape[-2:]), factor(vae), []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         whole = to_uint8(decode_tile(vae, latents, Tile(0, 0, 0, 0, *size)))[0].permute(1, 2, 0).numpy()
-        for mode in ("independent", "shared", "exact"):
+        for mode in modes:
             for overlap in OVERLAPS:
                 tile = max(config.decode.tile_size, 2 * overlap * scale)
                 tiles = latent_grid(size.width * scale, size.height * scale, tile, overlap * scale, scale)
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="name of a run, or its folder")
     parser.add_argument("--table", action="store_true", help="decode the canvas again in every mode")
     parser.add_argument("--crop", type=int, help="latents a side of the part that the table decodes")
+    parser.add_argument("--modes", default="independent,shared,exact", help="that the table decodes in")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     given = parser.parse_args()
     run = given.run if given.run.is_dir() else Path("outputs") / given.run
@@ -144,7 +145,7 @@ def main() -> None:
     if given.table:
         print("| mode | overlap | ratio | / whole | phase / whole | PSNR dB | s |")
         print("|---|---|---|---|---|---|---|")
-    figures: Any = compare(run, given.crop) if given.table else judge(run)
+    figures: Any = compare(run, given.crop, given.modes.split(",")) if given.table else judge(run)
     if given.json:
         write_json(given.json, figures)
     else:

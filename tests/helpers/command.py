@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 from stages.config import ROOT
 
 HELPERS = ROOT / "tests" / "helpers"
+
+
+def _hears_ctrl_c() -> None:
+    """Tests that were started in the background (nohup, ``&``) ignore it, and what they start would as well."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Command:
@@ -28,7 +34,15 @@ class Command:
     def start(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         command, environment = [*self.common, *arguments], self.environment(more)
-        return subprocess.Popen(command, env=environment, cwd=self.output_dir, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=self.output_dir,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            preexec_fn=_hears_ctrl_c,
+        )
 
     def __call__(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **more)
