@@ -75,12 +75,16 @@ class Events:
             print(event.get("text") or event.get("reason") or event, flush=True)
 
 
-def peak_vram() -> int:
-    """Bytes that the CUDA allocator reserved at most; 0 if the stage used no GPU. Imports nothing."""
+def cuda() -> Any | None:
+    """``torch.cuda`` if this process has begun to use a GPU. Imports nothing."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.max_memory_reserved())
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def peak_vram() -> int:
+    """Bytes that the CUDA allocator reserved at most; 0 if the stage used no GPU."""
+    used = cuda()
+    return int(used.max_memory_reserved()) if used else 0
 
 
 def report_vram(progress: Progress, period: float) -> None:
@@ -89,9 +93,8 @@ def report_vram(progress: Progress, period: float) -> None:
     def watch() -> None:
         while True:
             time.sleep(period)
-            torch = sys.modules.get("torch")
-            if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
-                progress.device_bytes(int(torch.cuda.memory_reserved()))
+            if used := cuda():
+                progress.device_bytes(int(used.memory_reserved()))
 
     threading.Thread(target=watch, daemon=True, name="vram").start()
 
@@ -118,7 +121,10 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
         if not force and state.entry.manifest() is not None:
             return "reused"
         state.entry.prepare(force=force)
-        info = stage_module(f"{module}.{state.stage.module}").run(context)
+        stage = stage_module(f"{module}.{state.stage.module}")
+        if on_gpu(context.config):  # not before all is imported: half of torch has no answer
+            report_vram(context.progress, context.config.launch.sample_seconds)
+        info = stage.run(context)
         context.progress.flush()
         state.entry.commit(info)
         return "resumed" if context.progress.resumed_because else "ran"
@@ -150,8 +156,6 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
         plan=(read_json(run_dir / "plan.json") or {}).get(stage, {}),
         progress=progress,
     )
-    if on_gpu(config):
-        report_vram(progress, config.launch.sample_seconds)
     return compute(state, context, module, force)
 
 
