@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from stages import __main__ as stage_process
 from stages.config import ROOT
 from stages.context import MARK_BYTES, Progress, read_device_bytes, read_mark
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
@@ -288,6 +290,18 @@ def test_marks_carry_the_module_and_the_bytes_on_the_device():
     assert read_mark(view).startswith("up_blocks.up_blocks.") and read_device_bytes(view) == 747 * 10**6
     progress.mark("conv_out")
     assert read_mark(view) == "conv_out"
+
+
+def test_a_stage_tells_what_the_gpu_holds_once_one_is_in_use(monkeypatch):
+    view, used = mmap.mmap(-1, MARK_BYTES), []
+    gpu = SimpleNamespace(is_initialized=lambda: bool(used), memory_reserved=lambda: 5, max_memory_reserved=lambda: 7)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu))
+    stage_process.report_vram(Progress(None, view), 0.005)
+    time.sleep(0.1)
+    assert (read_device_bytes(view), stage_process.peak_vram()) == (0, 0)
+    used.append(True)
+    wait_for(lambda: read_device_bytes(view) == 5)
+    assert stage_process.peak_vram() == 7
 
 
 def test_progress_holds_back_but_loses_no_step():
