@@ -24,10 +24,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from benchmarks._measure import RESULTS, finish, runner, table
-from stages.canvas import seams
-from stages.canvas.tiles import latent_grid
 from stages.config import ROOT, load
 from stages.files import atomic_path
+from stages.picture import seams
+from stages.tiles import latent_grid
 
 FOLDER = RESULTS / "embedded_quality"
 PROMPTS = Path(__file__).with_name("embedded_prompts.txt")

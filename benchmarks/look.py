@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stages.canvas.bands import Bands
-from stages.canvas.tiles import latent_grid
 from stages.config import load
 from stages.files import atomic_path
+from stages.picture.bands import Bands
+from stages.tiles import latent_grid
 
 
 def look(run: Path, folder: Path, side: int = 1024, crop: int = 768) -> list[Path]:

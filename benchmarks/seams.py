@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stages.canvas import seam_map, seams
-from stages.canvas.bands import Bands
-from stages.canvas.tiles import Size, Tile, latent_grid
 from stages.config import load
 from stages.files import atomic_path, write_json
+from stages.picture import seam_map, seams
+from stages.picture.bands import Bands
+from stages.tiles import Size, Tile, latent_grid
 
 OVERLAPS = (0, 8, 16)  # latents
 
@@ -38,9 +38,9 @@ def decoded(vae: Any, latents: Any, tiles: list[Tile], mode: str, halo: int, fol
 
     from safetensors.torch import save_file
 
-    from stages.canvas.exact_vae import exact_decode
-    from stages.canvas.vae import decode_tile, decoder_statistics, factor, to_uint8
     from stages.memory.rows import Rows
+    from stages.vae.exact_vae import exact_decode
+    from stages.vae.tiled import decode_tile, decoder_statistics, factor, to_uint8
 
     size, scale = Size(*latents.shape[-2:]), factor(vae)
     with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -70,7 +70,7 @@ def compare(run: Path, crop: int | None, modes: Sequence[str]) -> list[dict[str,
     from diffusers import AutoencoderKL
     from safetensors.torch import load_file
 
-    from stages.canvas.vae import decode_tile, factor, to_uint8
+    from stages.vae.tiled import decode_tile, factor, to_uint8
 
     config = load(run / "config.yaml")
     vae: Any = AutoencoderKL.from_pretrained(config.model.path, subfolder="vae", torch_dtype=torch.float32).eval()

@@ -31,7 +31,7 @@ import sys, time
 from pathlib import Path
 import torch
 from PIL import Image
-from stages.canvas.vae import to_uint8
+from stages.vae.tiled import to_uint8
 from stages.memory.imports import light_imports
 from stages.memory.tensors import read_tensors
 with light_imports():

@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.canvas.exact_scratch import open_scratch
-from stages.canvas.exact_vae import exact_decode
-from stages.canvas.shared import SharedStatistics
-from stages.canvas.tiles import Size, Tile, latent_grid
-from stages.canvas.vae import decode_tile, decoder_statistics, to_uint8
 from stages.context import StageContext
 from stages.files import atomic_path
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_header, write_tensors
 from stages.models.loading import Streamer
-from stages.models.vae import open_vae
+from stages.tiles import Size, Tile, latent_grid
+from stages.vae.exact_scratch import open_scratch
+from stages.vae.exact_vae import exact_decode
+from stages.vae.open import open_vae
+from stages.vae.shared import SharedStatistics
+from stages.vae.tiled import decode_tile, decoder_statistics, to_uint8
 
 
 def run(context: StageContext) -> None:

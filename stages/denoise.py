@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from stages.canvas.dilated import Dilated
-from stages.canvas.tiles import latent_grid
 from stages.context import StageContext
 from stages.files import atomic_path
 from stages.memory.rows import Rows, Window
 from stages.memory.tensors import write_tensors
 from stages.sampling import denoise_canvas, sample
+from stages.tiles import latent_grid
 
 
 def run(context: StageContext) -> None:

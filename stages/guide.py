@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from stages.canvas.exact_scratch import open_scratch
-from stages.canvas.exact_vae import exact_decode, exact_encode
-from stages.canvas.picture import Picture
-from stages.canvas.row_blend import RowBlend
-from stages.canvas.tiles import Size, Tile, grid, whole
-from stages.canvas.vae import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
 from stages.canvas.weights import grid_weights
 from stages.config import ConfigError
 from stages.context import StageContext
 from stages.files import atomic_path, read_json, write_json
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
-from stages.models.vae import open_vae
+from stages.picture.picture import Picture
+from stages.picture.row_blend import RowBlend
+from stages.tiles import Size, Tile, grid, whole
+from stages.vae.exact_scratch import open_scratch
+from stages.vae.exact_vae import exact_decode, exact_encode
+from stages.vae.open import open_vae
+from stages.vae.tiled import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
 from stages.workflow.store import CHECKPOINT
 
 HALO = 8  # latents of context around a tile, decoding and encoding

@@ -21,25 +21,25 @@ from torch import nn
 
 from stages import phase_size
 from stages.canvas.dilated import dilated_views
-from stages.canvas.exact_vae import Direction, exact_cut, exact_disk_bytes
-from stages.canvas.regions import from_config
-from stages.canvas.tiles import Size, grid, latent_grid
 from stages.config import ConfigError
 from stages.context import StageContext
 from stages.files import write_json
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, parkable, split_units
 from stages.memory.monitor import own_peak_rss, usage
-from stages.memory.profile import segments, trace
 from stages.memory.rows import BAND
 from stages.memory.source import STAGING_BYTES
+from stages.memory.trace import segments, trace
 from stages.memory.trim import drop_clean_pages
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import compute_dtype, open_checkpoint
 from stages.models.schedulers import make_scheduler
 from stages.models.sd import micro_batch
-from stages.models.vae import DECODER, ENCODER
+from stages.regions.config import from_config
 from stages.sampling import denoise_canvas, lowres_canvas
+from stages.tiles import Size, grid, latent_grid
+from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
+from stages.vae.open import DECODER, ENCODER
 from stages.workflow.device import FLOPS, on_gpu
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from stages.canvas.layers import region_views
 from stages.canvas.mixture import Mixture, View
 from stages.canvas.noise import Reroll, canvas_noise
-from stages.canvas.region_scale import lowres_plan, lowres_side
-from stages.canvas.regions import from_config
 from stages.canvas.sampler import Sampler
-from stages.canvas.tiles import Size
+from stages.canvas.views import region_views
 from stages.context import StageContext
 from stages.memory.tensors import read_tensors
 from stages.models.loading import compute_dtype, open_checkpoint, open_model
 from stages.models.schedulers import make_scheduler
 from stages.models.sd import UNetDenoiser, micro_batch
+from stages.regions.config import from_config
+from stages.regions.scale import lowres_plan, lowres_side
+from stages.tiles import Size
 from stages.workflow.store import CHECKPOINT
 
 

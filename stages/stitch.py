@@ -11,13 +11,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from stages import PIPELINE
-from stages.canvas.bands import Bands
-from stages.canvas.png import PngWriter
-from stages.canvas.seam_map import heat_map, plain
-from stages.canvas.seams import Gradients, Meter, judge
-from stages.canvas.tiles import Size, latent_grid
 from stages.context import StageContext
 from stages.files import atomic_path, write_json
+from stages.picture.bands import Bands
+from stages.picture.png import PngWriter
+from stages.picture.seam_map import heat_map, plain
+from stages.picture.seams import Gradients, Meter, judge
+from stages.tiles import Size, latent_grid
 
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from stages.canvas.regions import from_config
 from stages.context import StageContext
 from stages.files import atomic_path
 from stages.memory.tensors import write_tensors
 from stages.models.loading import compute_dtype, open_checkpoint, open_model
 from stages.models.sd import encode, tokenize, unknown_words
+from stages.regions.config import from_config
 
 
 def run(context: StageContext) -> None:

@@ -16,12 +16,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from stages.canvas.guides import skip_residual_weight
-from stages.canvas.layers import region_views
 from stages.canvas.mixture import Mixture, TileBatch, View
-from stages.canvas.region_scale import scaled
-from stages.canvas.regions import from_config
-from stages.canvas.tiles import Size, Tile
+from stages.canvas.views import region_views
 from stages.memory.rows import Moments, Rows, bands
+from stages.regions.config import from_config
+from stages.regions.scale import scaled
+from stages.tiles import Size, Tile
 
 _REACH = 6  # standard deviations: what the gaussian has beyond is under float32's rounding
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import Weight, grid_weights
 from stages.memory.rows import Rows, Window
+from stages.tiles import Size, Tile
 
 
 class View(NamedTuple):

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.canvas.regions import Reroll
-from stages.canvas.tiles import Size
 from stages.memory.rows import Rows
+from stages.regions.config import Reroll
+from stages.tiles import Size
 
 VECTOR = 16  # torch's CPU normal generator works in vectors of 16: draws of multiples of it join up bitwise
 

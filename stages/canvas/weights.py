@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.canvas.tiles import Size, Tile
+from stages.tiles import Size, Tile
 
 GAUSSIAN_SIGMA = 0.1  # of the side: Mixture of Diffusers' variance 0.01 L^2
 

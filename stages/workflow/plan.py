@@ -11,10 +11,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stages import PIPELINE, Stage, expanded
-from stages.canvas.region_scale import parameter as region_parameter
-from stages.canvas.region_scale import rescale
-from stages.canvas.tiles import Size
 from stages.config import ConfigError, close_match, resolve_dtype
+from stages.regions.scale import parameter as region_parameter
+from stages.regions.scale import rescale
+from stages.tiles import Size
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.store import Entry, Store, fingerprint
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.canvas.regions import from_config
 from stages.config import ConfigError, escape_all, save_text
 from stages.files import atomic_path, read_json, write_json, write_text
+from stages.regions.config import from_config
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.plan import MissingInput, StageState, build, check_inputs
@@ -234,7 +234,7 @@ def _draw_regions(config: DictConfig, run_dir: Path, shown: Silent) -> None:
     if not regions.regions:
         path.unlink(missing_ok=True)
         return
-    from stages.canvas.region_plan import draw_plan  # Pillow: not for every run
+    from stages.regions.sketch import draw_plan  # Pillow: not for every run
 
     with atomic_path(path) as temporary:
         temporary.write_bytes(draw_plan(regions))

@@ -11,8 +11,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from stages.canvas.region_files import overrides
-from stages.canvas.regions import from_config
 from stages.config import (
     BLENDS,
     DECODE_MODES,
@@ -27,6 +25,8 @@ from stages.config import (
     parse_bytes,
     resolve,
 )
+from stages.regions.config import from_config
+from stages.regions.files import overrides
 from stages.workflow.identity import is_hub_id
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from files import all_of, rows_of
 
 from stages.canvas.mixture import Mixture, grid_views
-from stages.canvas.tiles import Size, grid
+from stages.tiles import Size, grid
 
 SIZE, SIDE, GUIDANCE = Size(24, 32), Size(16, 16), 6.5
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from stages.canvas import exact
-from stages.canvas.exact_attention import RunningAttention
-from stages.canvas.exact_program import INPUT, Shape, program, shapes
-from stages.canvas.exact_size import disk_bytes, last_use
-from stages.canvas.exact_vae import exact_decode, exact_disk_bytes, exact_encode
-from stages.canvas.tiles import Size
-from stages.canvas.vae import to_uint8
+from stages.tiles import Size
+from stages.vae import exact
+from stages.vae.exact_attention import RunningAttention
+from stages.vae.exact_program import INPUT, Shape, program, shapes
+from stages.vae.exact_size import disk_bytes, last_use
+from stages.vae.exact_vae import exact_decode, exact_disk_bytes, exact_encode
+from stages.vae.tiled import to_uint8
 
 SIZE = Size(18, 26)
 

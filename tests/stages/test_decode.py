@@ -11,8 +11,8 @@ from in_process import Work
 from PIL import Image
 
 import stages.decode
-from stages.canvas.tiles import latent_grid
 from stages.memory.tensors import read_tensors
+from stages.tiles import latent_grid
 
 QUICK = {"guide.mode": "none", "denoise.num_inference_steps": 1, "width": 160, "height": 104}
 

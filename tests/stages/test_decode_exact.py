@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stages import decode
-from stages.canvas import exact, exact_size
-from stages.canvas.tiles import latent_grid
-from stages.canvas.vae import to_uint8
 from stages.config import Config, resolve
 from stages.context import Progress, StageContext
 from stages.memory import disk
+from stages.tiles import latent_grid
+from stages.vae import exact, exact_size
+from stages.vae.tiled import to_uint8
 
 WIDTH, HEIGHT = 168, 120
 STREAMED = {"resident": [], "unit_limit": 20_000, "ring_bytes": 200_000}

@@ -10,10 +10,10 @@ import torch
 from in_process import Work, payload
 from torch import Tensor, nn
 
-from stages.canvas.tiles import latent_grid
 from stages.config import BLENDS, ConfigError
 from stages.memory.tensors import read_tensors
 from stages.models import sd
+from stages.tiles import latent_grid
 
 QUICK = {"guide.mode": "none", "denoise.num_inference_steps": 2, "denoise.tile_size": 64, "denoise.overlap": 16}
 

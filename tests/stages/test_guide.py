@@ -12,13 +12,13 @@ from in_process import Work
 from PIL import Image
 from torch import Tensor
 
-from stages.canvas import vae
-from stages.canvas.tiles import latent_grid
-from stages.canvas.vae import from_vae, to_uint8, to_vae
 from stages.config import ConfigError
 from stages.context import Progress
 from stages.memory.tensors import read_tensors
-from stages.models.vae import open_vae
+from stages.tiles import latent_grid
+from stages.vae import tiled as vae
+from stages.vae.open import open_vae
+from stages.vae.tiled import from_vae, to_uint8, to_vae
 
 
 def guide(work: Work, **values: object) -> tuple[Path, Tensor]:

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from stages import stitch
-from stages.canvas.bands import Bands, feather, segments
-from stages.canvas.tiles import latent_grid, spread
 from stages.config import Config, ConfigError, resolve
 from stages.context import StageContext
+from stages.picture.bands import Bands, feather, segments
+from stages.tiles import latent_grid, spread
 
 Image.MAX_IMAGE_PIXELS = None
 

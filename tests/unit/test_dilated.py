@@ -25,8 +25,8 @@ from stages.canvas.dilated import (
     spread_row,
 )
 from stages.canvas.mixture import TileBatch, grid_views
-from stages.canvas.tiles import Size, grid
 from stages.config import ROOT, ConfigError
+from stages.tiles import Size, grid
 
 TILE = 8
 SIZES = [Size(16, 16), Size(24, 24), Size(19, 35), Size(40, 17)]

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from benchmarks.embedded_quality import asked, high_frequency_energy
-from stages.canvas import seams
-from stages.canvas.tiles import Tile
+from stages.picture import seams
+from stages.tiles import Tile
 from training.captions import caption
 from training.classifier import ATTRIBUTES, INPUT_SIZE, Classifier
 from training.refine import refine, scenes, vary

@@ -62,4 +62,4 @@ def test_imports_point_downward(module: str, path: Path) -> None:
 def test_every_module_has_a_floor() -> None:
     known = {one for floor in FLOORS for one in floor}
     assert {house(name) for name, _ in modules()} <= known
-    assert level("stages.canvas.tiles") == 2 and level("stages.memory.disk") == 1 and level("stages.decode") == 5
+    assert level("stages.tiles") == 2 and level("stages.memory.disk") == 1 and level("stages.decode") == 5

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from benchmarks.look import look
-from stages.canvas.tiles import latent_grid
 from stages.config import save_text
+from stages.tiles import latent_grid
 
 
 @pytest.mark.parametrize(("width", "height"), [(600, 400), (64, 1000)])

@@ -12,12 +12,12 @@ from in_process import small_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.canvas.exact_size import STRIP_BYTES
 from stages.memory.layout import Layout, Unit, split_units
 from stages.memory.planner import StageProfile, plan_run
-from stages.memory.profile import Trace, segments, trace
+from stages.memory.trace import Trace, segments, trace
 from stages.models.checkpoint import Checkpoint
 from stages.profile import profile_run
+from stages.vae.exact_size import STRIP_BYTES
 
 
 class Two(nn.Module):

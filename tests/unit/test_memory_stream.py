@@ -15,7 +15,6 @@ from dtypes import OTHER
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.canvas.shared import SharedStatistics
 from stages.memory.layout import Layout, split_units
 from stages.memory.micro import micro_batched
 from stages.memory.source import CheckpointSource, PreparedSource
@@ -23,6 +22,7 @@ from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import write_tensors
 from stages.models.checkpoint import Checkpoint, Component
 from stages.models.loading import open_model, prepared
+from stages.vae.shared import SharedStatistics
 
 DTYPES = [torch.float32, OTHER]
 RINGS = ["largest", "pair", "all"]

@@ -7,10 +7,10 @@ import torch
 from files import all_of, rows_of
 
 from stages.canvas.mixture import Mixture, View, batch, grid_views, groups
-from stages.canvas.tiles import Size, Tile, grid, whole
 from stages.canvas.weights import grid_weights
 from stages.config import BLENDS
 from stages.memory.rows import Window
+from stages.tiles import Size, Tile, grid, whole
 
 SIZE = Size(24, 40)
 LATENTS = torch.randn((1, 4, *SIZE), generator=torch.Generator().manual_seed(5))

@@ -6,7 +6,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from files import all_of, rows_of
 
 from stages.canvas.noise import Reroll, canvas_noise, draw, draw_chunks, reroll
-from stages.canvas.tiles import Size, Tile
+from stages.tiles import Size, Tile
 
 SIZE = Size(24, 40)
 BOX = Tile(0, 0, 4, 8, 12, 20)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.canvas.picture import Picture
-from stages.canvas.row_blend import RowBlend
-from stages.canvas.tiles import Size, grid
 from stages.canvas.weights import grid_weights
+from stages.picture.picture import Picture
+from stages.picture.row_blend import RowBlend
+from stages.tiles import Size, grid
 
 LANCZOS = Image.Resampling.LANCZOS
 WHOLE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (700, 500, 3), np.uint8))
@@ -23,13 +23,13 @@ WHOLE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (700, 500, 3),
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Picture:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.canvas.picture._STRIP", 5000)  # ten rows
+        patch.setattr("stages.picture.picture._STRIP", 5000)  # ten rows
         return Picture.of(WHOLE, tmp_path_factory.mktemp("picture") / "file")
 
 
 @pytest.fixture(autouse=True)
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.canvas.picture._STRIP", 5000)
+    monkeypatch.setattr("stages.picture.picture._STRIP", 5000)
 
 
 @pytest.mark.parametrize("extent", [(50, 70), (384, 384), (500, 700), (1000, 1400), (33, 701)])
@@ -60,7 +60,7 @@ def test_saved_and_kept_it_is_the_same(picture: Picture, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("size", [Size(40, 50), Size(100, 33), Size(16, 16), Size(17, 200)])
 def test_rows_of_tiles_add_up_to_the_canvas(size: Size, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.canvas.row_blend.STRIP", 150)
+    monkeypatch.setattr("stages.picture.row_blend.STRIP", 150)
     canvas = torch.randn((3, *size), generator=torch.Generator().manual_seed(2))
     tiles, rows = grid(size, Size(16, 16), 4), []
     blend = RowBlend(3, size.width, lambda top, part: rows.append((top, part.clone())))

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from stages import PIPELINE, PROFILE
-from stages.canvas.region_scale import lowres_plan, lowres_side, rescale, scaled
-from stages.canvas.regions import Reroll, from_config, parse, uncovered
-from stages.canvas.tiles import Size, Tile
 from stages.config import ConfigError
+from stages.regions.config import Reroll, from_config, parse, uncovered
+from stages.regions.scale import lowres_plan, lowres_side, rescale, scaled
+from stages.tiles import Size, Tile
 from stages.workflow.plan import config_of, parameters
 from stages.workflow.validate import complete
 

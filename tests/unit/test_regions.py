@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from stages.canvas.region_files import overrides
-from stages.canvas.region_plan import draw_plan
-from stages.canvas.regions import Reroll, from_config, parse, uncovered
-from stages.canvas.tiles import Size, Tile
 from stages.config import Config, ConfigError
+from stages.regions.config import Reroll, from_config, parse, uncovered
+from stages.regions.files import overrides
+from stages.regions.sketch import draw_plan
+from stages.tiles import Size, Tile
 
 SIZE = Size(1024, 2048)
 LEFT = {"prompt": "snowy mountains", "box": [0, 0, 1088, 1024]}
@@ -206,5 +206,5 @@ def test_the_drawing_shows_every_region():
 
 
 def test_no_torch_is_imported():
-    code = "import sys, stages.canvas.region_plan, stages.canvas.region_files; sys.exit('torch' in sys.modules)"
+    code = "import sys, stages.regions.sketch, stages.regions.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

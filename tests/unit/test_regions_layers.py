@@ -8,10 +8,10 @@ from files import all_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.canvas.layers import region_mask, region_views
 from stages.canvas.mixture import Mixture
-from stages.canvas.regions import Region, RegionPlan, parse
-from stages.canvas.tiles import Size, Tile
+from stages.canvas.views import region_mask, region_views
+from stages.regions.config import Region, RegionPlan, parse
+from stages.tiles import Size, Tile
 
 PIXELS, LATENTS, SIDE = Size(512, 1024), Size(64, 128), Size(32, 32)
 OPTIONS = {"side": SIDE, "overlap": 8, "blend": "gaussian", "guidance_scale": 4.0}

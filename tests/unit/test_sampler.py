@@ -19,12 +19,12 @@ from stages.canvas.dilated import Dilated, laid_out
 from stages.canvas.mixture import Mixture, TileBatch, grid_views
 from stages.canvas.noise import canvas_noise, draw
 from stages.canvas.sampler import Sampler
-from stages.canvas.tiles import Size, grid
 from stages.config import ROOT
 from stages.memory.rows import BAND, bands
 from stages.memory.tensors import read_tensors, write_tensors
 from stages.models.checkpoint import Checkpoint
 from stages.models.schedulers import make_scheduler, quad
+from stages.tiles import Size, grid
 
 SCHEDULERS = sorted(path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml"))
 CONFIGS = ROOT / "stages" / "models" / "configs"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.canvas.seam_map import heat_map, plain, table
-from stages.canvas.seams import Meter, border_positions, measure, picture_bands, psnr
-from stages.canvas.tiles import Size, Tile, grid
+from stages.picture.seam_map import heat_map, plain, table
+from stages.picture.seams import Meter, border_positions, measure, picture_bands, psnr
+from stages.tiles import Size, Tile, grid
 
 SIZE = Size(300, 420)
 TILES = grid(SIZE, Size(150, 150), 20)

@@ -90,7 +90,7 @@ def inputs(samples: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 
 def plan(component: Component, limit: int, stage_limit: int, ring: float, **more: Any) -> dict[str, Any]:
     """Everything streamed in the order of use; ``ring`` in largest units."""
-    from stages.memory.profile import trace
+    from stages.memory.trace import trace
 
     model = component.build()
     layout = Layout(model, torch.float32, channels_last=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.canvas.tiles import Size, Tile, grid, latent_grid, needed, spread, whole
+from stages.tiles import Size, Tile, grid, latent_grid, needed, spread, whole
 
 
 @st.composite

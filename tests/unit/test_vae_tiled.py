@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stages.canvas.groupnorm import group_var_mean, merge_var_mean, normalise
-from stages.canvas.shared import SharedStatistics
-from stages.canvas.tiles import Size, Tile, grid, whole
-from stages.canvas.vae import (
+from stages.tiles import Size, Tile, grid, whole
+from stages.vae.groupnorm import group_var_mean, merge_var_mean, normalise
+from stages.vae.shared import SharedStatistics
+from stages.vae.tiled import (
     decode_tile,
     decoder_statistics,
     encode_tiled,

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.canvas.tiles import Size, grid, whole
 from stages.canvas.weights import grid_weights, profile, shares, tile_weights, weight_sum
 from stages.config import BLENDS
+from stages.tiles import Size, grid, whole
 
 
 @settings(deadline=None)

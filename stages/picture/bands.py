@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.canvas.tiles import Size, Tile
+from stages.tiles import Size, Tile
 
 BAND_ROWS = 64  # pixels: bounds what is in memory
 

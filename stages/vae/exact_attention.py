@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.canvas.exact_program import Shape
-from stages.canvas.exact_size import key_rows
-from stages.canvas.spill import Spill
+from stages.vae.exact_program import Shape
+from stages.vae.exact_size import key_rows
+from stages.vae.spill import Spill
 
 
 def _tokens(strip: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stages.canvas.tiles import Tile
+from stages.tiles import Tile
 
 STRIP = 1 << 18  # places of a strip of complete rows that is handed on
 

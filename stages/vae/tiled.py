@@ -1,7 +1,7 @@
 """The VAE tile by tile: stock ``AutoencoderKL`` calls on crops with a halo, alone or with shared statistics.
 
 ``independent`` is what diffusers' tiling does. ``shared`` takes the statistics of every GroupNorm, and the keys and
-values of attention, from one small pass over the whole picture (``stages.canvas.shared``). ``stages.canvas.exact``
+values of attention, from one small pass over the whole picture (``stages.vae.shared``). ``stages.vae.exact``
 computes those of the whole canvas itself.
 """
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.canvas.row_blend import RowBlend
-from stages.canvas.shared import SharedStatistics
-from stages.canvas.tiles import Size, Tile
 from stages.canvas.weights import grid_weights
 from stages.memory.rows import Rows, std_mean
+from stages.picture.row_blend import RowBlend
+from stages.tiles import Size, Tile
+from stages.vae.shared import SharedStatistics
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:

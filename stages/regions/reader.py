@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.canvas.region_types import Region, Reroll
-from stages.canvas.tiles import Size, Tile
 from stages.config import BLENDS, ConfigError, close_match
+from stages.regions.types import Region, Reroll
+from stages.tiles import Size, Tile
 
 _KEYS = {
     *("prompt", "negative_prompt", "guidance_scale", "weight", "mask_type", "seed", "epsilon", "mode", "feather"),

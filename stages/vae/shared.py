@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stages.canvas.groupnorm import group_var_mean, normalise
 from stages.files import atomic_path
 from stages.memory.tensors import read_tensors
+from stages.vae.groupnorm import group_var_mean, normalise
 
 _NORM, _ATTENTION = ("var", "mean"), ("key", "value")
 Pair = tuple[Tensor, Tensor]

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stages.canvas.exact import ExactPass
-from stages.canvas.exact_program import Shape, program, shapes
-from stages.canvas.exact_size import cost, disk_bytes, working_bytes
-from stages.canvas.spill import Spill
-from stages.canvas.tiles import Size
-from stages.canvas.vae import factor, from_vae, to_uint8, to_vae
 from stages.files import atomic_path
+from stages.tiles import Size
+from stages.vae.exact import ExactPass
+from stages.vae.exact_program import Shape, program, shapes
+from stages.vae.exact_size import cost, disk_bytes, working_bytes
+from stages.vae.spill import Spill
+from stages.vae.tiled import factor, from_vae, to_uint8, to_vae
 
 PIXELS = "pixels.u8"
 Direction = Literal["decode", "encode"]

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from stages.canvas.tiles import Size, Tile
+from stages.tiles import Size, Tile
 
 BLOCK, PIECES = 64, 128  # borders are judged in pieces of 64 pixels, or as many as make 128 pieces of the longer side
 NEAR = 16  # pixels to both sides that a border is compared with

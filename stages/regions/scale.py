@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.canvas.regions import Region, RegionPlan, from_config
-from stages.canvas.tiles import Size, Tile
 from stages.config import escape_all
+from stages.regions.config import Region, RegionPlan, from_config
+from stages.tiles import Size, Tile
 
 _NOT_SHAPE = ("prompt", "negative_prompt", "seed", "epsilon")  # of a region: what the number of passes does not hang on
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stages.canvas.exact import layers_done
-from stages.canvas.exact_program import program
-from stages.canvas.exact_vae import PIXELS, Direction, exact_disk_bytes
-from stages.canvas.tiles import Size
 from stages.context import StageContext
 from stages.memory.disk import SCRATCH, refusal, room
+from stages.tiles import Size
+from stages.vae.exact import layers_done
+from stages.vae.exact_program import program
+from stages.vae.exact_vae import PIXELS, Direction, exact_disk_bytes
 
 
 def open_scratch(context: StageContext, streamer: Any, direction: Direction, size: Size) -> tuple[Path, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
-from stages.canvas.exact_program import INPUT, Layer, Shape
+from stages.vae.exact_program import INPUT, Layer, Shape
 
 STRIP_BYTES = 40 << 20  # of all that is alive while a strip of a layer is made
 MOMENTS = 1 << 18  # elements whose moments are taken at a time: they stay in the cache between the passes

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from stages.canvas.tiles import Size, Tile
+from stages.tiles import Size, Tile
 
 
 class Reroll(NamedTuple):

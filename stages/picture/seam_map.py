@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stages.canvas.seams import SeamReport
+from stages.picture.seams import SeamReport
 
 
 def plain(report: SeamReport) -> dict[str, Any]:

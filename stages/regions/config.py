@@ -1,6 +1,6 @@
 """Regions: prompts of their own for parts of the canvas. All of them as a person or a file wrote them, or a refusal.
 
-Boxes are pixels of the canvas. Everything here is plain data: no torch; ``stages.canvas.layers`` makes views of it.
+Boxes are pixels of the canvas. Everything here is plain data: no torch; ``stages.canvas.views`` makes views of it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.canvas.region_files import plain
-from stages.canvas.region_reader import Reader
-from stages.canvas.region_types import Region, RegionPlan, Reroll, uncovered
-from stages.canvas.tiles import Size, whole
 from stages.config import ConfigError, close_match
+from stages.regions.files import plain
+from stages.regions.reader import Reader
+from stages.regions.types import Region, RegionPlan, Reroll, uncovered
+from stages.tiles import Size, whole
 
 __all__ = ["Region", "RegionPlan", "Reroll", "from_config", "parse", "uncovered"]
 
@@ -34,7 +34,7 @@ def parse(
 
     Args:
         written: a list of regions, or ``{regions: [...], grid: [[...]], background: TEXT or region or false}``, or
-            the contents of a mixture-of-diffusers JSON file (see ``stages.canvas.region_files``).
+            the contents of a mixture-of-diffusers JSON file (see ``stages.regions.files``).
         size: of the canvas in pixels.
         factor: pixels to a latent.
         prompt, negative_prompt, guidance_scale: what a region that does not say gets; ``prompt`` is the background

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from stages.canvas.mixture import View, grid_views
-from stages.canvas.regions import Region, RegionPlan
-from stages.canvas.tiles import Size, Tile, grid
 from stages.canvas.weights import GAUSSIAN_SIGMA, Weight, grid_weights, profile
+from stages.regions.config import Region, RegionPlan
+from stages.tiles import Size, Tile, grid
 
 
 def _box(region: Region, plan: RegionPlan, size: Size) -> Tile:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.canvas.exact_attention import CanvasAttention
-from stages.canvas.exact_program import INPUT, Layer, Shape, shapes
-from stages.canvas.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
-from stages.canvas.groupnorm import merge_var_mean, normalise
-from stages.canvas.spill import Spill
 from stages.files import read_json, write_json
+from stages.vae.exact_attention import CanvasAttention
+from stages.vae.exact_program import INPUT, Layer, Shape, shapes
+from stages.vae.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
+from stages.vae.groupnorm import merge_var_mean, normalise
+from stages.vae.spill import Spill
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"

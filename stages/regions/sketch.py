@@ -7,7 +7,7 @@ import io
 
 from PIL import Image, ImageDraw
 
-from stages.canvas.regions import RegionPlan
+from stages.regions.config import RegionPlan
 
 SIDE = 640  # pixels of the drawing's longer side
 _CAPTION = 28  # characters

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stages.canvas.png import PngWriter
 from stages.memory.rows import Rows, Window
+from stages.picture.png import PngWriter
 
 _REACH = 3  # source pixels that Lanczos looks at around each place, times the reduction
 _STRIP = 1 << 18  # pixels of a strip of rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.canvas.exact_program import Shape
+from stages.vae.exact_program import Shape
 
 
 def _bytes(buffer: Tensor) -> memoryview:

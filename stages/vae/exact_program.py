@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from stages.canvas.tiles import Size
+from stages.tiles import Size
 
 INPUT = "input"
 

@@ -1,0 +1,1 @@
+"""Pixels: PNG, bands, user pictures, seams. No network."""

@@ -1,0 +1,1 @@
+"""Regions: what a person asks for where, read and scaled. No torch."""
