@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import gc
 import importlib
-import json
 import mmap
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 from stages import PROFILE
 from stages.config import ConfigError, load
 from stages.context import MARK_BYTES, Progress, StageContext
+from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_json
 from stages.memory.monitor import own_peak_rss
 from stages.workflow.device import on_gpu
@@ -53,26 +53,26 @@ class Events:
         self.total, self.done, self.unit, self.printed = 0, 0, "", 0.0
         self.lock = threading.Lock()
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         with self.lock:
             if self.pipe is not None:
-                self.pipe.write(json.dumps(event, ensure_ascii=True) + "\n")
+                self.pipe.write(to_line(event))
             else:
                 self.print(event)
 
-    def print(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "start":
-            self.total, self.done, self.unit = event["total"], event["done"], event["unit"]
-        elif kind == "advance":
-            self.done += event["n"]
-            if time.monotonic() - self.printed > 2 or self.done == self.total:
-                self.printed = time.monotonic()
-                print(f"{self.done}/{self.total} {self.unit}", flush=True)
-        elif kind == "error":
-            print(event["message"], file=sys.stderr)
-        elif kind != "done":
-            print(event.get("text") or event.get("reason") or event, flush=True)
+    def print(self, event: Event) -> None:
+        match event:
+            case Start():
+                self.total, self.done, self.unit = event.total, event.done, event.unit
+            case Advance(n):
+                self.done += n
+                if time.monotonic() - self.printed > 2 or self.done == self.total:
+                    self.printed = time.monotonic()
+                    print(f"{self.done}/{self.total} {self.unit}", flush=True)
+            case Error(message):
+                print(message, file=sys.stderr)
+            case Note(text) | Resumed(text):
+                print(text, flush=True)
 
 
 def cuda() -> Any | None:
@@ -196,9 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         message, expected = said(error, arguments.run_dir)
         if not expected:
             traceback.print_exc()
-        events({"event": "error", "message": message, "expected": expected, "errno": getattr(error, "errno", None)})
+        events(Error(message, expected, getattr(error, "errno", None)))
         return 1
-    events({"event": "done", "status": status, "peak_rss_bytes": own_peak_rss(), "peak_vram_bytes": peak_vram()})
+    events(Done(status, own_peak_rss(), peak_vram()))
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from stages.events import Advance, Event, Note, Resumed, Start
+
 MARK_BYTES = 256
 _DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
 _NAME = MARK_BYTES - 1 - _DEVICE.size
@@ -19,9 +21,9 @@ _PERIOD = 0.1  # seconds between two 'advance' events: a stage may call advance(
 
 
 class Progress:
-    """A stage's voice. Events go to ``emit`` as small dicts; ``mark`` writes to a shared 256-byte map only."""
+    """A stage's voice. Events go to ``emit``; ``mark`` writes to a shared 256-byte map only."""
 
-    def __init__(self, emit: Callable[[dict[str, Any]], None] | None = None, mark: mmap.mmap | None = None) -> None:
+    def __init__(self, emit: Callable[[Event], None] | None = None, mark: mmap.mmap | None = None) -> None:
         self._emit = emit or (lambda event: None)
         self._mark = mark
         self._pending, self._sent = 0, 0.0
@@ -30,7 +32,7 @@ class Progress:
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """Announce ``total`` pieces of work named ``unit`` ('steps', 'tiles'), ``done`` of them finished before."""
         self.flush()
-        self._emit({"event": "start", "total": int(total), "unit": unit, "done": int(done)})
+        self._emit(Start(int(total), unit, int(done)))
 
     def advance(self, n: int = 1) -> None:
         """``n`` more pieces are finished."""
@@ -41,17 +43,17 @@ class Progress:
     def flush(self) -> None:
         """Send what ``advance`` held back."""
         if self._pending:
-            self._emit({"event": "advance", "n": self._pending})
+            self._emit(Advance(self._pending))
             self._pending, self._sent = 0, time.monotonic()
 
     def note(self, text: str) -> None:
         """A line that the person sees: a warning, or 'preview: PATH'."""
-        self._emit({"event": "note", "text": str(text)})
+        self._emit(Note(str(text)))
 
     def resumed(self, reason: str) -> None:
         """The stage goes on from a checkpoint; ``reason`` says from where ('step 7 of 20')."""
         self.resumed_because = reason
-        self._emit({"event": "resumed", "reason": reason})
+        self._emit(Resumed(reason))
 
     def mark(self, module: str) -> None:
         """Name the module that runs now, for the memory timeline. One memory write: fit for every block of a pass."""

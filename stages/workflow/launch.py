@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import mmap
 import os
 import signal
@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from omegaconf import DictConfig
 
 from stages.config import ROOT, parse_bytes
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
+from stages.events import Done, Error, Event, Resumed, from_line
 from stages.memory.monitor import Monitor, Sample, own_peak_rss, usage
 from stages.workflow import device, enforce
 from stages.workflow.plan import StageState
@@ -76,7 +77,7 @@ def run_stage(
     config: DictConfig,
     run_dir: Path,
     *,
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None,
     pipeline: str = "stages",
     force: bool = False,
 ) -> StageResult:
@@ -127,7 +128,7 @@ def run_stage(
         ).start()
         try:
             with os.fdopen(reader, encoding="utf-8") as events:
-                last = _listen(events, on_event)
+                last, resumed = _listen(events, on_event)
             code = process.wait()
         except BaseException:
             _end(process)
@@ -139,16 +140,16 @@ def run_stage(
             view.close()
     if enforcer.violation is not None and code != 0:
         raise StageFailed(_over_budget(state.name, enforcer, config))
-    if code != 0 or last.get("event") != "done":
+    if code != 0 or not isinstance(last, Done):
         raise StageFailed(_failure(state.name, code, last, log_path, module))
-    peak = max(monitor.peak.rss, last["peak_rss_bytes"] + usage(os.getpid()).rss)
+    peak = max(monitor.peak.rss, last.peak_rss_bytes + usage(os.getpid()).rss)
     result = StageResult(
         name=state.name,
-        status=last["status"],
-        reason=last.get("reason") or state.reason,
+        status=last.status,
+        reason=resumed or (_MEANWHILE if last.status == "reused" else state.reason),
         seconds=round(time.monotonic() - begin, 3),
         peak_rss_bytes=peak,
-        peak_vram_bytes=last["peak_vram_bytes"],
+        peak_vram_bytes=last.peak_vram_bytes,
         fingerprint=state.fingerprint,
         peak_module=monitor.peak.module,
         heaviest=tuple(monitor.heaviest),
@@ -159,6 +160,7 @@ def run_stage(
     return result
 
 
+_MEANWHILE = "another process computed it meanwhile"
 _NOT_STATS = ("name", "status", "reason", "fingerprint")
 
 
@@ -184,23 +186,23 @@ def runner_peak() -> int:
     return own_peak_rss()
 
 
-def _listen(events: IO[str], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Pass events on until the stage closes its end; returns the last word: done, error, or {} if it died."""
-    last: dict[str, Any] = {}
-    resumed = ""
+def _listen(events: IO[str], on_event: Callable[[Event], None]) -> tuple[Done | Error | None, str]:
+    """Pass events on until the stage closes its end; returns its last word (None if it died), and why it went on.
+
+    Raises:
+        ValueError: a whole line that is no event.
+    """
+    last, resumed = None, ""
     for line in events:
-        try:
-            event = json.loads(line)
-        except ValueError:  # the process was killed in the middle of a line
-            continue
-        if event["event"] in ("done", "error"):
+        if not line.endswith("\n"):  # the process was killed in the middle of it
+            break
+        event = from_line(line)
+        if isinstance(event, Done | Error):
             last = event
-        else:
-            resumed = event["reason"] if event["event"] == "resumed" else resumed
-            on_event(event)
-    if last.get("status") in ("resumed", "reused"):
-        last["reason"] = resumed or "another process computed it meanwhile"
-    return last
+            continue
+        resumed = event.reason if isinstance(event, Resumed) else resumed
+        on_event(event)
+    return last, resumed
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -229,13 +231,13 @@ def _over_budget(stage: str, enforcer: enforce.Enforcer, config: DictConfig) -> 
     )
 
 
-def _failure(stage: str, code: int, last: dict[str, Any], log: Path, module: str) -> str:
-    if last.get("event") == "error" and last.get("expected"):
-        return f"{stage}: {last['message']}"
-    if last.get("errno") == 28:
-        cause = f"the disk is full ({last['message']}): free some space; finished work stays"
-    elif last.get("event") == "error":
-        cause = last["message"]
+def _failure(stage: str, code: int, last: Done | Error | None, log: Path, module: str) -> str:
+    if isinstance(last, Error):
+        if last.expected:
+            return f"{stage}: {last.message}"
+        cause = last.message
+        if last.errno == errno.ENOSPC:
+            cause = f"the disk is full ({cause}): free some space; finished work stays"
     elif code < 0:
         cause = f"ended by signal {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from stages.events import Advance, Event, Note, Resumed, Start
 from stages.workflow.launch import StageResult
 
 _EVERY = 2.0  # seconds between two plain lines of a stage
@@ -28,7 +29,7 @@ class Silent:
     def begin(self, stage: str, reason: str) -> None:
         """A stage starts, for this reason."""
 
-    def event(self, stage: str, event: dict[str, Any]) -> None:
+    def event(self, stage: str, event: Event) -> None:
         """A stage said something (see ``context.Progress``)."""
 
     def end(self, result: StageResult) -> None:
@@ -58,22 +59,23 @@ class Plain(Silent):
         self.total, self.done, self.unit = 0, 0, ""
         self.line(f"{stage}: starts ({reason})")
 
-    def event(self, stage: str, event: dict[str, Any]) -> None:
-        kind, now = event["event"], time.monotonic()
-        if kind == "start":
-            self.total, self.done, self.unit = event["total"], event["done"], event["unit"]
-            self.first, self.began, self.printed = self.done, now, now
-        elif kind == "advance":
-            self.done += event["n"]
-            if now - self.printed >= _EVERY:
-                self.printed = now
-                speed = (self.done - self.first) / max(now - self.began, 1e-9)
-                left = duration((self.total - self.done) / speed) if speed else "?"
-                self.line(f"{stage}: {self.done}/{self.total} {self.unit}, {speed:.2f}/s, {left} left")
-        elif kind == "note":
-            self.line(f"{stage}: {event['text']}")
-        elif kind == "resumed":
-            self.line(f"{stage}: goes on ({event['reason']})")
+    def event(self, stage: str, event: Event) -> None:
+        now = time.monotonic()
+        match event:
+            case Start():
+                self.total, self.done, self.unit = event.total, event.done, event.unit
+                self.first, self.began, self.printed = self.done, now, now
+            case Advance(n):
+                self.done += n
+                if now - self.printed >= _EVERY:
+                    self.printed = now
+                    speed = (self.done - self.first) / max(now - self.began, 1e-9)
+                    left = duration((self.total - self.done) / speed) if speed else "?"
+                    self.line(f"{stage}: {self.done}/{self.total} {self.unit}, {speed:.2f}/s, {left} left")
+            case Note(text):
+                self.line(f"{stage}: {text}")
+            case Resumed(reason):
+                self.line(f"{stage}: goes on ({reason})")
 
     def end(self, result: StageResult) -> None:
         if result.status == "reused":
@@ -110,21 +112,21 @@ class Bars(Plain):
         self.task = self.bars.add_task(stage, total=None, count="starts")
         self.bars.start()
 
-    def event(self, stage: str, event: dict[str, Any]) -> None:
-        kind, now = event["event"], time.monotonic()
-        if kind == "start":
-            self.first = self.done = event["done"]
-            self.began, self.total, self.unit = now, event["total"], event["unit"]
-            self.bars.update(
-                self.task, total=self.total, completed=self.done, count=f"{self.done}/{self.total} {self.unit}"
-            )
-        elif kind == "advance":
-            self.bars.advance(self.task, event["n"])
-            self.done += event["n"]
-            speed = (self.done - self.first) / max(now - self.began, 1e-9)
-            self.bars.update(self.task, count=f"{self.done}/{self.total} {self.unit} {speed:.2f}/s")
-        else:
-            super().event(stage, event)
+    def event(self, stage: str, event: Event) -> None:
+        now = time.monotonic()
+        match event:
+            case Start():
+                self.total, self.done, self.unit = event.total, event.done, event.unit
+                self.first, self.began = self.done, now
+                count = f"{self.done}/{self.total} {self.unit}"
+                self.bars.update(self.task, total=self.total, completed=self.done, count=count)
+            case Advance(n):
+                self.bars.advance(self.task, n)
+                self.done += n
+                speed = (self.done - self.first) / max(now - self.began, 1e-9)
+                self.bars.update(self.task, count=f"{self.done}/{self.total} {self.unit} {speed:.2f}/s")
+            case _:
+                super().event(stage, event)
 
     def end(self, result: StageResult) -> None:
         self.close()

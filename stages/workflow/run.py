@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stages.config import ConfigError, escape_all, save_text
+from stages.events import Event
 from stages.files import atomic_path, read_json, write_json, write_text
 from stages.regions.config import from_config
 from stages.workflow import launch, overrides, planning, report
@@ -151,7 +152,7 @@ def _run_stages(
 
 
 def _run_one(state: StageState, config: DictConfig, run_dir: Path, pipeline: str, shown: Silent) -> launch.StageResult:
-    def hear(event: dict[str, Any]) -> None:
+    def hear(event: Event) -> None:
         shown.event(state.name, event)
 
     force = bool(config.force)

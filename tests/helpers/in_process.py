@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stages import PIPELINE, __main__
 from stages.config import Config, escape_all, resolve, save_text
 from stages.context import Progress
+from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.workflow.plan import StageState, active, build
 from stages.workflow.store import Store
@@ -49,7 +50,7 @@ class Work:
 
     def __init__(self, output_dir: Path, checkpoint: Path) -> None:
         self.output_dir, self.checkpoint = output_dir, checkpoint
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
 
     def config(self, values: dict[str, Any] | None = None) -> DictConfig:
         return small_config(self.checkpoint, self.output_dir, values)
@@ -85,7 +86,7 @@ class Work:
     @property
     def notes(self) -> list[str]:
         """What the last stage said to the person."""
-        return [event["text"] for event in self.events if event["event"] == "note"]
+        return [event.text for event in self.events if isinstance(event, Note)]
 
 
 def payload(folder: Path) -> dict[str, Any]:

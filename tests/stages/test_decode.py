@@ -11,6 +11,7 @@ from in_process import Work
 from PIL import Image
 
 import stages.decode
+from stages.events import Start
 from stages.memory.tensors import read_tensors
 from stages.tiles import latent_grid
 
@@ -97,7 +98,7 @@ def test_torn_files_of_an_earlier_try_are_made_again(work: Work) -> None:
     (folder / "checkpoint_statistics.safetensors").write_bytes(b"torn too")
     got = tiles(second, {})
     assert second.status == "resumed"
-    assert [event["done"] for event in second.events if event["event"] == "start"] == [1]
+    assert [event.done for event in second.events if isinstance(event, Start)] == [1]
     assert any("checkpoint_statistics.safetensors cannot be used" in note for note in second.notes)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stages import decode
 from stages.config import Config, resolve
 from stages.context import Progress, StageContext
+from stages.events import Advance, Note, Start
 from stages.memory import disk
 from stages.tiles import latent_grid
 from stages.vae import exact, exact_size
@@ -82,10 +83,10 @@ def test_tiles_of_the_whole_decode(context, checkpoint, plan, strip_bytes, monke
     context.progress.flush()
     assert worst(context, checkpoint[1]) <= 1
     assert not [path for path in (context.output / "checkpoint_exact_decode").iterdir() if path.suffix == ".raw"]
-    started = next(event for event in events if event["event"] == "start")
-    assert started["unit"] == "layers"
-    assert sum(event["n"] for event in events if event["event"] == "advance") == started["total"]
-    assert any("scratch space" in event.get("text", "") for event in events)
+    started = next(event for event in events if isinstance(event, Start))
+    assert started.unit == "layers"
+    assert sum(event.n for event in events if isinstance(event, Advance)) == started.total
+    assert any("scratch space" in event.text for event in events if isinstance(event, Note))
 
 
 class Killed(Exception):

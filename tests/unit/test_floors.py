@@ -12,7 +12,7 @@ from stages.config import ROOT, STAGES
 
 # floors from the ground up; a module may import its own floor, where it is one package, and those below
 FLOORS = (
-    ("stages", "stages.config", "stages.files", "stages.context"),
+    ("stages", "stages.config", "stages.files", "stages.context", "stages.events"),
     ("stages.memory",),
     ("stages.canvas",),
     ("stages.models",),  # a denoiser answers the canvas' questions (``TileBatch``)

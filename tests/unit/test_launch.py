@@ -15,6 +15,7 @@ import pytest
 from stages import __main__ as stage_process
 from stages.config import ROOT
 from stages.context import MARK_BYTES, Progress, read_device_bytes, read_mark
+from stages.events import Advance, Error, Event
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
 from stages.workflow import enforce
 from stages.workflow.errors import explain
@@ -227,7 +228,7 @@ def test_a_stage_by_hand(toy):
 def test_a_full_disk_is_said_as_such(tmp_path):
     log = tmp_path / "denoise.log"
     log.write_text("a\nb\n")
-    last = {"event": "error", "message": "OSError: [Errno 28] No space left", "expected": False, "errno": 28}
+    last = Error("OSError: [Errno 28] No space left", False, 28)
     text = _failure("denoise", 1, last, log, "unet.mid")
     assert text.startswith("denoise: the disk is full")
     assert "free some space" in text
@@ -305,12 +306,12 @@ def test_a_stage_tells_what_the_gpu_holds_once_one_is_in_use(monkeypatch):
 
 
 def test_progress_holds_back_but_loses_no_step():
-    events: list[dict] = []
+    events: list[Event] = []
     progress = Progress(events.append)
     progress.start(1000, "tiles", done=1)
     for _ in range(999):
         progress.advance()
     progress.flush()
     assert len(events) < 20
-    assert sum(event["n"] for event in events if event["event"] == "advance") == 999
+    assert sum(event.n for event in events if isinstance(event, Advance)) == 999
     assert Path(HELPERS).is_dir()
