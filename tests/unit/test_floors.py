@@ -1,65 +1,95 @@
-"""Imports point downward only, and what has to stay light imports no torch."""
+"""Imports point downward only, and what has to stay light imports no torch: as ``docs/architecture.md`` says."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from sources import ROOT, imported, way_to_torch
 
-from stages.config import ROOT, STAGES
-
-# floors from the ground up; a module may import its own floor, where it is one package, and those below
-FLOORS = (
-    ("stages", "stages.config", "stages.files", "stages.context", "stages.events"),
-    ("stages.memory",),
-    ("stages.canvas",),
-    ("stages.models",),  # a denoiser answers the canvas' questions (``TileBatch``)
-    ("stages.workflow",),
-    (*(f"stages.{name}" for name in STAGES), "stages.profile", "stages.sampling", "stages.__main__"),
-    ("runner",),
-)
+STATEMENT = ROOT / "docs" / "architecture.md"
+PACKAGES = ("stages", "runner", "tests", "benchmarks", "training")
+_LINE = re.compile(r"(?P<names>\S+(?: \S+)*) {2,}(?P<text>\S.*)")
+MODULES = sorted([*(ROOT / "stages").rglob("*.py"), ROOT / "runner.py"])
 
 
-def house(module: str) -> str:
-    """The entry of FLOORS that a module belongs to."""
-    entries = [one for floor in FLOORS for one in floor if one != "stages"]
-    return next((one for one in entries if module == one or module.startswith(f"{one}.")), "stages")
+class Line(NamedTuple):
+    """One line of the statement: the files and folders that it stands for, and what it says of them."""
+
+    paths: tuple[Path, ...]
+    text: str
 
 
-def level(module: str) -> int:
-    return next(number for number, floor in enumerate(FLOORS) if house(module) in floor)
+def _path(name: str) -> Path:
+    return ROOT / name if name == "runner.py" else ROOT / "stages" / name
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted((ROOT / "stages").rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        yield name.removesuffix(".__init__"), path
-    yield "runner", ROOT / "runner.py"
+def statement() -> list[Line]:
+    """The lines from the ground up."""
+    block = STATEMENT.read_text(encoding="utf-8").split("```")[1].strip()
+    found = [_LINE.fullmatch(line) for line in block.splitlines()]
+    assert all(found), f"{STATEMENT}: a line of the house is not 'NAMES  what they do'"
+    return [Line(tuple(map(_path, one["names"].split())), one["text"]) for one in reversed(found) if one]
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of this project that a file names in an import, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            below = {f"{node.module}.{alias.name}" for alias in node.names}
-            inside = {one for one in below if (ROOT / Path(*one.split("."))).with_suffix(".py").is_file()}
-            found |= inside or {node.module}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {one for one in found if one.split(".")[0] in ("stages", "runner", "tests", "benchmarks", "training")}
+LINES = statement()
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()))
-def test_imports_point_downward(module: str, path: Path) -> None:
-    for other in imported(path):
-        assert other.split(".")[0] == "stages", f"{module} imports {other}"
-        assert level(other) <= level(module), f"{module} imports {other}, which lies above it"
+def floor(module: Path) -> int | None:
+    """The number of the line that a file stands in: its own, else its folder's."""
+    for path in (module, *module.parents):
+        for number, line in enumerate(LINES):
+            if path in line.paths:
+                return number
+    return None
 
 
-def test_every_module_has_a_floor() -> None:
-    known = {one for floor in FLOORS for one in floor}
-    assert {house(name) for name, _ in modules()} <= known
-    assert level("stages.tiles") == 2 and level("stages.memory.disk") == 1 and level("stages.decode") == 5
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _module(name: str) -> Path:
+    path = ROOT / Path(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_every_module_has_a_floor_and_imports_point_downward(path: Path) -> None:
+    own = floor(path)
+    assert own is not None, f"{_name(path)} has no line in {_name(STATEMENT)}: put it above what it imports"
+    ours = {one for one in imported(path) if one.split(".")[0] in PACKAGES}
+    for other in map(_module, ours):
+        above = floor(other)
+        assert above is not None, f"{_name(path)} imports {_name(other)}, which is no part of the house"
+        assert above <= own, f"{_name(path)} imports {_name(other)}, which lies above it"
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.paths[0].name)
+def test_every_line_is_true(line: Line) -> None:
+    for path in line.paths:
+        assert path.exists(), f"{_name(STATEMENT)} has a line for {_name(path)}, which is not there"
+        if "(no torch)" in line.text:
+            files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+            assert {_name(file): way for file in files if (way := way_to_torch(file))} == {}
+
+
+def test_the_statement_is_whole() -> None:
+    paths = [path for line in LINES for path in line.paths]
+    assert len(paths) == len(set(paths))
+    folders = {path.parent for path in MODULES if path.parent.parent == ROOT / "stages"}
+    assert folders <= set(paths)
+    floors = [
+        floor(_path(name)) for name in ("__init__.py", "memory/disk.py", "memory/rows.py", "decode.py", "runner.py")
+    ]
+    assert None not in floors and floors == sorted(floors, key=int) and floors.count(floors[1]) == 2
+
+
+def test_the_way_to_torch_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "heavy.py"
+    file.write_text("import json\nfrom stages import sampling\n")
+    assert way_to_torch(file).startswith("stages.sampling > ")
+    file = tmp_path / "light.py"
+    file.write_text("import json\ndef later():\n    import torch\nclass A:\n    from stages import config\n")
+    assert way_to_torch(file) == "" and imported(file) == {"json", "torch", "stages.config"}
