@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from stages import PROFILE
-from stages.config import ConfigError, load
+from stages.config import ConfigError, load, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_json
 from stages.memory.monitor import own_peak_rss
-from stages.workflow.device import on_gpu
 from stages.workflow.plan import StageState, build, config_of, state_of
 from stages.workflow.store import Store
 

@@ -329,6 +329,11 @@ def load(path: Path) -> DictConfig:
         raise ConfigError("run", str(path), "a run folder with its config.yaml", hint) from None
 
 
+def on_gpu(config: DictConfig) -> bool:
+    """Whether this run computes on a GPU."""
+    return str(config.device).startswith("cuda")
+
+
 def resolve_dtype(config: DictConfig) -> str:
     """The dtype that a stage computes in, ``auto`` resolved without torch: fp32 | bf16 | fp16.
 
@@ -336,7 +341,7 @@ def resolve_dtype(config: DictConfig) -> str:
     """
     if config.technique.dtype != "auto":
         return config.technique.dtype
-    if str(config.device).startswith("cuda"):
+    if on_gpu(config):
         return "fp16"
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags() else "fp32"
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from stages import phase_size
 from stages.canvas.dilated import dilated_views
-from stages.config import ConfigError
+from stages.config import ConfigError, on_gpu
 from stages.context import StageContext
 from stages.files import write_json
 from stages.memory.imports import light_imports
@@ -40,7 +40,7 @@ from stages.sampling import denoise_canvas, lowres_canvas
 from stages.tiles import Size, grid, latent_grid
 from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
 from stages.vae.open import DECODER, ENCODER
-from stages.workflow.device import FLOPS, on_gpu
+from stages.workflow.device import FLOPS
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
 # buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.

@@ -17,15 +17,8 @@ from torch import nn
 from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.copies import skip_copies
-from stages.models.locate import (
-    CheckpointError,
-    choose_weights,
-    fetch,
-    is_hub_id,
-    local_path,
-    names_in,
-    refuse_pickle,
-)
+from stages.models.locate import CheckpointError, choose_weights, fetch, names_in, refuse_pickle
+from stages.paths import is_hub_id, local_path
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -9,14 +9,12 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.config import ROOT
+from stages.paths import PICKLES
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 CONVERT = (
     'python -c "from diffusers import StableDiffusionPipeline as P; '
     "P.from_{source}({path!r}).save_pretrained('converted')\"  and then model.path=converted"
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BASES = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor")
 _VARIANTS = ("fp16", "bf16", "")  # half the bytes to read first
@@ -71,17 +69,6 @@ def choose_weights(names: Collection[str], component: str, variant: str | None =
         )
     wanted = f"{component}/{_BASES[0] if 'encoder' not in component else _BASES[1]}[.fp16].safetensors"
     raise CheckpointError(f"{component}: no weights; expected {wanted}, got {sorted(own) or 'no such folder'}.")
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether ``path`` reads as ``org/name`` and nothing of that name lies on disk."""
-    return bool(_HUB_ID.fullmatch(path)) and local_path(path) is None
-
-
-def local_path(path: str) -> Path | None:
-    """The file or folder ``path`` names, from the working folder or from the project's; None if there is none."""
-    expanded = Path(path).expanduser()
-    return next((p.resolve() for p in (expanded, ROOT / expanded) if p.exists()), None)
 
 
 def fetch(

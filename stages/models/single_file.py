@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header
-from stages.models.locate import CheckpointError, local_path
+from stages.models.locate import CheckpointError
+from stages.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -27,11 +27,6 @@ ENVIRONMENT = {
 }
 
 
-def on_gpu(config: DictConfig) -> bool:
-    """Whether this run computes on a GPU."""
-    return str(config.device).startswith("cuda")
-
-
 def device_budget(config: DictConfig) -> int | None:
     """Bytes that the allocator may reserve; None without a limit."""
     given = config.memory.device_budget

@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError
 from stages.files import read_json, write_json
+from stages.paths import PICKLES, is_hub_id
 from stages.workflow.store import digest, fingerprint
 
-_IGNORED = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
+_IGNORED = {*PICKLES, ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
 _REMOTE = """
 import sys
 from huggingface_hub import HfApi
@@ -35,11 +36,6 @@ def file_hash(path: Path, cache: Path) -> str:
     found = digest(path)
     write_json(note, {"key": key, "sha256": found})
     return found
-
-
-def is_hub_id(path: str) -> bool:
-    """True for ``org/name`` that is not something on disk."""
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
 
 
 def resolve_revision(repository: str, revision: str | None = None) -> str:

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 
 from omegaconf import DictConfig
 
-from stages.config import ROOT, parse_bytes
+from stages.config import ROOT, on_gpu, parse_bytes
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.events import Done, Error, Event, Resumed, from_line
 from stages.memory.monitor import Monitor, Sample, own_peak_rss, usage
@@ -61,7 +61,7 @@ def environment(config: DictConfig) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",  # threads that spin for work starve everything else on a small, busy machine
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if device.on_gpu(config):
+    if on_gpu(config):
         wanted |= device.ENVIRONMENT
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
     if config.launch.threads:
@@ -94,7 +94,7 @@ def run_stage(
     log_path = run_dir / "logs" / f"{state.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     mode = str(config.memory.enforce)
-    if mode == "auto" and device.on_gpu(config):  # the driver alone takes a gigabyte of RAM; the device has its limit
+    if mode == "auto" and on_gpu(config):  # the driver alone takes a gigabyte of RAM; the device has its limit
         mode = "off"
     enforcer = enforce.start(mode, parse_bytes(config.memory.budget), what=state.name, writes=Path(config.output_dir))
     begin = time.monotonic()

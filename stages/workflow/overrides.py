@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from stages.config import ROOT, Config, ConfigError, close_match, escape
 from stages.files import read_json, write_json
+from stages.paths import anchored
 
 CONF = ROOT / "conf"
 SAVED = "overrides.json"  # of a run: what its command line said, ready for Hydra
@@ -176,11 +177,6 @@ def value_of(overrides: Iterable[str], key: str) -> str | None:
         return None
     text = values[-1]
     return text[1:-1].replace("\\'", "'") if text[0] in "'\"" and text[-1] == text[0] else text
-
-
-def anchored(path: str) -> Path:
-    """A path as given: absolute, else under the project's folder."""
-    return Path(path).expanduser() if Path(path).expanduser().is_absolute() else ROOT / path
 
 
 def _with_saved_run(overrides: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
-from stages.config import parse_bytes, resolve_dtype
+from stages.config import on_gpu, parse_bytes, resolve_dtype
 from stages.files import read_json, write_json
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
@@ -62,7 +62,7 @@ def plan(
     ]
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
     budget = parse_bytes(config.memory.budget)
-    if device.on_gpu(config):  # what is planned is the device's memory
+    if on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, device.device_budget(config) or 10**15
         kinds = {one.name: _COMPONENT[_base(one.name)] for one in profiles}
         profiles = [device.for_device(one, config.memory.host, streams=kinds[one.name] == "unet") for one in profiles]
@@ -131,7 +131,7 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
         }
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
     made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared, "disk_bytes": profile.disk}
-    if device.on_gpu(config):
+    if on_gpu(config):
         return device.of_device(made, config)
     return made
 
@@ -140,7 +140,7 @@ def _refusal(error: OverBudget, config: DictConfig) -> str:
     least = -(-int(error.least.predicted_peak_rss_bytes / 0.985) // 10_000_000) * 10
     slower = error.least.predicted_seconds / max(error.fastest.predicted_seconds, 1e-9)
     cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
-    key = "device_budget" if device.on_gpu(config) else "budget"
+    key = "device_budget" if on_gpu(config) else "budget"
     other = "memory.weights=auto, " if config.memory.weights == "resident" else ""
     return (
         f"memory.{key}: got {config.memory[key]}, but {error.stage} needs at least {least} MB "

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from stages.config import ConfigError, escape_all, save_text
 from stages.events import Event
 from stages.files import atomic_path, read_json, write_json, write_text
+from stages.paths import anchored
 from stages.regions.config import from_config
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
@@ -165,7 +166,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _elsewhere(config: DictConfig) -> str:
     """The part of a command that finds a run outside the default folder."""
-    usual = overrides.anchored("outputs")
+    usual = anchored("outputs")
     return "" if Path(config.output_dir) == usual else f" output_dir={shlex.quote(str(config.output_dir))}"
 
 

@@ -16,7 +16,6 @@ from stages.config import (
     DECODE_MODES,
     DTYPES,
     GUIDE_MODES,
-    ROOT,
     WEIGHTS,
     ConfigError,
     SchedulerConfig,
@@ -25,15 +24,14 @@ from stages.config import (
     parse_bytes,
     resolve,
 )
+from stages.paths import PICKLES, anchored, is_hub_id
 from stages.regions.config import from_config
 from stages.regions.files import overrides
-from stages.workflow.identity import is_hub_id
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
 LARGEST = 65536  # pixels a side
 LEAST_BUDGET = 280_000_000  # bytes: python, torch and a model class, before the first weight
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
 _EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
 
 
@@ -46,27 +44,19 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> DictConfig:
     Raises:
         ConfigError: a value that cannot work.
     """
-    OmegaConf.update(config, "output_dir", escape_all(str(_anchored(config.output_dir))))
+    OmegaConf.update(config, "output_dir", escape_all(str(anchored(config.output_dir))))
     if isinstance(config.regions, str):
         _read_regions(config)
     _read_prompt(config)
     _apply_regions(config, {override.key for text in said if (override := parse_override(text))})
     for key in ("guide.image", "model.path"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
-        if value and not (key == "model.path" and is_hub_id(value) and not (ROOT / value).exists()):
-            OmegaConf.update(config, key, escape_all(str(_anchored(value, near=True))))
+        if value and not (key == "model.path" and is_hub_id(value)):
+            OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
     _check_sizes_known(config)
     config = resolve(config)
     validate(config)
     return config
-
-
-def _anchored(path: str, near: bool = False) -> Path:
-    """Absolute: as given, else (with ``near``) under the current folder if it is there, else under the project."""
-    expanded = Path(path).expanduser()
-    if near and expanded.exists():
-        return expanded.absolute()
-    return expanded if expanded.is_absolute() else ROOT / expanded
 
 
 def _read_prompt(config: DictConfig) -> None:
@@ -78,7 +68,7 @@ def _read_prompt(config: DictConfig) -> None:
         return
     if config.prompt is not None:
         raise ConfigError("prompt_file", config.prompt_file, "either prompt or prompt_file", "Leave one of them out.")
-    path = _anchored(config.prompt_file, near=True)
+    path = anchored(config.prompt_file, near=True)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +79,7 @@ def _read_prompt(config: DictConfig) -> None:
 
 
 def _read_regions(config: DictConfig) -> None:
-    path = _anchored(config.regions, near=True)
+    path = anchored(config.regions, near=True)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -256,7 +246,7 @@ def _files(config: DictConfig) -> None:
                 "guide.image", str(image), "a picture that can be read", "A relative path starts in the current folder."
             )
     path = Path(config.model.path)
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         hint = "Unpickling runs code from the file. Take the .safetensors file, or convert it once with diffusers."
         raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
     if is_hub_id(str(config.model.path)):

@@ -14,6 +14,7 @@ from stages.models import locate
 from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.models.locate import Weights, choose_weights
 from stages.models.single_file import relocate
+from stages.paths import is_hub_id
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +176,10 @@ def test_hub_id_from_the_cache(made: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_is_never_taken_for_a_hub_id(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.parent)
     (made.parent / "org").mkdir(exist_ok=True)
-    assert locate.is_hub_id("org/name")
+    assert is_hub_id("org/name")
     (made.parent / "org" / "name").mkdir(exist_ok=True)
-    assert not locate.is_hub_id("org/name")
-    assert not locate.is_hub_id("a/b/c")
+    assert not is_hub_id("org/name")
+    assert not is_hub_id("a/b/c")
     assert Checkpoint.open(str(made)).revision is None
 
 

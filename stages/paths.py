@@ -1,0 +1,29 @@
+"""What a path on the command line means: a local file or folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from stages.config import ROOT
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # endings: opening one can run any code that its author put there
+_FILES = (".safetensors", ".sft", ".gguf", ".json", *PICKLES)  # endings that no repository's name has
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` reads as ``org/name``, not as a file's name, and nothing of that name lies on disk."""
+    return bool(_HUB_ID.fullmatch(path)) and not path.lower().endswith(_FILES) and local_path(path) is None
+
+
+def local_path(path: str) -> Path | None:
+    """The file or folder that ``path`` names, from the current folder or the project's; None if there is none."""
+    expanded = Path(path).expanduser()
+    return next((p.resolve() for p in (expanded, ROOT / expanded) if p.exists()), None)
+
+
+def anchored(path: str, near: bool = False) -> Path:
+    """Absolute: as given, else (with ``near``) under the current folder if it is there, else under the project."""
+    expanded = Path(path).expanduser()
+    return expanded.absolute() if near and expanded.exists() else ROOT / expanded
