@@ -14,16 +14,19 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow check format bench clean
+.PHONY: help run test test-fast slow check format bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 run: $(VENV)/.run ## a picture: make run PROMPT="a lighthouse on a cliff" ARGS="width=1024 height=1024 seed=3"
 	@$(PY) runner.py stage=all $${PROMPT:+"prompt=$$PROMPT"} $(ARGS)
 
 test: $(VENV)/.dev ## the tests, without the slow ones (but with the headline): make test TESTS=tests/unit
 	@$(PY) -m pytest -m "not slow or ci_slow" $(TESTS)
+
+test-fast: $(VENV)/.dev ## the tests that need no torch, in half a minute
+	@$(PY) -m pytest -m fast $(TESTS)
 
 slow: $(VENV)/.dev ## the slow tests: full-size models, large canvases
 	@$(PY) -m pytest -m slow $(TESTS)

@@ -22,6 +22,8 @@ sys.path.insert(0, str(HELPERS))
 from command import Command  # noqa: E402 - helpers, found through the line above
 from in_process import Work  # noqa: E402
 
+pytest_plugins = ["fast"]
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

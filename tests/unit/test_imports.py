@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch  # in processes of its own
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sympy", "peft", "torchvision")
 

@@ -79,7 +79,7 @@ def test_hostile_prompts_arrive_as_typed(text):
     assert through_hydra(text) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00")))
 @example("\\" * 7 + "'")
 def test_any_text_arrives_as_typed(text):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torch  # in processes of its own
 ROOT = Path(__file__).resolve().parents[2]
 
 

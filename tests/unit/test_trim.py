@@ -32,6 +32,7 @@ def test_only_clean_private_file_mappings_that_nothing_can_write_to() -> None:
     assert list(clean_mappings(SMAPS)) == [(0x7F0000000000, 0x400000)]
 
 
+@pytest.mark.torch
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/smaps is Linux'")
 def test_a_process_shrinks_and_goes_on_computing() -> None:
     program = (
