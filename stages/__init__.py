@@ -23,7 +23,7 @@ class Stage(NamedTuple):
     needs: Callable[[DictConfig], tuple[str, ...]]
     components: tuple[str, ...] = ()
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
-    size: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
+    phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
     @property
     def module(self) -> str:
@@ -129,10 +129,10 @@ def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[
                 size = phase_size(config.width, config.height, long_side, config.model.vae_scale_factor)
                 guide, denoise = f"guide_{long_side}", f"denoise_{long_side}"
                 needs = previous or stage.needs(config)
-                found.append(stage._replace(name=guide, of="guide", size=size, needs=lambda _, n=needs: n))
+                found.append(stage._replace(name=guide, of="guide", phase=size, needs=lambda _, n=needs: n))
                 needs = ("text_encode", guide)
                 found.append(
-                    by_name["denoise"]._replace(name=denoise, of="denoise", size=size, needs=lambda _, n=needs: n)
+                    by_name["denoise"]._replace(name=denoise, of="denoise", phase=size, needs=lambda _, n=needs: n)
                 )
                 previous = (guide, denoise)
             found.append(stage._replace(needs=lambda _, n=previous: n))

@@ -148,10 +148,11 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
             hint = f"Make them: python -m stages {name} {run_dir}"
             raise ConfigError("stage", stage, f"the results of {name} ({why})", hint)
     context = StageContext(
+        stage=state.stage,
         config=config_of(config, state.stage),
         run_dir=run_dir,
         output=state.entry.path,
-        inputs={name: states[name].entry.path for name in state.needs},
+        inputs={states[name].stage.module: states[name].entry.path for name in state.needs},
         plan=(read_json(run_dir / "plan.json") or {}).get(stage, {}),
         progress=progress,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from stages import Stage
 from stages.events import Advance, Event, Note, Resumed, Start
 
 MARK_BYTES = 256
@@ -83,10 +84,12 @@ class StageContext:
     """The argument of every stage's ``run``; the dict that ``run`` returns goes into the manifest's ``info``.
 
     ``output`` is this result's folder in the store; partial results of an earlier, killed try may lie in it (whole
-    files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its
-    folder. ``plan`` is the stage's part of ``<run_dir>/plan.json``, {} without one.
+    files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its folder; an
+    upscaling phase (``guide_512``) stands under the stage that it is one of. ``plan`` is the stage's part of
+    ``<run_dir>/plan.json``, {} without one.
     """
 
+    stage: Stage
     config: DictConfig
     run_dir: Path
     output: Path
@@ -97,11 +100,4 @@ class StageContext:
     @property
     def name(self) -> str:
         """Of the stage; an upscaling phase has its own (``guide_512``)."""
-        return self.output.parent.name
-
-    def input(self, stage: str) -> Path:
-        """Folder of the upstream ``stage``, or of the upscaling phase of it that this one needs. KeyError if none."""
-        for name, folder in self.inputs.items():
-            if name == stage or name.startswith(f"{stage}_"):
-                return folder
-        raise KeyError(stage)
+        return self.stage.name

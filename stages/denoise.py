@@ -21,7 +21,7 @@ def run(context: StageContext) -> None:
     guide: dict[str, Any] = {"dilated": Dilated.of(config)}
     if config.guide.mode != "none":
         guide |= {
-            "guide": Rows.open(context.input("guide") / "latents.safetensors"),
+            "guide": Rows.open(context.inputs["guide"] / "latents.safetensors"),
             "guide_mode": config.guide.mode,
             "strength": config.denoise.strength,
             "hold_share": config.guide.hold_steps,

@@ -66,7 +66,7 @@ def _source(context: StageContext) -> Rows:
     """The latents to enlarge: of the low-res picture, or of the canvas of the upscaling phase before this one."""
     if "lowres" in context.inputs:
         return Rows.open(context.inputs["lowres"] / "latents.safetensors")
-    return Rows.open(context.input("denoise") / "canvas.safetensors")
+    return Rows.open(context.inputs["denoise"] / "canvas.safetensors")
 
 
 @contextmanager
@@ -99,9 +99,9 @@ def open_picture(path: Path) -> Image.Image:
 def _preview(context: StageContext, picture: Picture) -> None:
     """``lowres.png``, and in a later upscaling phase ``previous.png``: the picture that it enlarges."""
     name = "lowres.png"
-    if any(stage.startswith("guide") for stage in context.inputs):
+    if "guide" in context.inputs:
         with atomic_path(context.output / name) as temporary:
-            shutil.copyfile(context.input("guide") / name, temporary)
+            shutil.copyfile(context.inputs["guide"] / name, temporary)
         name = "previous.png"
     with atomic_path(context.output / name) as temporary:
         picture.save_png(temporary)

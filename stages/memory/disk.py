@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from stages import Stage
+
 SCRATCH = "checkpoint_exact"  # begins the names of scratch folders in a stage's output; they go when the stage ends
 _MODE = {"decode": "decode.mode", "guide": "guide.vae_mode"}
 
@@ -16,10 +18,10 @@ def room(output: Path) -> int:
     return shutil.disk_usage(nearest).free + there
 
 
-def refusal(stage: str, needed: int, there: int) -> str:
+def refusal(stage: Stage, needed: int, there: int) -> str:
     """What to do where ``needed`` bytes are more than ``there`` are."""
-    key = _MODE[stage.partition("_")[0]]
+    key = _MODE[stage.module]
     return (
-        f"{key}=exact: {stage} needs {needed / 1e9:.1f} GB of scratch space, {there / 1e9:.1f} GB are free. "
+        f"{key}=exact: {stage.name} needs {needed / 1e9:.1f} GB of scratch space, {there / 1e9:.1f} GB are free. "
         f"Free some, set output_dir to another disk, or use {key}=shared."
     )

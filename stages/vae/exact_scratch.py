@@ -26,7 +26,7 @@ def open_scratch(context: StageContext, streamer: Any, direction: Direction, siz
     vae, progress, folder = streamer.model, context.progress, context.output / f"{SCRATCH}_{direction}"
     needed, there = exact_disk_bytes(vae, direction, size, vae.dtype.itemsize), room(context.output)
     if needed > there:
-        raise ValueError(refusal(context.name, needed, there))
+        raise ValueError(refusal(context.stage, needed, there))
     progress.note(f"exact {direction}: up to {needed / 1e9:.1f} GB of scratch space in {folder}")
     layers = len(program(vae, direction))
     before = layers if (folder / PIXELS).is_file() else layers_done(folder)

@@ -148,10 +148,10 @@ def state_of(config: DictConfig, store: Store, stage: Stage, upstream: Mapping[s
 
 def config_of(config: DictConfig, stage: Stage) -> DictConfig:
     """The config as the stage sees it: an upscaling phase has a canvas of its own."""
-    if stage.size is None:
+    if stage.phase is None:
         return config
     config = copy.deepcopy(config)
-    width, height = stage.size
+    width, height = stage.phase
     rescale(config, Size(height, width))
     return config
 

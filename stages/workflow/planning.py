@@ -82,7 +82,7 @@ def check_disk(states: Sequence[StageState], profiles: Sequence[StageProfile]) -
     needed = {profile.name: profile.disk for profile in profiles}
     for state in states:
         if state.status != "reuse" and needed.get(state.name, 0) > (there := room(state.entry.path)):
-            raise DoesNotFit(refusal(state.name, needed[state.name], there))
+            raise DoesNotFit(refusal(state.stage, needed[state.name], there))
 
 
 def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[st
 
     A guide holds rows of its pictures besides, which are as much shorter as the canvas is.
     """
-    if stage.size is None:
+    if stage.phase is None:
         return data
-    share = stage.size[0] * stage.size[1] / (config.width * config.height)
-    extra = data["extra"] * stage.size[0] // config.width if stage.module == "guide" else data["extra"]
+    share = stage.phase[0] * stage.phase[1] / (config.width * config.height)
+    extra = data["extra"] * stage.phase[0] // config.width if stage.module == "guide" else data["extra"]
     passes = max(1, math.ceil(data["micro_batches"] * share * 1.3))
     changed = {"name": stage.name, "extra": extra, "micro_batches": passes, "disk": int(data.get("disk", 0) * share)}
     return {**data, **changed}

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from stages import decode
+from stages import PIPELINE, decode
 from stages.config import Config, resolve
 from stages.context import Progress, StageContext
 from stages.events import Advance, Note, Start
@@ -56,7 +56,11 @@ def context(checkpoint, tmp_path):
     (tmp_path / "decode" / "0").mkdir(parents=True)
     save_file({"latents": latents}, tmp_path / "denoise" / "canvas.safetensors")
     return StageContext(
-        config=config, run_dir=tmp_path, output=tmp_path / "decode" / "0", inputs={"denoise": tmp_path / "denoise"}
+        stage=PIPELINE[-2],
+        config=config,
+        run_dir=tmp_path,
+        output=tmp_path / "decode" / "0",
+        inputs={"denoise": tmp_path / "denoise"},
     )
 
 

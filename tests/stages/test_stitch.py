@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.numpy import save_file
 
-from stages import stitch
+from stages import PIPELINE, stitch
 from stages.config import Config, ConfigError, resolve
 from stages.context import StageContext
 from stages.picture.bands import Bands, feather, segments
@@ -42,7 +42,11 @@ def stitched(tmp_path, picture, **changes):
     make_tiles(tmp_path / "decode", picture, config)
     (tmp_path / "out").mkdir()
     context = StageContext(
-        config=config, run_dir=tmp_path, output=tmp_path / "out", inputs={"decode": tmp_path / "decode"}
+        stage=PIPELINE[-1],
+        config=config,
+        run_dir=tmp_path,
+        output=tmp_path / "out",
+        inputs={"decode": tmp_path / "decode"},
     )
     stitch.run(context)
     return tmp_path / "out" / "image.png"
@@ -124,7 +128,9 @@ def test_a_missing_or_torn_tile_is_named(tmp_path):
     picture = random_picture(64, 600)
     config = make_config(600, 64)
     make_tiles(tmp_path, picture, config)
-    context = StageContext(config=config, run_dir=tmp_path, output=tmp_path, inputs={"decode": tmp_path})
+    context = StageContext(
+        stage=PIPELINE[-1], config=config, run_dir=tmp_path, output=tmp_path, inputs={"decode": tmp_path}
+    )
     torn = tmp_path / "tiles" / "r00_c01.safetensors"
     whole = torn.read_bytes()
     for broken, said in ((whole[:-5], "cut short"), (b"", "is not a tile"), (whole[:40], "is not a tile")):

@@ -49,7 +49,7 @@ def test_a_canvas_of_another_size_has_the_same_regions(make_config):
 
 
 def test_an_upscaling_phase_has_regions_of_its_own_size(make_config):
-    phase = PIPELINE[3]._replace(name="denoise_512", of="denoise", size=(512, 256))
+    phase = PIPELINE[3]._replace(name="denoise_512", of="denoise", phase=(512, 256))
     config = make_config(HALVES)
     assert from_config(config_of(config, phase)).size == (256, 512)
     assert config.width == 2048 and len(config.regions) == 2  # a copy
