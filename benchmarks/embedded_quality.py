@@ -196,7 +196,7 @@ def judge_run(run: Path) -> dict[str, Any]:
     for name, node in (("denoise", config.denoise), ("decode", config.decode)):
         grid = latent_grid(config.width, config.height, node.tile_size, node.overlap, factor)
         tiles = [tile.scaled(factor) for tile in grid]
-        seen = seams.measure(seams.picture_bands(run / "image.png"), tiles)
+        seen = seams.measure(seams.picture_strips(run / "image.png"), tiles)
         found[f"{name}_seams"] = {
             "ratio": seen.ratio,
             "local_ratio": seen.local_ratio,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from stages.config import load
 from stages.files import atomic_path
-from stages.picture.bands import Bands
+from stages.picture.tile_strips import TileStrips
 from stages.tiles import latent_grid
 
 
@@ -33,15 +33,14 @@ def look(run: Path, folder: Path, side: int = 1024, crop: int = 768) -> list[Pat
     crops = [np.zeros((min(crop, height), min(crop, width), 3), np.uint8) for _ in boxes]
     corners = [(max(0, min(x - crop // 2, width - crop)), max(0, min(y - crop // 2, height - crop))) for x, y in boxes]
     top = 0
-    with Bands(run / "decode" / "tiles", [tile.scaled(factor) for tile in tiles]) as bands:
-        for band in bands:
-            across = np.add.reduceat(band.astype(np.uint32), columns, axis=1)
-            np.add.at(sums, (top + np.arange(len(band))) // every, across)
-            for (left, start), part in zip(corners, crops, strict=True):
-                first, last = max(top, start), min(top + len(band), start + len(part))
-                if first < last:
-                    part[first - start : last - start] = band[first - top : last - top, left : left + part.shape[1]]
-            top += len(band)
+    for strip in TileStrips(run / "decode" / "tiles", [tile.scaled(factor) for tile in tiles]):
+        across = np.add.reduceat(strip.astype(np.uint32), columns, axis=1)
+        np.add.at(sums, (top + np.arange(len(strip))) // every, across)
+        for (left, start), part in zip(corners, crops, strict=True):
+            first, last = max(top, start), min(top + len(strip), start + len(part))
+            if first < last:
+                part[first - start : last - start] = strip[first - top : last - top, left : left + part.shape[1]]
+        top += len(strip)
     heights = np.diff(np.append(np.arange(0, height, every), height))
     counts = np.multiply.outer(heights, np.diff(np.append(columns, width)))
     pictures = {"small.png": np.rint(sums / counts[..., None]).astype(np.uint8)}

@@ -26,42 +26,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stages.config import load
 from stages.files import atomic_path, write_json
 from stages.picture import seam_map, seams
-from stages.picture.bands import Bands
+from stages.picture.tile_strips import TileStrips
 from stages.tiles import Size, Tile, latent_grid
 
 OVERLAPS = (0, 8, 16)  # latents
 
 
 def decoded(vae: Any, latents: Any, tiles: list[Tile], mode: str, halo: int, folder: Path) -> Iterator[np.ndarray]:
-    """The picture that the decode stage would make with this mode and grid, in bands."""
-    from contextlib import nullcontext
-
+    """The picture that the decode stage would make with this mode and grid, in strips."""
     from safetensors.torch import save_file
 
     from stages.memory.rows import Rows
     from stages.vae.exact_vae import exact_decode
-    from stages.vae.tiled import decode_tile, decoder_statistics, factor, to_uint8
+    from stages.vae.tiled import decoded_tiles, decoder_statistics, factor, to_uint8
 
-    size, scale = Size(*latents.shape[-2:]), factor(vae)
+    scale = factor(vae)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         canvas = Rows.create(Path(work) / "canvas", latents.shape[1:])
         canvas.write(0, latents)
         if mode == "exact":
+            size = Size(*latents.shape[-2:])
             pixels = exact_decode(vae, lambda top, bottom: latents[:, :, top:bottom], size, Path(work) / "scratch")
-        side = max(max(tile.size) for tile in tiles) + 2 * halo
-        shared = decoder_statistics(vae, canvas, side).applied(vae) if mode == "shared" else nullcontext()
-        with shared:
-            for tile in tiles:
-                crop = tile.grown(halo, size)
-                box = tile.scaled(scale)
-                part = (
-                    pixels.box(*box[2:])
-                    if mode == "exact"
-                    else to_uint8(decode_tile(vae, latents[crop.index], tile.within(crop)))
-                )
-                save_file({"pixels": part[0].contiguous()}, Path(work) / f"{tile.name}.safetensors")
-        with Bands(Path(work), [tile.scaled(scale) for tile in tiles]) as bands:
-            yield from bands
+            parts = ((tile, pixels.box(*tile.scaled(scale)[2:])[0]) for tile in tiles)
+        else:
+            side = max(max(tile.size) for tile in tiles) + 2 * halo
+            shared = decoder_statistics(vae, canvas, side) if mode == "shared" else None
+            parts = ((tile, to_uint8(part)) for tile, part in decoded_tiles(vae, canvas, tiles, halo, shared))
+        for tile, part in parts:
+            save_file({"pixels": part.contiguous()}, Path(work) / f"{tile.name}.safetensors")
+        yield from TileStrips(Path(work), [tile.scaled(scale) for tile in tiles])
 
 
 def compare(run: Path, crop: int | None, modes: Sequence[str]) -> list[dict[str, Any]]:
@@ -118,9 +111,8 @@ def judge(run: Path) -> dict[str, Any]:
         if len(tiles) < 2:
             print(f"{node}: one tile, no border.")
             continue
-        # from the tiles, not the PNG: a picture of any size is then read band by band
-        with Bands(run / "decode" / "tiles", grids["decode"]) as bands:
-            report = seams.measure(bands, tiles)
+        # from the tiles, not the PNG: a picture of any size is then read strip by strip
+        report = seams.measure(TileStrips(run / "decode" / "tiles", grids["decode"]), tiles)
         print(
             f"{node}: ratio {report.ratio:.3f}, near the borders {report.local_ratio:.3f}\n{seam_map.table(report)}\n"
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from stages.context import StageContext
 from stages.files import atomic_path
 from stages.memory.rows import Rows
@@ -17,14 +15,13 @@ from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_decode
 from stages.vae.open import open_vae
 from stages.vae.shared import SharedStatistics
-from stages.vae.tiled import decode_tile, decoder_statistics, to_uint8
+from stages.vae.tiled import decoded_tiles, decoder_statistics, to_uint8
 
 
 def run(context: StageContext) -> None:
     """Write ``tiles/rXX_cYY.safetensors`` (``pixels`` uint8 ``[3, h, w]``, no halo; neighbours share the overlap)."""
     config, progress = context.config, context.progress
     factor = config.model.vae_scale_factor
-    size = Size(config.height // factor, config.width // factor)
     tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
     folder = context.output / "tiles"
     missing = [tile for tile in tiles if not _done(folder / f"{tile.name}.safetensors", tile.scaled(factor).size)]
@@ -41,16 +38,9 @@ def run(context: StageContext) -> None:
         statistics = None
         if config.decode.mode == "shared":
             statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
-        for tile in missing:
-            crop = tile.grown(halo, size)
-            latents = _crop(canvas, crop)
-            if statistics is None:
-                pixels = decode_tile(vae, latents, tile.within(crop))
-            else:
-                with statistics.applied(vae):
-                    pixels = decode_tile(vae, latents, tile.within(crop))
+        for tile, pixels in decoded_tiles(vae, canvas, missing, halo, statistics):
             with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
-                write_tensors(temporary, {"pixels": to_uint8(pixels)[0]})
+                write_tensors(temporary, {"pixels": to_uint8(pixels)})
             progress.advance()
 
 
@@ -60,10 +50,6 @@ def _done(file: Path, size: Size) -> bool:
         return read_header(file)["pixels"].shape == (3, *size)
     except (OSError, ValueError, KeyError):  # not there, torn, foreign: it is decoded (again)
         return False
-
-
-def _crop(canvas: Rows, box: Tile) -> Tensor:
-    return canvas.read(box.top, box.bottom)[..., box.left : box.right].contiguous()
 
 
 def _statistics(context: StageContext, vae: Any, canvas: Rows, side: int) -> SharedStatistics:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from stages.canvas.weights import grid_weights
-from stages.config import ConfigError
 from stages.context import StageContext
 from stages.files import atomic_path, read_json, write_json
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
+from stages.picture.opening import open_picture
 from stages.picture.picture import Picture
-from stages.picture.row_blend import RowBlend
-from stages.tiles import Size, Tile, grid, whole
+from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_decode, exact_encode
 from stages.vae.open import open_vae
-from stages.vae.tiled import decode_tile, decoder_statistics, encode_tiled, encoder_statistics, factor, to_uint8
+from stages.vae.tiled import HALO, decode_tiled, encode_tiled, encoder_statistics, factor, guide_tiles
 from stages.workflow.store import CHECKPOINT
-
-HALO = 8  # latents of context around a tile, decoding and encoding
 
 
 def run(context: StageContext) -> None:
@@ -69,33 +65,6 @@ def _source(context: StageContext) -> Rows:
     return Rows.open(context.inputs["denoise"] / "canvas.safetensors")
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """ConfigError for what Pillow says of files that are no pictures, broken, or of more than 178 million pixels."""
-    try:
-        yield
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError("guide.image", str(path), "a picture that Pillow can read", f"It says: {error}") from error
-
-
-def opening_bytes(path: Path) -> int:
-    """What ``open_picture`` takes: four bytes a pixel, twice where the picture is turned or converted."""
-    with _readable(path), Image.open(path) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return picture.width * picture.height * (8 if turned or picture.mode != "RGB" else 4)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """The user's picture as 8-bit RGB, turned as its EXIF says. ConfigError if it is none."""
-    with _readable(path):
-        picture = Image.open(path)
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode.startswith("I"):  # 16 bits; Pillow would cut off what is above 255
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        picture.load()
-        return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
 def _preview(context: StageContext, picture: Picture) -> None:
     """``lowres.png``, and in a later upscaling phase ``previous.png``: the picture that it enlarges."""
     name = "lowres.png"
@@ -108,10 +77,6 @@ def _preview(context: StageContext, picture: Picture) -> None:
     context.progress.note(f"preview: {context.run_dir / context.name / name}")
 
 
-def _tiles(size: Size, side: int) -> list[Tile]:
-    return grid(size, Size(side, side), min(4, side // 4))
-
-
 def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path) -> Picture:
     """The picture to enlarge; in tiles if it is larger than one."""
     if not file.is_file():  # else an earlier try was stopped later
@@ -121,8 +86,8 @@ def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path
             if context.config.guide.vae_mode == "exact":
                 _decode_exactly(context, streamer, latents, picture)
             else:
-                shared = context.config.guide.vae_mode == "shared"
-                _decode_tiles(streamer.model, latents, picture, context.config.guide.tile_size // f, shared)
+                shared, side = context.config.guide.vae_mode == "shared", context.config.guide.tile_size // f
+                decode_tiled(streamer.model, latents, side, picture.pixels.write, shared=shared)
     return Picture(Rows.open(file, "pixels"))
 
 
@@ -131,27 +96,8 @@ def _decode_exactly(context: StageContext, streamer: Streamer, latents: Rows, pi
     folder, options = open_scratch(context, streamer, "decode", size)
     pixels = exact_decode(streamer.model, latents.read, size, folder, **options)
     for top, bottom in picture.strips():
-        picture.pixels.write(top, pixels.rows(top, bottom))
+        picture.pixels.write(top, pixels.read(top, bottom))
     pixels.remove()
-
-
-def _decode_tiles(vae: Any, latents: Rows, picture: Picture, side: int, shared: bool) -> None:
-    f, size = factor(vae), Size(latents.height, latents.width)
-    if max(size) <= side + 2 * HALO:
-        pixels = decode_tile(vae, latents.read(0, latents.height), whole(size)).float()
-        picture.pixels.write(0, to_uint8(pixels))
-        return
-    statistics = decoder_statistics(vae, latents, side + 2 * HALO) if shared else None
-    tiles = _tiles(size, side)
-    weights = grid_weights([tile.scaled(f) for tile in tiles], Size(picture.height, picture.width), "cosine")
-    blend = RowBlend(3, picture.width, lambda top, rows: picture.pixels.write(top, to_uint8(rows)))
-    with statistics.applied(vae) if statistics else nullcontext():
-        for tile, weight in zip(tiles, weights, strict=True):
-            crop = tile.grown(HALO, size)
-            around = latents.read(crop.top, crop.bottom)[..., crop.left : crop.right]
-            decoded = decode_tile(vae, around, tile.within(crop))[0].float()
-            blend.add(tile.scaled(f), decoded * weight.map())
-    blend.finish()
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:
@@ -190,7 +136,7 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
             context, streamer, lambda top, bottom: read(Tile(0, 0, top, 0, bottom, config.width)), shape
         )
     side, folder = config.guide.tile_size // f, context.output / CHECKPOINT
-    tiles = _tiles(Size(*shape[1:]), side)
+    tiles = guide_tiles(Size(*shape[1:]), side)
     limit = (side + 2 * HALO) * f
     extent = (picture.width, picture.height)
     if max(extent) > limit:

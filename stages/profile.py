@@ -232,7 +232,8 @@ def _denoisers(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, l
 
 
 def _vaes(config: DictConfig, checkpoint: Checkpoint, dtype: torch.dtype, last: bool) -> dict[str, dict[str, Any]]:
-    from stages.guide import HALO, opening_bytes
+    from stages.picture.opening import opening_bytes
+    from stages.vae.tiled import HALO
 
     component, f = checkpoint.component("vae"), config.model.vae_scale_factor
 

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from stages import PIPELINE
 from stages.context import StageContext
 from stages.files import atomic_path, write_json
-from stages.picture.bands import Bands
 from stages.picture.png import PngWriter
 from stages.picture.seam_map import heat_map, plain
 from stages.picture.seams import Gradients, Meter, judge
+from stages.picture.tile_strips import TileStrips
 from stages.tiles import Size, latent_grid
 
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
@@ -73,18 +73,19 @@ def run(context: StageContext) -> dict[str, Any]:
     image, meter = context.output / "image.png", Meter(Size(config.height, config.width))
     threads = config.launch.threads or os.cpu_count() or 1
     try:
-        with Bands(context.inputs["decode"] / "tiles", tiles) as bands, atomic_path(image) as temporary:
-            context.progress.start(len(bands), "bands")
+        strips = TileStrips(context.inputs["decode"] / "tiles", tiles)
+        with atomic_path(image) as temporary:
+            context.progress.start(len(strips), "strips")
             with (
                 open(temporary, "wb") as file,
                 PngWriter(
                     file, config.width, config.height, texts=texts, level=config.stitch.compression, threads=threads
                 ) as png,
             ):
-                for band in bands:
+                for strip in strips:
                     context.progress.mark("blend")
-                    png.write(band)
-                    meter.add(band)
+                    png.write(strip)
+                    meter.add(strip)
                     context.progress.advance()
     except ValueError as error:
         hint = f"Make the tiles again: python runner.py run={config.run} stage=decode force=true"
@@ -115,7 +116,7 @@ def write_seams(context: StageContext, gradients: Gradients) -> None:
 
 
 def convert(image: Path, kind: str) -> None:
-    """Write ``image.tiff`` (BigTIFF, tiled) or ``image.dzi`` + ``image_files/`` beside a PNG, row band by row band."""
+    """Write ``image.tiff`` (BigTIFF, tiled) or ``image.dzi`` + ``image_files/`` beside a PNG, strip by strip."""
     os.environ.setdefault("VIPS_CONCURRENCY", "1")  # every libvips thread keeps bands of its own
     import pyvips
 

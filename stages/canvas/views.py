@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stages.canvas.mixture import View, grid_views
 from stages.canvas.weights import GAUSSIAN_SIGMA, Weight, grid_weights, profile
+from stages.ramps import ramp
 from stages.regions.config import Region, RegionPlan
 from stages.tiles import Size, Tile, grid
 
@@ -46,21 +47,11 @@ def region_mask(region: Region, box: Tile, feather: float, size: Size) -> Mask:
     regions of several kinds mix as they do there.
     """
     if region.mode == "replace":
-        down = _ramp(box.size.height, feather, box.top > 0, box.bottom < size.height)
-        across = _ramp(box.size.width, feather, box.left > 0, box.right < size.width)
-        return Mask(1.0, down, across)
+        down = ramp(box.size.height, feather * (box.top > 0), feather * (box.bottom < size.height))
+        across = ramp(box.size.width, feather * (box.left > 0), feather * (box.right < size.width))
+        return Mask(1.0, torch.from_numpy(down), torch.from_numpy(across))
     density = 1 / (2 * torch.pi * GAUSSIAN_SIGMA**2) if region.mask_type == "gaussian" else 1.0
     return Mask(region.weight * density, *(profile(region.mask_type, side) for side in box.size))
-
-
-def _ramp(length: int, feather: float, start: bool, end: bool) -> Tensor:
-    place = torch.arange(length, dtype=torch.float64) + 0.5
-    ramp = torch.ones(length, dtype=torch.float64)
-    if feather > 0 and start:
-        ramp = torch.minimum(ramp, place / feather)
-    if feather > 0 and end:
-        ramp = torch.minimum(ramp, (length - place) / feather)
-    return ramp
 
 
 def _grown(start: int, end: int, tile: int, length: int) -> tuple[int, int]:
@@ -101,17 +92,17 @@ def region_views(
     """
     if not plan.regions:
         return grid_views(grid(size, side, overlap), size, blend=blend, guidance_scale=guidance_scale)
-    layers, views = Layers(plan, size), []
-    for row, region, box in layers.from_above():
+    shares, views = RegionShares(plan, size), []
+    for row, region, box in shares.from_above():
         for tile, share in _crops(box, size, side, overlap, blend):
-            weight = TileSay(layers, row, tile, share)
+            weight = TileSay(shares, row, tile, share)
             if bool((weight() > 0).any()):
                 rows, cols = (torch.ones(length, dtype=torch.float64) for length in tile.size)
                 views.append(View(tile, Weight(rows, cols, weight), row + 1, region.guidance_scale))
     return views[::-1]
 
 
-class Layers:
+class RegionShares:
     """What each region says about any part of a canvas of ``size`` latents: over all of them it adds up to 1."""
 
     def __init__(self, plan: RegionPlan, size: Size) -> None:
@@ -174,11 +165,11 @@ def _common(part: Tile, box: Tile) -> Tile | None:
 class TileSay(NamedTuple):
     """What a tile of region ``row`` weighs: the region's say there times the tile's share of it."""
 
-    layers: Layers
+    regions: RegionShares
     row: int
     tile: Tile
     share: Weight
 
     def __call__(self) -> Tensor:
         """``[h, w]`` float32."""
-        return (self.layers.say(self.row, self.tile) * torch.outer(self.share.rows, self.share.cols)).float()
+        return (self.regions.say(self.row, self.tile) * torch.outer(self.share.rows, self.share.cols)).float()

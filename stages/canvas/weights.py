@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stages import ramps
 from stages.tiles import Size, Tile
 
 GAUSSIAN_SIGMA = 0.1  # of the side: Mixture of Diffusers' variance 0.01 L^2
@@ -64,19 +65,9 @@ class Weight(NamedTuple):
 
 
 def shares(spans: Sequence[tuple[int, int]], length: int, kind: str) -> list[Tensor]:
-    """Each span's share of every place it covers, float64: they add up to 1 at each of the ``length`` places.
-
-    A place covered by one span gets exactly 1, whatever the profile says there.
-
-    Raises:
-        ValueError: places that no span covers (never repaired: a hole is a bug of the grid).
-    """
-    total = torch.zeros(length, dtype=torch.float64)
-    for start, end in spans:
-        total[start:end] += profile(kind, end - start)
-    if not bool((total > 0).all()):
-        raise ValueError(f"places {torch.nonzero(total == 0).flatten().tolist()[:8]} of {length} are in no tile.")
-    return [profile(kind, end - start) / total[start:end] for start, end in spans]
+    """Each span's share of every place it covers, float64: they add up to 1 at each of the ``length`` places."""
+    weights = [profile(kind, end - start).numpy() for start, end in spans]
+    return [torch.from_numpy(share) for share in ramps.shares(spans, weights, length)]
 
 
 def grid_weights(tiles: Sequence[Tile], size: Size, kind: str) -> list[Weight]:

@@ -1,7 +1,4 @@
-"""Canvas-wide tensors in files, read and written in rows: what a canvas takes in memory does not grow with it.
-
-Files are read with ``pread`` and written with ``pwrite``, never mapped: mapped pages count in RES.
-"""
+"""Canvas-wide tensors in files, read and written in rows: what a canvas takes in memory does not grow with it."""
 
 from __future__ import annotations
 
@@ -15,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.memory.tensors import DTYPES, TensorRef, pread_into, read_header
+from stages.memory.raw import RowFile, pwrite_all
+from stages.memory.tensors import DTYPES, read_header
 
 BAND = 1 << 16  # places of a band: 256x256 latents, the canvas of a 2048x2048 picture, are one
 
@@ -30,19 +28,25 @@ def bands(height: int, width: int, places: int | None = None) -> list[tuple[int,
 
 
 class Rows:
-    """A ``[1, C, H, W]`` tensor in a safetensors file: ``create`` a file of zeros, or ``open`` one.
+    """A ``[1, C, H, W]`` tensor in a file: ``create`` safetensors of zeros, ``open`` one, or a raw ``scratch`` file.
 
     No file stays open between calls; ``top`` and ``bottom`` are rows, ``top <= y < bottom``.
+
+    Args:
+        file: a plane a channel, or one plane with channels last.
+        shape: ``(1, C, H, W)``.
     """
 
-    def __init__(self, ref: TensorRef) -> None:
-        self._ref = ref
-        _, self.channels, self.height, self.width = ref.shape
+    def __init__(self, file: RowFile, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._file, self.shape, self.dtype = file, shape, dtype
+        _, self.channels, self.height, self.width = shape
+        self._last = file.planes < self.channels
 
     @classmethod
     def open(cls, path: Path, name: str = "latents") -> Rows:
         """The tensor ``name`` of a file. KeyError if it has none; ValueError for a torn file."""
-        return cls(read_header(path)[name])
+        ref = read_header(path)[name]
+        return cls._planes(path, ref.offset, ref.shape, ref.dtype)
 
     @classmethod
     def create(
@@ -58,79 +62,77 @@ class Rows:
         with path.open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             file.truncate(8 + len(header) + nbytes)
-        return cls(TensorRef(path, 8 + len(header), dtype, (1, *shape)))
+        return cls._planes(path, 8 + len(header), (1, *shape), dtype)
+
+    @classmethod
+    def _planes(cls, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rows:
+        _, channels, height, width = shape
+        return cls(RowFile(path, offset, channels, height, width * dtype.itemsize), shape, dtype)
+
+    @classmethod
+    def scratch(cls, path: Path, shape: Sequence[int], dtype: torch.dtype) -> Rows:
+        """``shape`` (C, H, W) with channels last and nothing else in the file, which may be there: a strip of rows is
+        one range of bytes. It is not synced, and counts only together with a state that names it as whole."""
+        channels, height, width = shape
+        path.touch()
+        return cls(RowFile(path, 0, 1, height, width * channels * dtype.itemsize), (1, *shape), dtype)
 
     @property
     def path(self) -> Path:
-        return self._ref.file
+        return self._file.path
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """``(1, C, H, W)``, as a tensor's."""
-        return self._ref.shape
+    def nbytes(self) -> int:
+        return self._file.nbytes
 
     def zero(self) -> None:
         """All zeros again. Nothing is written: the file gets a hole."""
-        os.truncate(self._ref.file, self._ref.offset)
-        os.truncate(self._ref.file, self._ref.offset + self._ref.nbytes)
+        os.truncate(self.path, self._file.offset)
+        os.truncate(self.path, self._file.offset + self.nbytes)
 
     def read(self, top: int, bottom: int) -> Tensor:
         """``[1, C, bottom - top, W]`` in memory of its own; nothing else is read."""
-        rows = torch.empty((1, self.channels, bottom - top, self.width), dtype=self._ref.dtype)
-        descriptor = os.open(self._ref.file, os.O_RDONLY)
-        try:
-            for channel in range(self.channels):
-                pread_into(descriptor, self._offset(channel, top), _bytes(rows[0, channel]))
-        finally:
-            os.close(descriptor)
-        return rows
+        return self.box(top, 0, bottom, self.width)
+
+    def box(self, top: int, left: int, bottom: int, right: int) -> Tensor:
+        """``[1, C, bottom - top, right - left]`` in memory of its own, read row by row where it is not whole rows."""
+        height, width = bottom - top, right - left
+        shape = (1, height, width, self.channels) if self._last else (1, self.channels, height, width)
+        found, place = torch.empty(shape, dtype=self.dtype), self._file.row_bytes // self.width
+        self._file.read_into(_bytes(found), top, bottom, left * place, right * place)
+        return found.permute(0, 3, 1, 2) if self._last else found
 
     def write(self, top: int, rows: Tensor) -> None:
         """Put ``rows [1, C, h, W]`` there from row ``top`` on. ValueError for another shape."""
         fits = rows.shape[:2] == (1, self.channels) and rows.shape[3] == self.width
         if not fits or not 0 <= top <= self.height - rows.shape[2]:
             raise ValueError(f"{self.path.name}: rows {tuple(rows.shape)} at {top} of a tensor {self.shape}.")
-        rows = rows.to("cpu", self._ref.dtype).contiguous()
-        descriptor = os.open(self._ref.file, os.O_WRONLY)
-        try:
-            for channel in range(self.channels):
-                _pwrite(descriptor, self._offset(channel, top), _bytes(rows[0, channel]))
-        finally:
-            os.close(descriptor)
+        placed = rows.permute(0, 2, 3, 1) if self._last else rows
+        placed = placed.to("cpu", self.dtype).contiguous()
+        self._file.write(_bytes(placed), top, top + rows.shape[2])
 
     def write_flat(self, start: int, values: Tensor) -> None:
         """Put ``values`` (one axis) there from element ``start`` of the flat tensor on."""
-        descriptor = os.open(self._ref.file, os.O_WRONLY)
-        try:
-            _pwrite(descriptor, self._ref.offset + start * self._ref.dtype.itemsize, _bytes(values))
-        finally:
-            os.close(descriptor)
+        with self._file.opened(os.O_WRONLY) as descriptor:
+            pwrite_all(descriptor, self._file.offset + start * self.dtype.itemsize, _bytes(values))
 
     def sync(self) -> None:
         """Have all that was written on the disk."""
-        descriptor = os.open(self._ref.file, os.O_RDONLY)
-        try:
+        with self._file.opened(os.O_RDONLY) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+    def remove(self) -> None:
+        """The file goes."""
+        self.path.unlink(missing_ok=True)
 
     def bands(self) -> Iterator[tuple[int, Tensor]]:
         """(top, rows) of every band."""
         for top, bottom in bands(self.height, self.width):
             yield top, self.read(top, bottom)
 
-    def _offset(self, channel: int, top: int) -> int:
-        return self._ref.offset + (channel * self.height + top) * self.width * self._ref.dtype.itemsize
-
 
 def _bytes(values: Tensor) -> memoryview:
     return memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _pwrite(descriptor: int, offset: int, view: memoryview) -> None:
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
 
 
 class Window:

@@ -5,15 +5,14 @@ A memory-mapped page counts in RES, so weights are read with ``pread`` into buff
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-# https://github.com/huggingface/safetensors#format
+from stages.memory.raw import pread_into, read_entries
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,7 +23,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MAX_HEADER = 100_000_000  # the limit of the format
 
 
 class TensorRef(NamedTuple):
@@ -46,38 +44,11 @@ class TensorRef(NamedTuple):
 
 def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of a safetensors file, from its header alone. ValueError for a torn or foreign file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER + 1
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes).")
-        header = json.loads(file.read(length))
-    refs = {}
     try:
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                expected = ", ".join(DTYPES)
-                raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {expected}.")
-            ref = TensorRef(path, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            if end - start != ref.nbytes or 8 + length + end > size:
-                raise ValueError(f"{path}: torn: tensor {name} ends beyond the file's {size} bytes. Download it again.")
-            refs[name] = ref
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({error!r} in its header).") from error
-    return refs
-
-
-def pread_into(fd: int, offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` (bytes) from ``offset``; OSError if the file ends first."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"file ended {len(buffer) - done} bytes early")
-        done += count
+        entries = read_entries(path)
+    except ValueError as error:
+        raise ValueError(f"{error} If it is a file of a checkpoint, download it again.") from error
+    return {name: TensorRef(path, one.offset, DTYPES[one.dtype], one.shape) for name, one in entries.items()}
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:

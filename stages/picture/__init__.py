@@ -1,1 +1,1 @@
-"""Pixels: PNG, bands, user pictures, seams. No network."""
+"""Pixels: PNG, strips of tiles, user pictures, seams. No network."""

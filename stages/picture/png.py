@@ -1,4 +1,4 @@
-"""A PNG file written row band by row band, compressed on all cores. No picture in memory, no torch.
+"""A PNG file written strip by strip, compressed on all cores. No picture in memory, no torch.
 
 The image data is one zlib stream cut in blocks that threads deflate on their own (each primed with the 32 KiB before
 it), so the bytes are the same for any number of threads. https://www.w3.org/TR/png-3/

@@ -1,6 +1,6 @@
 """How visible tile borders are: the gradient across them against the gradient elsewhere. numpy and Pillow only.
 
-A picture is read once, in row bands, and only sums are kept, so its size does not matter; ``seam_map`` draws them.
+A picture is read once, in strips, and only sums are kept, so its size does not matter; ``seam_map`` draws them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def border_positions(tiles: Sequence[Tile], size: Size) -> tuple[list[int], list
     return sorted(columns), sorted(rows)
 
 
-def picture_bands(path: Path, height: int = 256) -> Iterator[np.ndarray]:
-    """A picture file in bands ``[h, W, 3]`` uint8. Pillow holds the whole of it; for huge ones use ``Bands``."""
+def picture_strips(path: Path, height: int = 256) -> Iterator[np.ndarray]:
+    """A picture file in strips ``[h, W, 3]`` uint8. Pillow holds the whole of it; for huge ones use ``TileStrips``."""
     with Image.open(path) as image:
         image = image.convert("RGB")
         for top in range(0, image.height, height):
@@ -72,7 +72,7 @@ def picture_bands(path: Path, height: int = 256) -> Iterator[np.ndarray]:
 
 
 class Meter:
-    """Sums the steps of a picture of ``size`` that comes in row bands; whole numbers: any bands give the same."""
+    """Sums the steps of a picture of ``size`` that comes in strips; whole numbers: any strips give the same."""
 
     def __init__(self, size: Size) -> None:
         self.size, self._top = size, 0
@@ -82,11 +82,11 @@ class Meter:
         self._down = np.zeros((size.height - 1, len(self._starts)), np.int32)
         self._last: np.ndarray | None = None
 
-    def add(self, band: np.ndarray) -> None:
+    def add(self, strip: np.ndarray) -> None:
         """The next rows, ``[h, W, 3]`` uint8."""
-        light = band[..., 0].astype(np.int16) + band[..., 1] + band[..., 2]
+        light = strip[..., 0].astype(np.int16) + strip[..., 1] + strip[..., 2]
         steps, top = np.abs(light[:, 1:] - light[:, :-1]), self._top
-        for piece in range(top // self.block, -(-(top + len(band)) // self.block)):
+        for piece in range(top // self.block, -(-(top + len(strip)) // self.block)):
             rows = steps[max(0, piece * self.block - top) : (piece + 1) * self.block - top]
             self._across[piece] += rows.sum(axis=0, dtype=np.int32)
         if self._last is not None:
@@ -94,7 +94,7 @@ class Meter:
         if len(light) > 1:
             down = np.abs(light[1:] - light[:-1])
             self._down[top : top + len(down)] = np.add.reduceat(down, self._starts, axis=1, dtype=np.int32)
-        self._last, self._top = light[-1:], self._top + len(band)
+        self._last, self._top = light[-1:], self._top + len(strip)
 
     def gradients(self) -> Gradients:
         """When all rows have come. ValueError if not."""
@@ -106,19 +106,19 @@ class Meter:
         return Gradients(columns.astype(np.float32), rows.astype(np.float32), self.size, self.block)
 
 
-def measure(bands: Iterable[np.ndarray], tiles: Sequence[Tile], factor: int = 8) -> SeamReport:
-    """Judge the borders of ``tiles`` (pixels) in a picture given as row bands ``[h, W, 3]`` uint8, in order.
+def measure(strips: Iterable[np.ndarray], tiles: Sequence[Tile], factor: int = 8) -> SeamReport:
+    """Judge the borders of ``tiles`` (pixels) in a picture given as row strips ``[h, W, 3]`` uint8, in order.
 
     Raises:
         ValueError: the picture is not as large as the tiles, or there is no border in it.
     """
     extent = Size(max(tile.bottom for tile in tiles), max(tile.right for tile in tiles))
     meter, rows = Meter(extent), 0
-    for band in bands:
-        if band.shape[1] != extent.width or rows + len(band) > extent.height:
+    for strip in strips:
+        if strip.shape[1] != extent.width or rows + len(strip) > extent.height:
             raise ValueError(f"the picture is not {extent.width}x{extent.height}, as its tiles are.")
-        meter.add(band)
-        rows += len(band)
+        meter.add(strip)
+        rows += len(strip)
     if rows != extent.height:
         raise ValueError(f"the picture is {extent.width}x{rows}, its tiles cover {extent.width}x{extent.height}.")
     return judge(meter.gradients(), tiles, factor)
@@ -173,7 +173,7 @@ def _ratio(gradient: float, reference: float) -> float:
 
 
 def psnr(one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> float:
-    """Peak signal to noise ratio in dB of two 8-bit pictures in bands of the same heights; infinite if equal."""
+    """Peak signal to noise ratio in dB of two 8-bit pictures in strips of the same heights; infinite if equal."""
     error, count = 0.0, 0
     for a, b in zip(one, other, strict=True):
         error += float(((a.astype(np.float64) - b) ** 2).sum())

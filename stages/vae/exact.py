@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.files import read_json, write_json
+from stages.memory.rows import Rows
 from stages.vae.exact_attention import CanvasAttention
 from stages.vae.exact_program import INPUT, Layer, Shape, shapes
 from stages.vae.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
 from stages.vae.groupnorm import merge_var_mean, normalise
-from stages.vae.spill import Spill
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"
-Rows = Callable[[int, int], Tensor]  # rows [top, bottom) of an activation, [1, C, h, W]
+Read = Callable[[int, int], Tensor]  # rows [top, bottom) of an activation, [1, C, h, W]
 Take = Callable[[int, Tensor], None]  # the first row of a strip, and the strip
 
 
@@ -89,11 +89,14 @@ class ExactPass:
         self._done_cost = 0.0
         folder.mkdir(parents=True, exist_ok=True)
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._spills: dict[str, Spill] = {}
+        self._spills: dict[str, Rows] = {}
         self.resumed_from = self._load()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.raw"
+
+    def _file(self, name: str) -> Rows:
+        return Rows.scratch(self._path(name), self.shapes[name].axes, self.dtype)
 
     def _load(self) -> int:
         """The number of layers that an earlier pass finished and whose activations are all there."""
@@ -105,7 +108,7 @@ class ExactPass:
             nbytes = {name: self.shapes[name].numel * self.dtype.itemsize for name in wanted}
             if all(self._path(n).is_file() and self._path(n).stat().st_size == nbytes[n] for n in wanted):
                 for name in wanted:
-                    self._spills[name] = Spill(self._path(name), self.shapes[name], self.dtype)
+                    self._spills[name] = self._file(name)
                     var, mean = (torch.tensor(values, dtype=torch.float64) for values in state["moments"][name])
                     self._moments[name] = (var, mean)
                 return done
@@ -157,12 +160,12 @@ class ExactPass:
             spill.remove()
         self._spills.clear()
 
-    def _spill(self, layer: Layer, source: Rows) -> None:
-        target = Spill(self._path(layer.name), self.shapes[layer.name], self.dtype)
+    def _spill(self, layer: Layer, source: Read) -> None:
+        target = self._file(layer.name)
         parts = []
 
         def take(top: int, strip: Tensor) -> None:
-            target.put(top, strip)
+            target.write(top, strip)
             parts.append((strip.shape[2], *channel_moments(strip)))
 
         self._make(layer, source, take)
@@ -170,11 +173,11 @@ class ExactPass:
         self._moments[layer.name] = merge_var_mean(torch.tensor(rows), torch.stack(variances), torch.stack(means))
         self._spills[layer.name] = target
 
-    def _make(self, layer: Layer, source: Rows, take: Take) -> None:
+    def _make(self, layer: Layer, source: Read, take: Take) -> None:
         """The layer's result, strip by strip; a strip is nowhere kept while the next is made."""
         height, share = self.shapes[layer.name].size.height, self._costs[self.layers.index(layer)] / sum(self._costs)
         before = self._done_cost / sum(self._costs)
-        read = source if layer.source == INPUT else self._spills[layer.source].rows
+        read = source if layer.source == INPUT else self._spills[layer.source].read
         step = strip_rows(layer, self.shapes, self.dtype.itemsize, self.working_bytes)
         attend = None
         with ExitStack() as scratch:
@@ -193,13 +196,13 @@ class ExactPass:
 
     def _finished(self, layer: Layer, strip: Tensor, top: int, bottom: int) -> Tensor:
         if layer.residual is not None:
-            residual = self._spills[layer.residual].rows(top, bottom).to(self.device)
+            residual = self._spills[layer.residual].read(top, bottom).to(self.device)
             strip += residual if layer.shortcut is None else layer.shortcut(residual)
         if layer.divide != 1:
             strip /= layer.divide
         return strip if layer.after is None else layer.after(strip)
 
-    def _prepared(self, layer: Layer, read: Rows, top: int, bottom: int) -> Tensor:
+    def _prepared(self, layer: Layer, read: Read, top: int, bottom: int) -> Tensor:
         """Rows of the source as the convolution or attention takes them: normalised, activated."""
         rows = read(top, bottom).to(self.device, self.dtype)
         if layer.before is not None:
@@ -216,7 +219,7 @@ class ExactPass:
         var, mean = (values.view(groups, -1).T for values in self._moments[name])
         return merge_var_mean(torch.ones(len(var)), var, mean)
 
-    def _convolved(self, layer: Layer, read: Rows, top: int, bottom: int) -> Tensor:
+    def _convolved(self, layer: Layer, read: Read, top: int, bottom: int) -> Tensor:
         """Rows ``[top, bottom)`` of the target."""
         conv = layer.conv
         assert conv is not None

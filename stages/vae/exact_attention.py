@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.memory.rows import Rows
 from stages.vae.exact_program import Shape
 from stages.vae.exact_size import key_rows
-from stages.vae.spill import Spill
 
 
 def _tokens(strip: Tensor) -> Tensor:
@@ -82,15 +82,15 @@ class CanvasAttention:
         folder: Path,
     ) -> None:
         self._attention, self._rows, self._size, self._step = attention, rows, shape.size, step
-        kept = Shape(attention.inner_dim, shape.size)
-        self._stored = Spill(folder / "keys.raw", kept, dtype), Spill(folder / "values.raw", kept, dtype)
+        kept = (attention.inner_dim, *shape.size)
+        self._stored = [Rows.scratch(folder / f"{name}.raw", kept, dtype) for name in ("keys", "values")]
         self._chunk = key_rows(shape)
 
     def __enter__(self) -> Callable[[int, int], Tensor]:
         for top in range(0, self._size.height, self._step):
             tokens = _tokens(self._rows(top, min(top + self._step, self._size.height)))
             for spill, project in zip(self._stored, (self._attention.to_k, self._attention.to_v), strict=True):
-                spill.put(top, self._strip(project(tokens)))
+                spill.write(top, self._strip(project(tokens)))
         return self._attend
 
     def __exit__(self, *_: object) -> None:
@@ -104,7 +104,7 @@ class CanvasAttention:
         heads = self._attention.heads
         running = RunningAttention(_heads(self._attention.to_q(_tokens(self._rows(top, bottom))), heads))
         for start in range(0, self._size.height, self._chunk):
-            pair = (spill.rows(start, min(start + self._chunk, self._size.height)) for spill in self._stored)
+            pair = (spill.read(start, min(start + self._chunk, self._size.height)) for spill in self._stored)
             running.add(*(_heads(_tokens(part.to(running.query.device)), heads) for part in pair))
         mixed = running.result().transpose(0, 1).reshape((bottom - top) * self._size.width, -1)
         return self._strip(self._attention.to_out[1](self._attention.to_out[0](mixed)))

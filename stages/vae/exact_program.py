@@ -45,6 +45,10 @@ class Shape(NamedTuple):
     size: Size
 
     @property
+    def axes(self) -> tuple[int, int, int]:
+        return self.channels, self.size.height, self.size.width
+
+    @property
     def numel(self) -> int:
         return self.channels * self.size.height * self.size.width
 

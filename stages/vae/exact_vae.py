@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stages.files import atomic_path
+from stages.memory.rows import Rows
 from stages.tiles import Size
 from stages.vae.exact import ExactPass
 from stages.vae.exact_program import Shape, program, shapes
 from stages.vae.exact_size import cost, disk_bytes, working_bytes
-from stages.vae.spill import Spill
 from stages.vae.tiled import factor, from_vae, to_uint8, to_vae
 
 PIXELS = "pixels.u8"
@@ -56,7 +56,7 @@ def exact_cut(vae: Any, direction: Direction, size: Size, itemsize: int) -> dict
     }
 
 
-def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Spill:
+def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Rows:
     """Decode a canvas as the whole-image decode would.
 
     Args:
@@ -75,16 +75,15 @@ def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
     shape = Shape(vae.config.out_channels, Size(size.height * scale, size.width * scale))
     done = folder / PIXELS
     if done.is_file() and done.stat().st_size == shape.numel:
-        return Spill(done, shape, torch.uint8)
+        return Rows.scratch(done, shape.axes, torch.uint8)
     steps = ExactPass(program(vae, "decode"), given_shape(vae, "decode", size), folder, **options)
     with atomic_path(done) as temporary:
-        pixels = Spill(temporary, shape, torch.uint8)
+        pixels = Rows.scratch(temporary, shape.axes, torch.uint8)
         steps.run(
-            lambda top, bottom: to_vae(vae, rows(top, bottom)), lambda top, strip: pixels.put(top, to_uint8(strip))
+            lambda top, bottom: to_vae(vae, rows(top, bottom)), lambda top, strip: pixels.write(top, to_uint8(strip))
         )
-        pixels.close()
     steps.clear()
-    return Spill(done, shape, torch.uint8)
+    return Rows.scratch(done, shape.axes, torch.uint8)
 
 
 def exact_encode(

@@ -7,7 +7,8 @@ computes those of the whole canvas itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 from stages.canvas.weights import grid_weights
 from stages.memory.rows import Rows, std_mean
 from stages.picture.row_blend import RowBlend
-from stages.tiles import Size, Tile
+from stages.tiles import Size, Tile, grid, whole
 from stages.vae.shared import SharedStatistics
+
+HALO = 8  # latents of context around a tile of the guide
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:
@@ -70,6 +73,51 @@ def decode_tile(vae: Any, latents: Tensor, keep: Tile) -> Tensor:
     """
     decoded = vae.decode(placed(vae, to_vae(vae, latents)), return_dict=False)[0]
     return decoded[keep.scaled(factor(vae)).index].cpu()
+
+
+def decoded_tiles(
+    vae: Any, latents: Rows, tiles: Sequence[Tile], halo: int, statistics: SharedStatistics | None = None
+) -> Iterator[tuple[Tile, Tensor]]:
+    """(tile, its pixels ``[3, h * f, w * f]`` in [-1, 1]), one after the other.
+
+    Args:
+        vae: stock ``AutoencoderKL``.
+        latents: of the canvas, ``[1, C, H, W]``, in the denoiser's space.
+        tiles: those that are wanted.
+        halo: latents of context around each tile.
+        statistics: that all of them share.
+    """
+    size = Size(latents.height, latents.width)
+    for tile in tiles:
+        crop = tile.grown(halo, size)
+        around = latents.read(crop.top, crop.bottom)[..., crop.left : crop.right].contiguous()
+        with statistics.applied(vae) if statistics else nullcontext():
+            pixels = decode_tile(vae, around, tile.within(crop))[0]
+        yield tile, pixels
+
+
+def decode_tiled(vae: Any, latents: Rows, side: int, put: Callable[[int, Tensor], None], *, shared: bool) -> None:
+    """A canvas' pixels, blended from tiles of ``side`` latents; from one tile if that is hardly larger.
+
+    Args:
+        vae, latents: as for ``decoded_tiles``.
+        put: gets the pixels from the first row to the last: first row, ``[1, 3, h, W]`` uint8.
+        shared: tiles have statistics in common.
+    """
+    size, f = Size(latents.height, latents.width), factor(vae)
+    at_once = max(size) <= side + 2 * HALO
+    tiles = [whole(size)] if at_once else guide_tiles(size, side)
+    statistics = decoder_statistics(vae, latents, side + 2 * HALO) if shared and not at_once else None
+    weights = grid_weights([tile.scaled(f) for tile in tiles], Size(size.height * f, size.width * f), "cosine")
+    blend = RowBlend(3, size.width * f, lambda top, rows: put(top, to_uint8(rows)))
+    for (tile, pixels), weight in zip(decoded_tiles(vae, latents, tiles, HALO, statistics), weights, strict=True):
+        blend.add(tile.scaled(f), pixels.float() * weight.map())
+    blend.finish()
+
+
+def guide_tiles(size: Size, side: int) -> list[Tile]:
+    """The grid of ``side`` latents that a guide is decoded and encoded in."""
+    return grid(size, Size(side, side), min(4, side // 4))
 
 
 def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:

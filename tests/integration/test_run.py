@@ -106,7 +106,7 @@ def test_stages_by_hand(finished: Run) -> None:
     assert "tiles" not in done.stdout  # reused
     forced = by_hand(finished, "stitch", str(finished.folder), "--force")
     assert forced.returncode == 0, forced.stderr
-    assert "bands" in forced.stdout
+    assert "strips" in forced.stdout
     assert finished.image == before
 
 

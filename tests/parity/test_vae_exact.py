@@ -61,7 +61,7 @@ def captured(vae, latents, folder, monkeypatch, **options):
         run(self, source, lambda top, strip: (strips.append((top, strip.clone())), sink(top, strip)))
 
     monkeypatch.setattr(exact.ExactPass, "run", spy)
-    exact_decode(vae, rows_of(latents), SIZE, folder, **options).close()
+    exact_decode(vae, rows_of(latents), SIZE, folder, **options)
     tops = [top for top, _ in strips]
     assert tops == sorted(tops)
     return torch.cat([strip for _, strip in strips], dim=2), len(strips)
@@ -129,7 +129,7 @@ class Killed(Exception):
 def test_a_killed_decode_goes_on_layer_by_layer(vae, latents, tmp_path):
     names = [layer.name for layer in program(vae, "decode")]
     whole = exact_decode(vae, rows_of(latents), SIZE, tmp_path / "whole", working_bytes=50_000)
-    expected = whole.rows(0, SIZE.height * 4)
+    expected = whole.read(0, SIZE.height * 4)
     ran = []
     for kill_at in (2, 4, 9, len(names) - 1):
         started = []
@@ -149,7 +149,7 @@ def test_a_killed_decode_goes_on_layer_by_layer(vae, latents, tmp_path):
         vae, rows_of(latents), SIZE, tmp_path / "work", working_bytes=50_000, mark=ran.append, advance=shares.append
     )
     assert ran == names
-    assert torch.equal(got.rows(0, SIZE.height * 4), expected)
+    assert torch.equal(got.read(0, SIZE.height * 4), expected)
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
 
 

@@ -10,7 +10,7 @@ import torch
 from in_process import Work
 from PIL import Image
 
-import stages.decode
+import stages.vae.tiled
 from stages.events import Start
 from stages.memory.tensors import read_tensors
 from stages.tiles import latent_grid
@@ -62,7 +62,7 @@ def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, 
     values = {"decode.mode": mode}
     expected = tiles(work, values)
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
-    original, calls = stages.decode.decode_tile, 0
+    original, calls = stages.vae.tiled.decode_tile, 0
 
     def fails(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -71,11 +71,11 @@ def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, 
             raise RuntimeError("pulled the plug")
         return original(*arguments)
 
-    monkeypatch.setattr(stages.decode, "decode_tile", fails)
+    monkeypatch.setattr(stages.vae.tiled, "decode_tile", fails)
     with pytest.raises(RuntimeError, match="plug"):
         tiles(second, values)
     done: list[int] = []
-    monkeypatch.setattr(stages.decode, "decode_tile", lambda *a: done.append(1) or original(*a))
+    monkeypatch.setattr(stages.vae.tiled, "decode_tile", lambda *a: done.append(1) or original(*a))
     got = tiles(second, values)
     assert second.status == ("resumed" if stop else "ran")
     assert len(done) == len(expected) - stop

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from stages import PIPELINE, stitch
 from stages.config import Config, ConfigError, resolve
 from stages.context import StageContext
-from stages.picture.bands import Bands, feather, segments
+from stages.picture.tile_strips import TileStrips, feather, segments
 from stages.tiles import latent_grid, spread
 
 Image.MAX_IMAGE_PIXELS = None
@@ -83,8 +83,7 @@ def test_overlaps_fade_from_one_tile_to_the_next(tmp_path):
     for value, tile in zip((100, 200), tiles, strict=True):
         flat = np.full((3, *tile.size), value, np.uint8)
         save_file({"pixels": flat}, tmp_path / "tiles" / f"{tile.name}.safetensors")
-    with Bands(tmp_path / "tiles", tiles) as bands:
-        row = np.concatenate(list(bands))[0, :, 0].astype(int)
+    row = np.concatenate(list(TileStrips(tmp_path / "tiles", tiles)))[0, :, 0].astype(int)
     assert set(row[: tiles[1].left]) == {100} and set(row[tiles[0].right :]) == {200}
     ramp = row[tiles[1].left : tiles[0].right]
     assert (np.diff(row) >= 0).all() and len(set(ramp)) > 20
@@ -133,7 +132,7 @@ def test_a_missing_or_torn_tile_is_named(tmp_path):
     )
     torn = tmp_path / "tiles" / "r00_c01.safetensors"
     whole = torn.read_bytes()
-    for broken, said in ((whole[:-5], "cut short"), (b"", "is not a tile"), (whole[:40], "is not a tile")):
+    for broken, said in ((whole[:-5], "torn"), (b"", "is not a tile"), (whole[:40], "is not a tile")):
         torn.write_bytes(broken)
         with pytest.raises(ValueError, match=rf"stitch: .*r00_c01.*{said}.*stage=decode"):
             stitch.run(context)

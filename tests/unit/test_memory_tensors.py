@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stages.memory.raw import MAX_HEADER
 from stages.memory.tensors import pread_into, read_header, read_tensors, write_tensors
 
 TENSORS = {
@@ -45,16 +46,31 @@ def header(content: object) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def one(start: int, end: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "not a whole safetensors file"),
-        (b"abc", "not a whole safetensors file"),
+        (b"", "not a whole safetensors file .*empty"),
+        (b"abc", "not a whole safetensors file .*torn"),
+        (bytes(8), "not a whole safetensors file .*torn"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "Git LFS; fetch the file itself"),
+        (b"\n<!DOCTYPE html><html><head>", "a web page"),
+        (b"PK\x03\x04" + bytes(50), "a zip or a pickle"),
         (b"\xff" * 200, "not a whole safetensors file"),
-        (struct.pack("<Q", 50) + b"\x00" * 60, "decode|Expecting"),
+        (struct.pack("<Q", 50) + b"\x00" * 60, "not a safetensors file .*JSON"),
         (header([1, 2]), "not a safetensors file"),
         (header({"a": {"dtype": "F32"}}), "not a safetensors file"),
         (header({"a": 3}), "not a safetensors file"),
+        (header({"a": one(0, 8), "b": one(4, 12)}) + bytes(12), "a and b share bytes"),
+        (header({"a": one(0, 12), "b": one(4, 8)}) + bytes(12), "a and b share bytes"),
+        (header({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}) + bytes(8), "whole numbers"),
+        (header({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}) + bytes(8), "whole numbers"),
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}) + bytes(8), "whole numbers"),
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}) + bytes(8), "torn: tensor a"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "not a safetensors file .*Recursion"),
         (header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}), "dtype F4"),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + b"1234567", "torn: tensor a"),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"12345678", "torn: tensor a"),
@@ -63,6 +79,12 @@ def header(content: object) -> bytes:
 def test_torn_and_foreign_files(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=said):
+        read_header(tmp_path / "file")
+
+
+def test_a_header_of_a_million_tensors_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(struct.pack("<Q", MAX_HEADER + 1) + bytes(MAX_HEADER + 1))
+    with pytest.raises(ValueError, match=f"expected at most {MAX_HEADER}: too many tensors"):
         read_header(tmp_path / "file")
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stages.picture.seam_map import heat_map, plain, table
-from stages.picture.seams import Meter, border_positions, measure, picture_bands, psnr
+from stages.picture.seams import Meter, border_positions, measure, picture_strips, psnr
 from stages.tiles import Size, Tile, grid
 
 SIZE = Size(300, 420)
@@ -120,5 +120,5 @@ def test_the_heat_map_shows_the_border():
 def test_psnr_and_files(tmp_path):
     picture = noisy()
     Image.fromarray(picture).save(tmp_path / "a.png")
-    assert psnr(picture_bands(tmp_path / "a.png", 64), split(picture, 64)) == float("inf")
+    assert psnr(picture_strips(tmp_path / "a.png", 64), split(picture, 64)) == float("inf")
     assert psnr([np.zeros((2, 2, 3), np.uint8)], [np.full((2, 2, 3), 255, np.uint8)]) == 0

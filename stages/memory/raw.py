@@ -1,0 +1,153 @@
+"""Bytes of files at their places, and the header of a safetensors file. No torch.
+
+Files are read with ``pread`` and written with ``pwrite``, never mapped: a mapped page counts in RES.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+MAX_HEADER = 16 << 20  # bytes: a hundred thousand tensors; the format allows 100 MB, which would take a gigabyte
+_FOREIGN = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself: git lfs pull",
+    b"<": "a web page; download the file, signed in where its terms ask for it",
+    b"{": "JSON text",
+    b"PK\x03\x04": "a zip or a pickle of torch",
+    b"\x80": "a pickle",
+    b"GGUF": "a GGUF file",
+}
+
+
+class Entry(NamedTuple):
+    """One tensor: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major, ``dtype`` as in the file."""
+
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, from its header alone; nothing in it is trusted.
+
+    Raises:
+        ValueError: a torn or foreign file, a header that is too long, tensors that share bytes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if length == 0 or length > size - 8:
+            raise ValueError(_not_whole(path, size, head + file.read(32)))
+        if length > MAX_HEADER:
+            raise ValueError(f"{path}: a header of {length} bytes, expected at most {MAX_HEADER}: too many tensors.")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode())
+        header.pop("__metadata__", None)
+        found = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: not a safetensors file ({what[:200]} in its header).") from error
+    placed = sorted((entry.offset, entry.offset + entry.nbytes, name) for name, entry in found.items() if entry.nbytes)
+    for (_, end, one), (start, _, other) in pairwise(placed):
+        if start < end:
+            raise ValueError(f"{path}: tensors {one} and {other} share bytes.")
+    return found
+
+
+def _not_whole(path: Path, size: int, head: bytes) -> str:
+    looks = next((what for begin, what in _FOREIGN.items() if head.lstrip().startswith(begin)), "")
+    if size == 0:
+        looks = "empty"
+    return f"{path}: not a whole safetensors file ({size} bytes): it is {looks or 'torn, or something else'}."
+
+
+def _entry(path: Path, name: str, entry: Any, base: int, size: int) -> Entry:
+    kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if kind not in ITEM_BYTES:
+        raise ValueError(f"{path}: tensor {name} has dtype {kind}, expected one of {', '.join(ITEM_BYTES)}.")
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise ValueError(f"{path}: tensor {name} of shape {shape} at {start} to {end}: expected whole numbers from 0.")
+    nbytes = math.prod(shape) * ITEM_BYTES[kind]
+    if end - start != nbytes or base + end > size:
+        raise ValueError(f"{path}: torn: tensor {name} of shape {shape} at {start} to {end} of {size - base} bytes.")
+    return Entry(base + start, nbytes, kind, tuple(shape))
+
+
+def pread_into(fd: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` (bytes) from ``offset``; OSError if the file ends first."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"file ended {len(buffer) - done} bytes early")
+        done += count
+
+
+def pwrite_all(fd: int, offset: int, view: memoryview) -> None:
+    """Write all of ``view`` (bytes) at ``offset``."""
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class RowFile(NamedTuple):
+    """``planes`` times ``height`` rows of ``row_bytes``, from ``offset`` of a file on.
+
+    Channels one after the other are a plane each; with channels last there is one plane. No file stays open.
+    """
+
+    path: Path
+    offset: int
+    planes: int
+    height: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.planes * self.height * self.row_bytes
+
+    def read_into(self, buffer: memoryview, top: int, bottom: int, first: int = 0, last: int | None = None) -> None:
+        """Rows ``top <= y < bottom`` of every plane, or bytes ``first`` to ``last`` of each of them."""
+        with self.opened(os.O_RDONLY) as descriptor:
+            at = 0
+            for offset, count in self._ranges(top, bottom, first, self.row_bytes if last is None else last):
+                pread_into(descriptor, offset, buffer[at : at + count])
+                at += count
+
+    def write(self, buffer: memoryview, top: int, bottom: int) -> None:
+        """The reverse of ``read_into``, whole rows."""
+        with self.opened(os.O_WRONLY) as descriptor:
+            at = 0
+            for offset, count in self._ranges(top, bottom, 0, self.row_bytes):
+                pwrite_all(descriptor, offset, buffer[at : at + count])
+                at += count
+
+    def _ranges(self, top: int, bottom: int, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(offset, number) of bytes that follow each other in the file."""
+        for plane in range(self.planes):
+            begin = self.offset + (plane * self.height + top) * self.row_bytes
+            if last - first == self.row_bytes:
+                yield begin, (bottom - top) * self.row_bytes
+            else:
+                yield from ((begin + y * self.row_bytes + first, last - first) for y in range(bottom - top))
+
+    @contextmanager
+    def opened(self, flags: int) -> Iterator[int]:
+        """The file's descriptor."""
+        descriptor = os.open(self.path, flags)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
