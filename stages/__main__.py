@@ -21,8 +21,9 @@ from stages.config import ConfigError, load, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_json
+from stages.job import Job
 from stages.memory.monitor import own_peak_rss
-from stages.workflow.plan import StageState, build, config_of, state_of
+from stages.workflow.plan import StageState, build, state_of
 from stages.workflow.store import Store
 
 _PR_SET_PDEATHSIG = 1
@@ -134,12 +135,13 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
 def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool) -> str:
     """Find the stage in the run's config, check its inputs, compute it."""
     run_dir = run_dir.resolve()
-    config = load(run_dir / "config.yaml")
+    job = Job.of(load(run_dir / "config.yaml"))
+    store = Store(Path(job.config.output_dir) / ".store")
     pipeline = importlib.import_module(module).PIPELINE
-    plan = build(config, Store(Path(config.output_dir) / ".store"), pipeline=pipeline, verify=False)
+    plan = build(job, store, pipeline=pipeline, verify=False)
     states = {state.name: state for state in plan}
     if stage == PROFILE.name:
-        states[stage] = state_of(config, Store(Path(config.output_dir) / ".store"), PROFILE, {})
+        states[stage] = state_of(job, store, PROFILE, {})
     if stage not in states:
         raise ConfigError("stage", stage, f"one of {', '.join(states)} in this run")
     state = states[stage]
@@ -149,7 +151,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
             raise ConfigError("stage", stage, f"the results of {name} ({why})", hint)
     context = StageContext(
         stage=state.stage,
-        config=config_of(config, state.stage),
+        config=job.of_stage(state.stage).config,
         run_dir=run_dir,
         output=state.entry.path,
         inputs={states[name].stage.module: states[name].entry.path for name in state.needs},

@@ -88,7 +88,7 @@ def region_views(
         side: of a tile, in latents.
         overlap: of tiles inside one region, in latents.
         blend: weight of tiles inside one region.
-        guidance_scale: of the main prompt, when there are no regions.
+        guidance_scale: of the main prompt, and of regions that do not say theirs.
     """
     if not plan.regions:
         return grid_views(grid(size, side, overlap), size, blend=blend, guidance_scale=guidance_scale)
@@ -98,7 +98,8 @@ def region_views(
             weight = TileSay(shares, row, tile, share)
             if bool((weight() > 0).any()):
                 rows, cols = (torch.ones(length, dtype=torch.float64) for length in tile.size)
-                views.append(View(tile, Weight(rows, cols, weight), row + 1, region.guidance_scale))
+                guidance = guidance_scale if region.guidance_scale is None else region.guidance_scale
+                views.append(View(tile, Weight(rows, cols, weight), row + 1, guidance))
     return views[::-1]
 
 

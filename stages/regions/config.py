@@ -26,7 +26,6 @@ def parse(
     factor: int = 8,
     prompt: str = "",
     negative_prompt: str = "",
-    guidance_scale: float = 7.5,
     overlap: int = 64,
     rerolls: Sequence[Any] = (),
 ) -> RegionPlan:
@@ -37,15 +36,15 @@ def parse(
             the contents of a mixture-of-diffusers JSON file (see ``stages.regions.files``).
         size: of the canvas in pixels.
         factor: pixels to a latent.
-        prompt, negative_prompt, guidance_scale: what a region that does not say gets; ``prompt`` is the background
-            when the regions leave a part of the canvas uncovered.
+        prompt: the background where the regions leave a part of the canvas uncovered.
+        negative_prompt: of a region that does not say.
         overlap: pixels that the cells of a ``grid`` share.
         rerolls: ``[{box, seed, mode, epsilon}]``.
 
     Raises:
         ConfigError: names the region and what is wrong with it, or the part of the canvas that is uncovered.
     """
-    defaults = {"negative_prompt": negative_prompt, "guidance_scale": guidance_scale, "mask_type": "gaussian"}
+    defaults = {"negative_prompt": negative_prompt, "mask_type": "gaussian"}
     written, more_rerolls = plain(written)
     reader = Reader(size, factor, defaults)
     if not isinstance(written, Mapping):
@@ -93,9 +92,8 @@ def _rerolls(reader: Reader, regions: Sequence[Region], listed: Sequence[Any]) -
     return (*own, *(reader.reroll(f"reroll[{index}]", value) for index, value in enumerate(listed)))
 
 
-def from_config(config: DictConfig, *, guidance_scale: float | None = None) -> RegionPlan:
-    """The regions of a resolved config, none if it has none; ``guidance_scale``: of those that do not say theirs
-    (default: ``denoise.guidance_scale``)."""
+def from_config(config: DictConfig) -> RegionPlan:
+    """The regions of a resolved config, none if it has none."""
     written = config.regions
     if OmegaConf.is_config(written):
         written = OmegaConf.to_container(written, resolve=True)
@@ -107,7 +105,6 @@ def from_config(config: DictConfig, *, guidance_scale: float | None = None) -> R
         "factor": factor,
         "prompt": config.prompt or "",
         "negative_prompt": config.negative_prompt,
-        "guidance_scale": config.denoise.guidance_scale if guidance_scale is None else guidance_scale,
         "rerolls": rerolls,
     }
     if not written:

@@ -81,7 +81,7 @@ class Reader:
         mode = found.get("mode", "blend")
         if mode not in _MODES:
             raise ConfigError(f"{key}.mode", mode, f"one of {', '.join(_MODES)}", close_match(str(mode), _MODES))
-        guidance = found.get("guidance_scale", self.defaults["guidance_scale"])
+        guidance = found.get("guidance_scale")
         seed, epsilon = found.get("seed"), found.get("epsilon")
         if epsilon == 0:
             epsilon = None  # mixture-of-diffusers writes 0 for none
@@ -95,7 +95,7 @@ class Reader:
             box=box,
             prompt=found["prompt"],
             negative_prompt=str(found.get("negative_prompt", self.defaults["negative_prompt"])),
-            guidance_scale=self.number(f"{key}.guidance_scale", guidance, 0, 100),
+            guidance_scale=None if guidance is None else self.number(f"{key}.guidance_scale", guidance, 0, 100),
             weight=weight,
             mask_type=mask,
             seed=None if seed is None else self.number(f"{key}.seed", seed, 0, 2**64 - 1, int),

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.config import escape_all
 from stages.regions.config import Region, RegionPlan, from_config
 from stages.tiles import Size, Tile
 
@@ -43,10 +42,9 @@ def _span(start: float, end: float, length: int) -> tuple[int, int]:
     return first, min(max(first + 1, round(end)), length)
 
 
-def lowres_plan(config: DictConfig) -> RegionPlan:
-    """The regions on the low-res canvas, with its guidance where a region does not say its own."""
-    plan = from_config(config, guidance_scale=config.lowres.guidance_scale)
-    return scaled(plan, Size(config.lowres.height, config.lowres.width))
+def lowres_plan(config: DictConfig, plan: RegionPlan | None = None) -> RegionPlan:
+    """The regions on the low-res canvas."""
+    return scaled(plan or from_config(config), Size(config.lowres.height, config.lowres.width))
 
 
 def lowres_side(config: DictConfig, plan: RegionPlan) -> Size:
@@ -68,20 +66,11 @@ def written(plan: RegionPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return ({"regions": regions, "background": False} if regions else {}), rerolls
 
 
-def rescale(config: DictConfig, size: Size) -> None:
-    """Make ``config``'s canvas ``size`` pixels, regions and re-rolled rectangles with it."""
-    regions, rerolls = written(scaled(from_config(config), size))
-    config.width, config.height = size.width, size.height
-    config.regions, config.reroll = escape_all(regions) or None, rerolls
+def parameter(plan: RegionPlan, key: str, stage: str) -> Any:
+    """What of ``regions`` or ``reroll`` makes the result of ``stage``, on whose canvas ``plan`` is.
 
-
-def parameter(config: DictConfig, key: str, stage: str) -> Any:
-    """What of ``regions`` or ``reroll`` makes the result of ``stage``.
-
-    Texts for the text encoder, the low-res canvas' for ``lowres``, shapes for the ``profile``, all of it for the
-    others; however they were written.
+    Texts for the text encoder, shapes for the ``profile``, all of it for the others; however they were written.
     """
-    plan = lowres_plan(config) if stage == "lowres" else from_config(config)
     if key == "reroll":
         return [{**item._asdict(), "box": _edges(item.box)} for item in plan.rerolls]
     if stage == "text_encode":

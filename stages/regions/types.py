@@ -34,7 +34,7 @@ class Region:
     box: Tile
     prompt: str
     negative_prompt: str = ""
-    guidance_scale: float = 7.5
+    guidance_scale: float | None = None  # None: the canvas' own
     weight: float = 1.0
     mask_type: str = "gaussian"
     seed: int | None = None

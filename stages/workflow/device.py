@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from omegaconf import DictConfig
-
-from stages.config import parse_bytes
+from stages.job import Job
 from stages.memory.planner import PINNED_RATE, Line, StageProfile
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
@@ -25,12 +23,6 @@ ENVIRONMENT = {
     "CUBLASLT_WORKSPACE_SIZE": "8192",
     "CUDNN_CONV_WSCAP_DBG": "64",  # MiB: the choice of a kernel must not depend on what happens to be free
 }
-
-
-def device_budget(config: DictConfig) -> int | None:
-    """Bytes that the allocator may reserve; None without a limit."""
-    given = config.memory.device_budget
-    return None if given is None else parse_bytes(given, "memory.device_budget")
 
 
 def for_device(profile: StageProfile, host: str, *, streams: bool = True) -> StageProfile:
@@ -58,8 +50,8 @@ def _on_device(line: Line) -> Line:
     return replace(line, fixed=int(line.fixed * SLACK), slope=int(line.slope * SLACK), workspace=0)
 
 
-def of_device(plan: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
+def of_device(plan: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """``plan`` as the stage reads it."""
-    made = {**plan, "host": config.memory.host, "device_budget": device_budget(config)}
+    made = {**plan, "host": job.config.memory.host, "device_budget": job.device_budget}
     made["predicted_peak_vram_bytes"] = made.pop("predicted_peak_rss_bytes")
     return made

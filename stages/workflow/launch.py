@@ -16,9 +16,10 @@ from typing import IO, NamedTuple
 
 from omegaconf import DictConfig
 
-from stages.config import ROOT, on_gpu, parse_bytes
+from stages.config import ROOT, on_gpu
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.events import Done, Error, Event, Resumed, from_line
+from stages.job import Job
 from stages.memory.monitor import Monitor, Sample, own_peak_rss, usage
 from stages.workflow import device, enforce
 from stages.workflow.plan import StageState
@@ -74,7 +75,7 @@ def environment(config: DictConfig) -> dict[str, str]:
 
 def run_stage(
     state: StageState,
-    config: DictConfig,
+    job: Job,
     run_dir: Path,
     *,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -91,12 +92,13 @@ def run_stage(
         StageFailed: it ended without a result.
         KeyboardInterrupt: passed on after the stage has ended.
     """
+    config = job.config
     log_path = run_dir / "logs" / f"{state.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     mode = str(config.memory.enforce)
     if mode == "auto" and on_gpu(config):  # the driver alone takes a gigabyte of RAM; the device has its limit
         mode = "off"
-    enforcer = enforce.start(mode, parse_bytes(config.memory.budget), what=state.name, writes=Path(config.output_dir))
+    enforcer = enforce.start(mode, job.budget, what=state.name, writes=Path(config.output_dir))
     begin = time.monotonic()
     with tempfile.TemporaryFile() as marks, open(log_path, "wb") as log:
         marks.truncate(MARK_BYTES)
@@ -139,7 +141,7 @@ def run_stage(
             module = read_mark(view)
             view.close()
     if enforcer.violation is not None and code != 0:
-        raise StageFailed(_over_budget(state.name, enforcer, config))
+        raise StageFailed(_over_budget(state.name, enforcer))
     if code != 0 or not isinstance(last, Done):
         raise StageFailed(_failure(state.name, code, last, log_path, module))
     peak = max(monitor.peak.rss, last.peak_rss_bytes + usage(os.getpid()).rss)
@@ -216,7 +218,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _over_budget(stage: str, enforcer: enforce.Enforcer, config: DictConfig) -> str:
+def _over_budget(stage: str, enforcer: enforce.Enforcer) -> str:
     sample = enforcer.violation
     assert sample is not None
     where = f" while {sample.module} ran" if sample.module else ""
@@ -224,7 +226,7 @@ def _over_budget(stage: str, enforcer: enforce.Enforcer, config: DictConfig) -> 
     by = f"by the kernel ({enforcer.by_kernel}): " if enforcer.by_kernel else ""
     return (
         f"{stage}: stopped over the memory budget{where}: {by}runner and stage took {sample.rss / 1e6:.0f} MB, "
-        f"memory.budget is {config.memory.budget} ({sample.anon / 1e6:.0f} MB anonymous, "
+        f"memory.budget is {enforcer.budget / 1e6:.0f}MB ({sample.anon / 1e6:.0f} MB anonymous, "
         f"{sample.file / 1e6:.0f} MB file-backed, after {sample.seconds:.1f} s).\n"
         f"Give it more with memory.budget={room}MB, or let it run free with memory.enforce=off. "
         "Everything finished is kept."

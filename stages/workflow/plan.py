@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stages import PIPELINE, Stage, expanded
-from stages.config import ConfigError, close_match, resolve_dtype
+from stages.config import ConfigError, close_match
+from stages.job import Job
 from stages.regions.scale import parameter as region_parameter
-from stages.regions.scale import rescale
-from stages.tiles import Size
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.store import Entry, Store, fingerprint
 
@@ -77,12 +75,13 @@ def asked(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> list[str]
     return [name for name in known if name in names]
 
 
-def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
+def parameters(job: Job, stage: Stage, cache: Path) -> dict[str, Any]:
     """The stage's declared parameters, flat: dotted key -> plain value.
 
     A file enters by its hash, regions by what the stage makes of them, however they were written.
     """
     found: dict[str, Any] = {}
+    config = job.of_stage(stage).config
     for key in stage.parameters:
         value = OmegaConf.select(config, key)
         if OmegaConf.is_config(value):
@@ -90,7 +89,7 @@ def parameters(config: DictConfig, stage: Stage, cache: Path) -> dict[str, Any]:
         if key == "guide.image" and value:
             value = file_hash(Path(str(value)), cache)
         if key in ("regions", "reroll") and value:
-            value = region_parameter(config, key, stage.name)
+            value = region_parameter(job.regions_of(stage), key, stage.module)
         _flatten(key, value, found)
     return found
 
@@ -104,7 +103,7 @@ def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
 
 
 def build(
-    config: DictConfig,
+    job: Job,
     store: Store,
     *,
     pipeline: Sequence[Stage] = PIPELINE,
@@ -114,46 +113,35 @@ def build(
     """The active stages in order, with fingerprints; with ``verify`` also what is valid on disk and what will run.
 
     Args:
-        config: resolved and validated.
         previous: the run's payloads of last time (``payloads.json``), for reasons such as 'seed changed (0 -> 1)'.
         verify: False computes fingerprints only and reads no result (a stage process does not need more).
     """
     states: dict[str, StageState] = {}
+    config = job.config
     for stage in active(config, pipeline):
         needs = stage.needs(config)
-        states[stage.name] = state_of(config, store, stage, {name: states[name].fingerprint for name in needs})
+        states[stage.name] = state_of(job, store, stage, {name: states[name].fingerprint for name in needs})
     if verify:
         _decide(config, states, asked(config, pipeline), previous or {})
     return list(states.values())
 
 
-def state_of(config: DictConfig, store: Store, stage: Stage, upstream: Mapping[str, str]) -> StageState:
+def state_of(job: Job, store: Store, stage: Stage, upstream: Mapping[str, str]) -> StageState:
     """The stage's payload and fingerprint; ``upstream`` maps what it needs to fingerprints."""
     cache = store.root / ".identity"
-    config = config_of(config, stage)
     payload: dict[str, Any] = {
         "stage": stage.name,
         "version": stage.version,
-        "parameters": parameters(config, stage, cache),
+        "parameters": parameters(job, stage, cache),
         "upstream": dict(upstream),
     }
     if stage.components:
-        identity = model_identity(config, stage.components, cache)
-        device = str(config.device).split(":")[0]
-        payload |= {"model": identity, "dtype": resolve_dtype(config), "device": device}
+        identity = model_identity(job.config, stage.components, cache)
+        device = str(job.config.device).split(":")[0]
+        payload |= {"model": identity, "dtype": job.dtype, "device": device}
     print_ = fingerprint(payload)
     entry = store.entry(stage.name, print_, payload)
     return StageState(stage=stage, needs=tuple(upstream), payload=payload, fingerprint=print_, entry=entry)
-
-
-def config_of(config: DictConfig, stage: Stage) -> DictConfig:
-    """The config as the stage sees it: an upscaling phase has a canvas of its own."""
-    if stage.phase is None:
-        return config
-    config = copy.deepcopy(config)
-    width, height = stage.phase
-    rescale(config, Size(height, width))
-    return config
 
 
 def _decide(config: DictConfig, states: dict[str, StageState], wanted: list[str], previous: Mapping[str, Any]) -> None:

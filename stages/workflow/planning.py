@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
-from stages.config import on_gpu, parse_bytes, resolve_dtype
+from stages.config import on_gpu
 from stages.files import read_json, write_json
+from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
 from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
@@ -22,7 +23,7 @@ from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint
 
-LOOK = "500MB"  # for the look at the models at least: a smaller budget fits no stage, but by how much has to be known
+LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 _COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
 
@@ -33,7 +34,7 @@ class DoesNotFit(RuntimeError):
 
 def plan(
     states: Sequence[StageState],
-    config: DictConfig,
+    job: Job,
     store: Store,
     run_dir: Path,
     *,
@@ -46,12 +47,12 @@ def plan(
         DoesNotFit: before any work.
         launch.StageFailed: the models could not be looked at.
     """
-    profile = state_of(config, store, PROFILE, {})
+    config, budget = job.config, job.budget
+    profile = state_of(job, store, PROFILE, {})
     if profile.entry.why_invalid():
         profile.reason = "first run with this model and these sizes"
         note("looks at the models (once for these sizes)")
-        enough = copy.deepcopy(config)
-        enough.memory.budget = max(config.memory.budget, LOOK, key=parse_bytes)
+        enough = replace(job, budget=max(budget, LOOK))
         launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
     found = read_json(profile.entry.path / "profile.json") or {}
     running = [state for state in states if state.status in ("run", "resume", "reuse")]
@@ -61,9 +62,8 @@ def plan(
         if state.stage.module in found
     ]
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
-    budget = parse_bytes(config.memory.budget)
     if on_gpu(config):  # what is planned is the device's memory
-        runner, budget = 0, device.device_budget(config) or 10**15
+        runner, budget = 0, job.device_budget or 10**15
         kinds = {one.name: _COMPONENT[_base(one.name)] for one in profiles}
         profiles = [device.for_device(one, config.memory.host, streams=kinds[one.name] == "unet") for one in profiles]
     try:
@@ -72,7 +72,7 @@ def plan(
         raise DoesNotFit(_refusal(error, config)) from None
     check_disk(running, profiles)
     by_name = {one.name: one for one in profiles}
-    written = {name: _as_json(one, by_name[name], config, store) for name, one in plans.items()}
+    written = {name: _as_json(one, by_name[name], job, store) for name, one in plans.items()}
     write_json(run_dir / "plan.json", written)
     return written
 
@@ -115,9 +115,9 @@ def _base(name: str) -> str:
     return name if name in _COMPONENT else name.rpartition("_")[0]
 
 
-def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store) -> dict[str, Any]:
+def _as_json(plan: Plan, profile: StageProfile, job: Job, store: Store) -> dict[str, Any]:
     """What the stage reads: the plan, groups in views, and where the prepared copy of the weights lies."""
-    pairs = max(1, profile.micro_batch // 2)
+    config, pairs = job.config, max(1, profile.micro_batch // 2)
     streamed = plan.resident != "all"
     prepared = None
     if streamed and not profile.single_pass and config.memory.prepared:
@@ -126,13 +126,13 @@ def _as_json(plan: Plan, profile: StageProfile, config: DictConfig, store: Store
             "model": model_identity(config, (_COMPONENT[_base(profile.name)],), store.root / ".identity"),
             "half": _base(profile.name) if _COMPONENT[_base(profile.name)] == "vae" else "",
             "image": str(config.guide.image is None) + config.guide.upscale if _base(profile.name) == "guide" else "",
-            "dtype": resolve_dtype(config),
+            "dtype": job.dtype,
             "channels_last": bool(config.technique.channels_last),
         }
         prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
     made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared, "disk_bytes": profile.disk}
     if on_gpu(config):
-        return device.of_device(made, config)
+        return device.of_device(made, job)
     return made
 
 

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
-
-from stages.config import parse_bytes, save_text
+from stages.config import save_text
 from stages.files import read_json, write_json, write_text
+from stages.job import Job
 from stages.memory.monitor import Sample
-from stages.workflow.device import device_budget
 from stages.workflow.launch import StageResult, runner_peak
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
@@ -20,7 +18,7 @@ _BORDERS = 10  # rows of a table of seams
 
 def write(
     run_dir: Path,
-    config: DictConfig,
+    job: Job,
     results: Sequence[StageResult],
     predictions: Mapping[str, Mapping[str, Any]],
     error: str = "",
@@ -30,7 +28,7 @@ def write(
     A reused stage has ``seconds`` 0 and the peak of the time it was computed. ``peak_rss_bytes`` of the run is the
     highest of its stages (each with the runner in it).
     """
-    html = render(run_dir, config, results, predictions, error)  # first: what it takes counts for the runner
+    html = render(run_dir, job, results, predictions, error)  # first: what it takes counts for the runner
     own = runner_peak()
     summary: dict[str, Any] = {
         "image": "image.png" if (run_dir / "image.png").exists() else None,
@@ -51,10 +49,10 @@ def write(
             for result in results
         ],
         "peak_rss_bytes": max([own, *(result.peak_rss_bytes for result in results)]),
-        "budget_bytes": parse_bytes(config.memory.budget),
-        "device_budget_bytes": device_budget(config),
+        "budget_bytes": job.budget,
+        "device_budget_bytes": job.device_budget,
         "runner_peak_rss_bytes": own,
-        "run": config.run,
+        "run": job.run,
         "error": error or None,
     }
     write_text(run_dir / "report.html", html)
@@ -78,7 +76,7 @@ class Band(NamedTuple):
 
 def render(
     run_dir: Path,
-    config: DictConfig,
+    job: Job,
     results: Sequence[StageResult],
     predictions: Mapping[str, Mapping[str, Any]],
     error: str,
@@ -88,10 +86,10 @@ def render(
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters["mb"] = lambda size: f"{size / 1e6:.0f}" if size else "-"
-    budget = parse_bytes(config.memory.budget)
+    budget = job.budget
     heaviest = [(result.name, name, size) for result in results for name, size in result.heaviest]
     return environment.get_template("report.html.j2").render(
-        config=config,
+        config=job.config,
         error=error,
         results=results,
         predictions=predictions,
@@ -105,7 +103,7 @@ def render(
         picture="image.png" if (run_dir / "image.png").exists() else None,
         lowres="guide/lowres.png" if (run_dir / "guide" / "lowres.png").exists() else None,
         seams=_seams(run_dir),
-        parameters=save_text(config),
+        parameters=save_text(job.config),
     )
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.config import ConfigError, escape_all, save_text
+from stages.config import ConfigError, save_text
 from stages.events import Event
 from stages.files import atomic_path, read_json, write_json, write_text
+from stages.job import Job
 from stages.paths import anchored
-from stages.regions.config import from_config
+from stages.regions.config import RegionPlan
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.plan import MissingInput, StageState, build, check_inputs
@@ -56,9 +57,9 @@ def execute(
     """
     shown = Silent()
     try:
-        config = complete(config, said)
-        shown = reporter(config.progress)
-        return _execute(config, said, sweep, pipeline, predictions, shown)
+        job = complete(config, said)
+        shown = reporter(job.config.progress)
+        return _execute(job, said, sweep, pipeline, predictions, shown)
     except (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError) as error:
         shown.close()
         if os.environ.get("HIGHRES_TRACEBACK") == "1":
@@ -68,20 +69,20 @@ def execute(
 
 
 def _execute(
-    config: DictConfig,
+    job: Job,
     said: Sequence[str],
     sweep: bool,
     pipeline: str,
     predictions: Mapping[str, Mapping[str, Any]] | None,
     shown: Silent,
 ) -> dict[str, Any]:
-    output_dir = Path(config.output_dir)
+    output_dir = Path(job.config.output_dir)
     store, declared = Store(output_dir / ".store"), importlib.import_module(pipeline).PIPELINE
-    config.run = escape_all(run_name(config, build(config, store, pipeline=declared, verify=False), sweep))
-    run_dir = output_dir / config.run
+    job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
+    config, run_dir = job.config, output_dir / str(job.run)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _folder_lock(run_dir, shown):
-        states = build(config, store, pipeline=declared, previous=read_json(run_dir / PAYLOADS))
+        states = build(job, store, pipeline=declared, previous=read_json(run_dir / PAYLOADS))
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config.prompt)
         link_results(run_dir, states)
@@ -94,21 +95,21 @@ def _execute(
             and pipeline == "stages"
             and (config.stage == "plan" or any(s.stage.components for s in work))
         ):
-            predictions = planning.plan(states, config, store, run_dir, pipeline=pipeline, note=shown.line)
+            predictions = planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
         predictions = predictions or dict(read_json(run_dir / "plan.json") or {})
         if config.stage == "plan":
             _show_plan(states, predictions, shown)
-            _draw_regions(config, run_dir, shown)
+            _draw_regions(job.regions, run_dir, shown)
             shown.final(f"plan of {run_dir}: nothing was computed")
             return {}
         if config.device == "cpu" and config.technique.dtype == "fp16":
             shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
-        return _run_stages(states, config, run_dir, command, pipeline, predictions, shown)
+        return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
 
 
 def _run_stages(
     states: Sequence[StageState],
-    config: DictConfig,
+    job: Job,
     run_dir: Path,
     command: str,
     pipeline: str,
@@ -127,7 +128,7 @@ def _run_stages(
                 results.append(launch.reused(state))
             else:
                 shown.begin(state.name, state.reason)
-                results.append(_run_one(state, config, run_dir, pipeline, shown))
+                results.append(_run_one(state, job, run_dir, pipeline, shown))
                 link_results(run_dir, states)
             shown.end(results[-1])
             write_json(run_dir / PAYLOADS, payloads := {**payloads, state.name: state.payload})
@@ -144,7 +145,7 @@ def _run_stages(
             signal.signal(number, handler)
         shown.close()
         link_results(run_dir, states)
-        summary = report.write(run_dir, config, results, predictions, error)
+        summary = report.write(run_dir, job, results, predictions, error)
     _show_results(results, predictions, summary, shown)
     image = run_dir / "image.png"
     shown.line(f"report: {run_dir / 'report.html'}")
@@ -152,12 +153,12 @@ def _run_stages(
     return summary
 
 
-def _run_one(state: StageState, config: DictConfig, run_dir: Path, pipeline: str, shown: Silent) -> launch.StageResult:
+def _run_one(state: StageState, job: Job, run_dir: Path, pipeline: str, shown: Silent) -> launch.StageResult:
     def hear(event: Event) -> None:
         shown.event(state.name, event)
 
-    force = bool(config.force)
-    return launch.run_stage(state, config, run_dir, on_event=hear, pipeline=pipeline, force=force)
+    force = bool(job.config.force)
+    return launch.run_stage(state, job, run_dir, on_event=hear, pipeline=pipeline, force=force)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -230,9 +231,9 @@ def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[s
             shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")
 
 
-def _draw_regions(config: DictConfig, run_dir: Path, shown: Silent) -> None:
+def _draw_regions(regions: RegionPlan, run_dir: Path, shown: Silent) -> None:
     """``regions.png``, a look at where the prompts lie; the one of other settings goes."""
-    path, regions = run_dir / "regions.png", from_config(config)
+    path = run_dir / "regions.png"
     if not regions.regions:
         path.unlink(missing_ok=True)
         return

@@ -24,8 +24,8 @@ from stages.config import (
     parse_bytes,
     resolve,
 )
+from stages.job import Job
 from stages.paths import PICKLES, anchored, is_hub_id
-from stages.regions.config import from_config
 from stages.regions.files import overrides
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
@@ -35,8 +35,8 @@ LEAST_BUDGET = 280_000_000  # bytes: python, torch and a model class, before the
 _EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
 
 
-def complete(config: DictConfig, said: Iterable[str] = ()) -> DictConfig:
-    """The config that a run is made from: paths absolute, texts read from files, derived values filled in, checked.
+def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
+    """What a run is made from: paths absolute, texts read from files, derived values filled in, checked.
 
     Args:
         said: the command line's overrides; a file of mixture-of-diffusers decides what they do not.
@@ -56,7 +56,7 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> DictConfig:
     _check_sizes_known(config)
     config = resolve(config)
     validate(config)
-    return config
+    return Job.of(config)  # boxes off the canvas, parts that no region covers
 
 
 def _read_prompt(config: DictConfig) -> None:
@@ -154,7 +154,6 @@ def validate(config: DictConfig) -> None:
     _geometry(config)
     _numbers(config)
     _one_of(config, "denoise.blend", BLENDS)
-    from_config(config)  # boxes off the canvas, parts that no region covers
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "guide.upscale", ("lanczos", "latent"))
     _one_of(config, "guide.vae_mode", DECODE_MODES)

@@ -13,6 +13,7 @@ from stages.config import Config, escape_all, resolve, save_text
 from stages.context import Progress
 from stages.events import Event, Note
 from stages.files import write_json, write_text
+from stages.job import Job
 from stages.workflow.plan import StageState, active, build
 from stages.workflow.store import Store
 from stages.workflow.validate import validate
@@ -42,6 +43,7 @@ def small_config(checkpoint: Path, output_dir: Path, values: dict[str, Any] | No
     config = resolve(config)
     config.run = config.run or "test"
     validate(config)
+    Job.of(config)
     return config
 
 
@@ -56,7 +58,7 @@ class Work:
         return small_config(self.checkpoint, self.output_dir, values)
 
     def states(self, config: DictConfig) -> dict[str, StageState]:
-        return {state.name: state for state in build(config, Store(self.output_dir / ".store"), verify=False)}
+        return {state.name: state for state in build(Job.of(config), Store(self.output_dir / ".store"), verify=False)}
 
     def run(
         self,

@@ -14,6 +14,7 @@ from in_process import Work
 from whole_run import Run, arguments, start
 
 from stages.config import ROOT
+from stages.job import Job
 from stages.memory import disk
 from stages.memory.planner import Plan, StageProfile, _plans
 from stages.profile import profile_run
@@ -122,7 +123,7 @@ def test_a_disk_too_small_for_an_exact_decode_is_refused_before_any_stage(
     work = Work(tmp_path, Path(finished.command.common[-1].partition("=")[2]))
     config = work.config({"decode.mode": "exact", "width": 512, "height": 512})
     found = {name: StageProfile.of(data) for name, data in profile_run(config).items()}
-    states = build(config, Store(tmp_path / ".store"))
+    states = build(Job.of(config), Store(tmp_path / ".store"))
     needed = found["decode"].disk
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1000))
     with pytest.raises(planning.DoesNotFit, match=r"decode needs .* GB of scratch space.*decode\.mode=shared"):

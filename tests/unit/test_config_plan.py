@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from stages import PIPELINE
 from stages.config import ConfigError, load, parse_bytes, resolve_dtype, save_text
 from stages.files import write_text
+from stages.job import Job
 from stages.workflow.identity import file_hash, model_identity, resolve_revision
 from stages.workflow.plan import MissingInput, active, asked, build, check_inputs, differences
 from stages.workflow.store import Store
@@ -73,7 +74,7 @@ def test_prompt_file(make_config, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("a ${cat}, 介绍\nsecond line\n", encoding="utf-8")
     values = {"prompt": None, "prompt_file": str(file)}
-    assert complete(make_config(values)).prompt == "a ${cat}, 介绍\nsecond line"
+    assert complete(make_config(values)).config.prompt == "a ${cat}, 介绍\nsecond line"
     with pytest.raises(ConfigError, match="either prompt or prompt_file"):
         complete(make_config({"prompt_file": str(file)}))
     file.write_bytes(b"\xff\xfe\x00")
@@ -88,7 +89,7 @@ def test_prompt_file(make_config, tmp_path):
 
 def test_regions_from_a_file(make_config, tmp_path):
     (tmp_path / "r.json").write_text('{"regions": [{"prompt": "${x}", "box": [0, 0, 1, 0.5]}]}')
-    config = complete(make_config({"regions": str(tmp_path / "r.json")}))
+    config = complete(make_config({"regions": str(tmp_path / "r.json")})).config
     assert config.regions.regions[0].prompt == "${x}"
     with pytest.raises(ConfigError, match="YAML or JSON"):
         complete(make_config({"regions": str(tmp_path / "none.json")}))
@@ -119,7 +120,7 @@ def test_dtype_is_decided_without_torch(make_config):
 
 
 def prints(config, tmp_path) -> dict[str, str]:
-    return {state.name: state.fingerprint for state in build(config, Store(tmp_path / "s"), verify=False)}
+    return {state.name: state.fingerprint for state in build(Job.of(config), Store(tmp_path / "s"), verify=False)}
 
 
 CHANGES = {
@@ -251,7 +252,7 @@ def test_hub_revision_from_the_cache_on_disk(tmp_path, monkeypatch):
 
 def test_reasons_and_missing_inputs(make_config, tmp_path):
     store = Store(tmp_path / "s")
-    config = make_config({"stage": "denoise"})
+    config = Job.of(make_config({"stage": "denoise"}))
     states = build(config, store)
     with pytest.raises(
         MissingInput, match=r"denoise needs text_encode and guide .*\n.*stage=\[text_encode,lowres,guide\]"
@@ -264,7 +265,7 @@ def test_reasons_and_missing_inputs(make_config, tmp_path):
     assert [state.status for state in states] == ["reuse", "reuse", "reuse", "run", "skip", "skip"]
     check_inputs(states, "x")
     previous = {state.name: state.payload for state in states}
-    changed = build(make_config({"seed": 1}), store, previous=previous)
+    changed = build(Job.of(make_config({"seed": 1})), store, previous=previous)
     assert [state.reason for state in changed[:4]] == [
         "nothing changed",
         "seed changed (0 -> 1)",
@@ -273,7 +274,7 @@ def test_reasons_and_missing_inputs(make_config, tmp_path):
     ]
     (states[2].entry.path / "out").write_text("torn")
     assert build(config, store)[2].reason == "guide/out changed on disk"
-    forced = build(make_config({"stage": "lowres", "force": True}), store)
+    forced = build(Job.of(make_config({"stage": "lowres", "force": True})), store)
     assert [state.status for state in forced[:2]] == ["reuse", "run"]
     assert forced[1].reason == "force=true"
 

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from stages import PIPELINE, PROFILE
+from stages.canvas.views import region_views
 from stages.config import ConfigError
+from stages.job import Job
 from stages.regions.config import Reroll, from_config, parse, uncovered
-from stages.regions.scale import lowres_plan, lowres_side, rescale, scaled
+from stages.regions.scale import lowres_plan, lowres_side, scaled
 from stages.tiles import Size, Tile
-from stages.workflow.plan import config_of, parameters
+from stages.workflow.plan import parameters
 from stages.workflow.validate import complete
 
 LEFT = {"prompt": "snowy mountains", "box": [0, 0, 1088, 1024], "guidance_scale": 3.0, "seed": 4}
@@ -39,9 +41,9 @@ def test_what_is_covered_stays_covered(edges, down, across):
 def test_a_canvas_of_another_size_has_the_same_regions(make_config):
     config = make_config(HALVES)
     before = from_config(config)
-    rescale(config, Size(256, 512))
-    after = from_config(config)
-    assert (config.width, config.height) == (512, 256)
+    job = Job.of(config).at(Size(256, 512))
+    after = job.regions
+    assert (job.config.width, job.config.height) == (512, 256)
     assert [region.prompt for region in after.regions] == ["a valley", "snowy mountains", "desert ${x}"]
     assert [region.box[2:] for region in after.regions[1:]] == [(0, 0, 256, 272), (0, 240, 256, 512)]
     assert after.texts == before.texts and after.regions[2].feather == 16
@@ -51,16 +53,21 @@ def test_a_canvas_of_another_size_has_the_same_regions(make_config):
 def test_an_upscaling_phase_has_regions_of_its_own_size(make_config):
     phase = PIPELINE[3]._replace(name="denoise_512", of="denoise", phase=(512, 256))
     config = make_config(HALVES)
-    assert from_config(config_of(config, phase)).size == (256, 512)
-    assert config.width == 2048 and len(config.regions) == 2  # a copy
-    plain = config_of(make_config(CANVAS), phase)
+    job = Job.of(config)
+    assert job.of_stage(phase).regions == job.regions_of(phase) and job.regions_of(phase).size == (256, 512)
+    assert job.config.width == 2048 and len(job.config.regions) == 2  # a copy
+    plain = Job.of(make_config(CANVAS)).of_stage(phase).config
     assert not plain.regions and not plain.reroll
 
 
-def test_the_low_res_canvas_uses_its_own_guidance_where_a_region_says_none(make_config):
-    config = make_config({**HALVES, "lowres.guidance_scale": 4.0, "denoise.guidance_scale": 2.0})
-    assert [region.guidance_scale for region in lowres_plan(config).regions] == [4.0, 3.0, 4.0]
-    assert [region.guidance_scale for region in from_config(config).regions] == [2.0, 3.0, 2.0]
+def test_a_region_that_says_no_guidance_has_its_canvas_own(make_config):
+    job = Job.of(make_config(HALVES))
+    for stage in (PIPELINE[1], PIPELINE[3]):
+        plan = job.regions_of(stage)
+        assert [region.guidance_scale for region in plan.regions] == [None, 3.0, None]
+        latents = Size(plan.size.height // 8, plan.size.width // 8)
+        views = region_views(plan, latents, side=Size(32, 32), overlap=8, blend="cosine", guidance_scale=4.0)
+        assert {view.prompt_row: view.guidance_scale for view in views} == {1: 4.0, 2: 3.0, 3: 4.0}
 
 
 def test_low_res_tiles_are_as_large_as_the_largest_region_within_limits(make_config):
@@ -82,11 +89,11 @@ def test_what_a_stage_makes_of_regions_does_not_depend_on_how_they_are_written(m
     pixels = make_config({**CANVAS, "regions": [{"prompt": "x", "box": [0, 0, 1024, 1024]}]})
     fractions = make_config({**CANVAS, "regions": {"regions": [{"prompt": "x", "area": [0, 1, 0, 0.5]}]}})
     moved = make_config({**CANVAS, "regions": [{"prompt": "x", "box": [0, 0, 1536, 1024]}]})
-    found, same, other = (parameters(config, stage, tmp_path) for config in (pixels, fractions, moved))
+    found, same, other = (parameters(Job.of(config), stage, tmp_path) for config in (pixels, fractions, moved))
     assert found == same
     assert (found == other) == (stage.name == "text_encode")
     background = {"regions": [{"prompt": "x", "box": [0, 0, 1024, 1024]}], "background": "y"}
-    said = parameters(make_config({**CANVAS, "regions": background}), stage, tmp_path)
+    said = parameters(Job.of(make_config({**CANVAS, "regions": background})), stage, tmp_path)
     assert (found == said) == (stage.name == "profile")
     json.dumps(found)
 
@@ -96,7 +103,7 @@ def test_the_size_of_the_canvas_does_not_change_the_low_res_picture(make_config,
     small, large = (
         make_config({"width": side, "height": side, "prompt": "y", "regions": regions}) for side in (512, 1024)
     )
-    assert parameters(small, PIPELINE[1], tmp_path) == parameters(large, PIPELINE[1], tmp_path)
+    assert parameters(Job.of(small), PIPELINE[1], tmp_path) == parameters(Job.of(large), PIPELINE[1], tmp_path)
 
 
 MIXTURE = {
@@ -121,7 +128,7 @@ def written(folder: Path, content: dict) -> str:
 
 def test_a_file_of_mixture_of_diffusers_decides_what_the_command_line_does_not(make_config, tmp_path):
     (tmp_path / "beside.png").write_bytes(b"picture")
-    config = complete(make_config({"regions": written(tmp_path, MIXTURE), "prompt": None}, derive=False))
+    config = complete(make_config({"regions": written(tmp_path, MIXTURE), "prompt": None}, derive=False)).config
     assert (config.width, config.height, config.seed, config.prompt) == (640, 384, 7, "")
     assert config.denoise.num_inference_steps == 9 and config.lowres.guidance_scale == 6
     assert config.scheduler.class_name == "LMSDiscreteScheduler"
@@ -129,7 +136,7 @@ def test_a_file_of_mixture_of_diffusers_decides_what_the_command_line_does_not(m
     assert [region.prompt for region in from_config(config).regions] == ["a house", "a road"]
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     given = make_config({"regions": written(tmp_path, MIXTURE), "seed": 1}, derive=False)
-    config = complete(given, ["seed=1", "prompt='x'", "scheduler=ddim", "regions=canvas.json"])
+    config = complete(given, ["seed=1", "prompt='x'", "scheduler=ddim", "regions=canvas.json"]).config
     assert config.seed == 1 and config.scheduler.class_name == "DDIMScheduler" and config.width == 640
 
 

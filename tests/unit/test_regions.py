@@ -23,10 +23,10 @@ RIGHT = {"prompt": "desert", "box": [960, 0, 2048, 1024]}
 
 def test_pixels_and_fractions_and_defaults():
     written = [LEFT, {"prompt": "desert", "box": [0.46875, 0, 1, 1], "guidance_scale": 3, "mask_type": "quartic"}]
-    plan = parse(written, size=SIZE, prompt="main", negative_prompt="blurry", guidance_scale=5)
+    plan = parse(written, size=SIZE, prompt="main", negative_prompt="blurry")
     first, second = plan.regions
     assert first.box[2:] == (0, 0, 1024, 1088) and second.box[2:] == (0, 960, 1024, 2048)
-    assert (first.guidance_scale, second.guidance_scale, second.mask_type) == (5, 3, "quartic")
+    assert (first.guidance_scale, second.guidance_scale, second.mask_type) == (None, 3, "quartic")
     assert plan.texts == (("main", "blurry"), ("snowy mountains", "blurry"), ("desert", "blurry"))
 
 
@@ -148,10 +148,10 @@ def test_a_canvas_file_of_mixture_of_diffusers():
         "guide.hold_steps": 0.3,
         "denoise.strength": 1.0,
     }
-    plan = parse(CANVAS, size=Size(640, 1408), guidance_scale=8)
+    plan = parse(CANVAS, size=Size(640, 1408))
     assert [r.prompt for r in plan.regions] == ["a house", "a road", "a robot"]
     assert [r.box.left for r in plan.regions] == [0, 384, 768]
-    assert (plan.regions[0].weight, plan.regions[1].guidance_scale, plan.regions[2].guidance_scale) == (1.5, 6, 8)
+    assert (plan.regions[0].weight, plan.regions[1].guidance_scale, plan.regions[2].guidance_scale) == (1.5, 6, None)
     assert plan.rerolls == (Reroll(Tile(0, 0, 0, 0, 8, 16), 3),)
     with pytest.raises(ConfigError, match="whole canvas"):
         overrides(CANVAS | {"regions": [{"area": [0, 64, 0, 64], "ref_img": "x.png"}]})
@@ -177,9 +177,9 @@ def test_a_tiling_file_of_mixture_of_diffusers():
     }
     found = overrides(tiling)
     assert (found["width"], found["height"], found["denoise.tile_size"]) == (1024, 768, 768)
-    plan = parse(tiling, size=Size(768, 1024), guidance_scale=8)
+    plan = parse(tiling, size=Size(768, 1024))
     assert [r.box[2:] for r in plan.regions] == [(0, 0, 768, 512), (0, 256, 768, 768), (0, 512, 768, 1024)]
-    assert [r.guidance_scale for r in plan.regions] == [8, 4, 8]
+    assert [r.guidance_scale for r in plan.regions] == [None, 4, None]
     assert [r.seed for r in plan.rerolls] == [7, 9]
     assert plan.rerolls[1].box == Tile(0, 0, 0, 1, 10, 8)
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from stages.job import Job
 from stages.memory.monitor import Sample
 from stages.workflow import report
 from stages.workflow.launch import StageResult
@@ -17,10 +18,10 @@ def result(name: str, status: str = "ran", peak: int = 500_000_000) -> StageResu
 
 def test_both_files(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "runner_peak", lambda: 40_000_000)  # this process has run other tests before
-    config = make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"})
+    job = Job.of(make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"}))
     (tmp_path / "image.png").write_bytes(b"png")
     predictions = {"denoise": {"predicted_peak_rss_bytes": 123_000_000}}
-    summary = report.write(tmp_path, config, [result("lowres"), result("denoise", peak=700_000_000)], predictions)
+    summary = report.write(tmp_path, job, [result("lowres"), result("denoise", peak=700_000_000)], predictions)
     assert json.loads((tmp_path / "run.json").read_text()) == summary
     assert summary["image"] == "image.png"
     assert summary["peak_rss_bytes"] == 700_000_000
@@ -40,13 +41,15 @@ def test_both_files(make_config, tmp_path, monkeypatch):
 def test_what_the_gpu_holds_is_drawn_where_there_is_one(make_config, tmp_path):
     on_gpu = result("denoise")
     on_gpu = on_gpu._replace(timeline=tuple(sample._replace(vram=600_000_000) for sample in on_gpu.timeline))
-    html = report.render(tmp_path, make_config({"run": "x"}), [result("lowres"), on_gpu], {}, "")
+    html = report.render(tmp_path, Job.of(make_config({"run": "x"})), [result("lowres"), on_gpu], {}, "")
     assert html.count("<polyline") == 5 and "GPU's allocator" in html
-    assert "GPU's allocator" not in report.render(tmp_path, make_config({"run": "x"}), [result("lowres")], {}, "")
+    assert "GPU's allocator" not in report.render(
+        tmp_path, Job.of(make_config({"run": "x"})), [result("lowres")], {}, ""
+    )
 
 
 def test_a_failed_run_is_reported_too(make_config, tmp_path):
-    summary = report.write(tmp_path, make_config({"run": "x"}), [], {}, "lowres: it broke")
+    summary = report.write(tmp_path, Job.of(make_config({"run": "x"})), [], {}, "lowres: it broke")
     assert summary["error"] == "lowres: it broke"
     assert summary["image"] is None
     assert summary["stages"] == []
@@ -68,7 +71,7 @@ def test_the_seams_that_stitch_measured_are_shown(make_config, tmp_path):
     found = {"decode": {"ratio": 1.01, "local_ratio": 1.02, "lattice_ratio": 0.99, "borders": borders}}
     (tmp_path / "stitch").mkdir()
     (tmp_path / "stitch" / "seams.json").write_text(json.dumps(found))
-    report.write(tmp_path, make_config({"run": "x"}), [result("stitch")], {})
+    report.write(tmp_path, Job.of(make_config({"run": "x"})), [result("stitch")], {})
     html = (tmp_path / "report.html").read_text()
     assert 'src="stitch/seams_decode.png"' in html
     assert html.count("<td>column</td>") == 10

@@ -1,0 +1,75 @@
+"""What a run is made from: the finished config, and what is read out of it once. Nothing changes it afterwards."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stages import Stage
+from stages.config import escape_all, parse_bytes, resolve_dtype
+from stages.regions.config import RegionPlan, from_config
+from stages.regions.scale import lowres_plan, scaled, written
+from stages.tiles import Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, or one canvas of it (:meth:`at`). Sizes in bytes."""
+
+    config: DictConfig  # read-only
+    regions: RegionPlan  # of the canvas
+    budget: int
+    device_budget: int | None  # None: no limit
+    dtype: str  # fp32 | bf16 | fp16
+    run: str | None  # None: not named yet
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Job:
+        """Of a resolved config, which stays as it is.
+
+        Raises:
+            ConfigError: regions or sizes in bytes that cannot be read.
+        """
+        config = _with(config, {})
+        given = config.memory.device_budget
+        return cls(
+            config=config,
+            regions=from_config(config),
+            budget=parse_bytes(config.memory.budget),
+            device_budget=None if given is None else parse_bytes(given, "memory.device_budget"),
+            dtype=resolve_dtype(config),
+            run=config.run,
+        )
+
+    def named(self, run: str) -> Job:
+        """The same under this name."""
+        return replace(self, config=_with(self.config, {"run": run}), run=run)
+
+    def at(self, size: Size) -> Job:
+        """The same picture on a canvas of ``size`` pixels: the regions scaled, all else as it is."""
+        plan = scaled(self.regions, size)
+        regions, rerolls = written(plan)
+        changed = {"width": size.width, "height": size.height, "regions": regions or None, "reroll": rerolls}
+        return replace(self, config=_with(self.config, changed), regions=plan)
+
+    def of_stage(self, stage: Stage) -> Job:
+        """What ``stage`` is made from: an upscaling phase has a canvas of its own."""
+        return self if stage.phase is None else self.at(Size(stage.phase[1], stage.phase[0]))
+
+    def regions_of(self, stage: Stage) -> RegionPlan:
+        """The regions on the canvas of ``stage``."""
+        job = self.of_stage(stage)
+        return lowres_plan(job.config, job.regions) if stage.module == "lowres" else job.regions
+
+
+def _with(config: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """A read-only copy with these values."""
+    config = copy.deepcopy(config)
+    OmegaConf.set_readonly(config, False)
+    for key, value in values.items():
+        OmegaConf.update(config, key, escape_all(value), merge=False)
+    OmegaConf.set_readonly(config, True)
+    return config
