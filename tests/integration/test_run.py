@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -57,7 +56,7 @@ def test_run_json(finished: Run) -> None:
     for stage in summary["stages"]:
         assert wanted | {"fingerprint"} <= set(stage)
         assert stage["status"] == "ran" and stage["reason"]
-        assert 0 < stage["seconds"] < 60
+        assert stage["seconds"] > 0
         assert stage["peak_vram_bytes"] == 0
         assert len(stage["fingerprint"]) == 64
         assert (finished.folder / stage["name"]).resolve().name == stage["fingerprint"]
@@ -87,11 +86,10 @@ def test_the_picture_says_how_it_was_made(finished: Run) -> None:
 
 
 def test_the_same_again_reuses_every_stage(finished: Run) -> None:
-    begin = time.monotonic()
     done = finished.command("run=again", *arguments())
-    assert time.monotonic() - begin < 6  # 3 on an idle machine
     assert done.returncode == 0, done.stderr
     again = finished._replace(folder=finished.folder.with_name("again"))
+    assert not (again.folder / "logs").exists()  # no process of a stage was started
     assert {stage["status"] for stage in again.stages.values()} == {"reused"}
     assert again.image == finished.image
     assert again.summary["peak_rss_bytes"] == finished.summary["peak_rss_bytes"]
