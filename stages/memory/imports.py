@@ -5,11 +5,16 @@ diffusers imports transformers and scipy wherever they are installed, and transf
 (scipy) and its image processors (torchvision): 145 to 165 MB of RES and 3 s per process. While they are imported,
 decorators meet an identity instead, and the rest looks as if it were not installed (which both libraries support);
 afterwards all can be imported as ever.
+
+It leans on what the installed releases import, so it is the first thing to break when they change:
+``HIGHRES_LIGHT_IMPORTS=0`` imports everything plainly, for that much more memory and time.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,6 +22,13 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 from stages.memory.trim import drop_clean_pages
+
+SWITCH = "HIGHRES_LIGHT_IMPORTS"
+_HINT = f"{SWITCH}=0 in the environment imports the libraries whole (about 150 MB more a process): try it with that."
+
+
+class LightImportError(ImportError):
+    """A library could not be imported without what these stages do not need; says how to import it whole."""
 
 
 def _identity(fn: Any = None, *_: Any, **__: Any) -> Any:
@@ -40,7 +52,7 @@ class _TransformGetItemToIndex:
     """A context that transformers' masks enter where they are made with vmap, which these stages' models do not."""
 
     def __enter__(self) -> None:
-        raise RuntimeError("masks by vmap need torch._dynamo: import transformers without light_imports")
+        raise RuntimeError(f"masks by vmap need torch._dynamo, which was left out. {_HINT}")
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -50,13 +62,28 @@ class _TransformGetItemToIndex:
 _OPTIONAL = ("transformers", "peft", "scipy", "sklearn", "torchvision")
 
 
+def _importing(error: BaseException) -> bool:
+    """Whether ``error``, caught at the ``yield`` below, was raised while a module was being imported."""
+    inside = traceback.extract_tb(error.__traceback__)[2:]  # without this file's frame and that of the with statement
+    if isinstance(error, ImportError) or any(frame.name == "<module>" for frame in inside):
+        return True
+    return error.__cause__ is not None and _importing(error.__cause__)  # lazy imports wrap what went wrong
+
+
 @contextmanager
 def light_imports(*needed: str) -> Iterator[None]:
-    """Import classes of diffusers, or of ``needed`` (transformers), inside; what is loaded already stays as it is."""
+    """Import classes of diffusers, or of ``needed`` (transformers), inside; what is loaded already stays as it is.
+
+    Raises:
+        LightImportError: an import inside failed.
+    """
     import torch
     import torch.distributed
 
     drop_clean_pages()  # so that importing one library does not come on top of importing the one before
+    if os.environ.get(SWITCH, "1") == "0":
+        yield
+        return
     stand_ins: dict[str, Any] = {}
     if "torch._dynamo" not in sys.modules:
         wrapped = ModuleType("torch._dynamo._trace_wrapped_higher_order_op")
@@ -69,6 +96,12 @@ def light_imports(*needed: str) -> Iterator[None]:
     try:
         with patch.object(torch.distributed, "is_available", lambda: False):
             yield
+    except LightImportError:
+        raise
+    except Exception as error:
+        if not _importing(error):
+            raise
+        raise LightImportError(f"{type(error).__name__}: {error}. {_HINT}") from error
     finally:
         for name in (*hidden, *stand_ins):
             del sys.modules[name]

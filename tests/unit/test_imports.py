@@ -1,13 +1,17 @@
 """Light imports: what they leave out, that the models are the stock ones all the same, and that nothing hides."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stages.memory.imports import light_imports
+
 pytestmark = pytest.mark.torch  # in processes of its own
+
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sympy", "peft", "torchvision")
 
@@ -46,18 +50,67 @@ UNET = {
 }
 
 
+BROKEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from stages.memory.imports import light_imports
+try:
+    with light_imports():
+        with light_imports():
+            import newer_release
+except Exception as error:
+    print(type(error).__name__, error)
+else:
+    print("imported")
+"""
+
+
+def run(script: str, *arguments: str, **environment: str) -> list[str]:
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("config", [TEXT, UNET], ids=lambda config: config["class"])
 def test_models_come_without_the_compiler_and_leave_nothing_hidden(config):
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(config), json.dumps(HEAVY)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    state, device = (json.loads(line) for line in run.stdout.splitlines())
+    state, device = map(json.loads, run(SCRIPT, json.dumps(config), json.dumps(HEAVY), HIGHRES_LIGHT_IMPORTS="1"))
     assert state["loaded"] == []
     assert not set(state["hidden"]) & {*HEAVY, "transformers"}
     assert state["available"]
     assert device == "meta"
+
+
+@pytest.mark.parametrize("config", [TEXT, UNET], ids=lambda config: config["class"])
+def test_switched_off_the_libraries_are_imported_whole(config):
+    state, device = map(json.loads, run(SCRIPT, json.dumps(config), json.dumps(HEAVY), HIGHRES_LIGHT_IMPORTS="0"))
+    assert "torch._dynamo" in state["loaded"] and state["hidden"] == []
+    assert state["available"]
+    assert device == "meta"
+
+
+LAZY = """
+try:
+    import scipy.stats
+except ImportError as error:
+    raise RuntimeError("lazy") from error
+"""
+NEEDS = {
+    "import scipy.stats": "ModuleNotFoundError",
+    "import torch; torch._dynamo.graph_break": "AttributeError",
+    LAZY: "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_an_import_that_fails_says_that_there_is_a_switch(tmp_path, switch):
+    for needs, error in NEEDS.items():
+        (tmp_path / "newer_release.py").write_text(needs)
+        (line,) = run(BROKEN, str(tmp_path), HIGHRES_LIGHT_IMPORTS=switch)
+        assert line.startswith(f"LightImportError {error}: ") if switch == "1" else line == "imported"
+        assert ("HIGHRES_LIGHT_IMPORTS=0" in line) == (switch == "1")
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(AttributeError, match="no attribute 'x'"), light_imports():
+        print(json.x)
