@@ -1,1 +1,1 @@
-"""One command per figure in the README: ``python -m benchmarks`` lists them."""
+"""One command per figure in README.md and docs/figures.md: ``python -m benchmarks`` lists them."""
