@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 LINUX = sys.platform == "linux"
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _RESCAN = 10  # samples between two looks for new descendants and at the kernel's own peak
+_GONE = ("NoSuchProcess", "AccessDenied", "ZombieProcess")  # psutil's words for a process that ended
 _POINTS = 2000  # of a timeline; beyond, neighbours are merged (the higher one stays)
 
 
@@ -53,7 +53,7 @@ def usage(pid: int) -> Usage:
         del error  # it ended between two looks
         return Usage(0, 0)
     except Exception as error:
-        if type(error).__name__ in ("NoSuchProcess", "AccessDenied", "ZombieProcess"):
+        if type(error).__name__ in _GONE:
             return Usage(0, 0)
         raise
 
@@ -81,20 +81,33 @@ def own_peak_rss() -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that ``pid`` started, and those that they started."""
+    """Processes that ``pid`` started, and those that they started; without those that end meanwhile."""
     if not LINUX:
         import psutil
 
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)] if psutil.pid_exists(pid) else []
-    found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            children = [int(child) for child in thread.read_text().split()]
+            return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        except psutil.Error as error:
+            if type(error).__name__ in _GONE:
+                return []
+            raise
+    found: list[int] = []
+    for thread in _entries(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                children = [int(child) for child in file.read().split()]
         except OSError:  # the thread ended
             continue
         for child in children:
             found += [child, *descendants(child)]
     return found
+
+
+def _entries(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # the process ended
+        return []
 
 
 def _merged(samples: Sequence[Sample]) -> Sample:
@@ -103,7 +116,10 @@ def _merged(samples: Sequence[Sample]) -> Sample:
 
 
 class Monitor:
-    """Samples the tree in a thread until ``stop``; ``over`` is asked with every sum and may end the stage."""
+    """Samples the tree in a thread until ``stop``; ``over`` is asked with every sum and may end the stage.
+
+    ``blind`` is told why, if looking fails: nobody watches the stage any more.
+    """
 
     def __init__(
         self,
@@ -112,8 +128,9 @@ class Monitor:
         module: Callable[[], str],
         over: Callable[[Sample], None],
         vram: Callable[[], int] = lambda: 0,
+        blind: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self.pid, self.period, self.module, self.over, self.vram = pid, period, module, over, vram
+        self.pid, self.period, self.module, self.over, self.vram, self.blind = pid, period, module, over, vram, blind
         self.timeline: list[Sample] = []
         self.by_module: dict[str, int] = {}
         self.peak = Sample(0.0, 0, 0, 0, "")
@@ -138,6 +155,12 @@ class Monitor:
         return sorted(self.by_module.items(), key=lambda item: -item[1])[:10]
 
     def _watch(self) -> None:
+        try:
+            self._look()
+        except Exception as error:
+            self.blind(error)
+
+    def _look(self) -> None:
         begin, count = time.monotonic(), 0
         while True:
             if count % _RESCAN == 0:

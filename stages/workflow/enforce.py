@@ -28,6 +28,7 @@ class Enforcer:
     cgroup: Cgroup | None = None
     pid: int = 0
     violation: Sample | None = field(default=None)
+    blind: str = ""  # why nobody watched any more, if the stage was ended for that
     by_kernel: str = ""  # what the cgroup counted, if it was the cgroup
     _last: Sample = field(default=Sample(0.0, 0, 0, 0, ""))
 
@@ -54,6 +55,12 @@ class Enforcer:
         self._last = sample
         if self.watch and self.violation is None and sample.rss > self.budget:
             self.violation = sample
+            kill_tree(self.pid, signal.SIGKILL)
+
+    def lost(self, error: Exception) -> None:
+        """Looking failed: a stage that nobody watches does not run on."""
+        if self.watch and self.violation is None:
+            self.blind = f"{type(error).__name__}: {error}"
             kill_tree(self.pid, signal.SIGKILL)
 
     def stop(self) -> None:

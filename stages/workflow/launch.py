@@ -127,6 +127,7 @@ def run_stage(
             lambda: read_mark(view),
             enforcer.look,
             lambda: read_device_bytes(view),
+            enforcer.lost,
         ).start()
         try:
             with os.fdopen(reader, encoding="utf-8") as events:
@@ -142,6 +143,9 @@ def run_stage(
             view.close()
     if enforcer.violation is not None and code != 0:
         raise StageFailed(_over_budget(state.name, enforcer))
+    if enforcer.blind and code != 0:
+        text = f"stopped, as its memory could not be watched any more ({enforcer.blind}). Finished work is kept."
+        raise StageFailed(f"{state.name}: {text} Run the same command again, or let it run free: memory.enforce=off.")
     if code != 0 or not isinstance(last, Done):
         raise StageFailed(_failure(state.name, code, last, log_path, module))
     peak = max(monitor.peak.rss, last.peak_rss_bytes + usage(os.getpid()).rss)

@@ -266,6 +266,30 @@ def test_monitor_sees_the_tree_and_its_module():
     assert usage(process.pid) == (0, 0)
 
 
+def test_processes_that_end_under_the_look_are_none(monkeypatch):
+    def gone(*_):
+        raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr(os, "scandir", gone)
+    monkeypatch.setattr(os, "listdir", gone)
+    assert descendants(os.getpid()) == []
+
+
+@pytest.mark.parametrize("mode", ["watchdog", "off"])
+def test_a_stage_that_nobody_watches_is_stopped(mode):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+    enforcer = enforce.start(mode, 10**12)
+    enforcer.adopt(process.pid)
+
+    def broken():
+        raise ZeroDivisionError("no module")
+
+    monitor = Monitor(process.pid, 0.01, broken, enforcer.look, blind=enforcer.lost).start()
+    code = process.wait()
+    monitor.stop()
+    assert (code, enforcer.blind) == ((-9, "ZeroDivisionError: no module") if mode == "watchdog" else (0, ""))
+
+
 def test_the_timeline_is_thinned_but_keeps_the_peak():
     monitor = Monitor(os.getpid(), 1, lambda: "", lambda sample: None)
     for number in range(20_000):
