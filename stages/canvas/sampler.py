@@ -19,6 +19,7 @@ from stages.canvas.band_state import BandState, BandStates, adopt, attributes, c
 from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, TileBatch
 from stages.canvas.step_noise import StepNoise
+from stages.memory.finite import refuse_not_finite
 from stages.memory.rows import Rows, bands
 
 
@@ -118,14 +119,20 @@ class Sampler:
             yield top, self._load(band)
 
     def advance(self, denoise: Callable[[TileBatch, Tensor], Tensor], group_size: int) -> None:
-        """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch."""
-        timestep = self.timesteps[self.step]
+        """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch.
+
+        Raises:
+            ValueError: NaN or an infinity in a prediction, or in what the scheduler makes of it.
+        """
+        timestep, now = self.timesteps[self.step], f"step {self.step + 1} of {len(self.timesteps)}"
         for band, (top, _) in enumerate(self.bands):
             _, scaled = self._inputs(band, timestep)
             self._scaled.write(top, scaled)
 
         def predict(batch: TileBatch) -> Tensor:
-            return denoise(batch, timestep)
+            found = denoise(batch, timestep)
+            refuse_not_finite(found, f"{now}, tile {', '.join(dict.fromkeys(t.name for t in batch.tiles))}: prediction")
+            return found
 
         self.mixture.predict(self._scaled, self._prediction, predict, group_size)
         if self.dilated is not None:
@@ -138,6 +145,7 @@ class Sampler:
                 prediction = self._prediction.read(top, bottom)
                 arguments = {**self._step_arguments, "return_dict": False}
                 stepped = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
+                refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
                 self._states.write(band, BandState(self.step + 1, stepped, drawn, attributes(self.scheduler)))
         self.step += 1

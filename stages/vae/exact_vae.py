@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.files import atomic_path
+from stages.memory.finite import refuse_absurd, refuse_not_finite
 from stages.memory.rows import Rows
 from stages.tiles import Size
 from stages.vae.exact import ExactPass
@@ -79,9 +80,17 @@ def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folde
     steps = ExactPass(program(vae, "decode"), given_shape(vae, "decode", size), folder, **options)
     with atomic_path(done) as temporary:
         pixels = Rows.scratch(temporary, shape.axes, torch.uint8)
-        steps.run(
-            lambda top, bottom: to_vae(vae, rows(top, bottom)), lambda top, strip: pixels.write(top, to_uint8(strip))
-        )
+
+        def read(top: int, bottom: int) -> Tensor:
+            latents = rows(top, bottom)
+            refuse_absurd(latents, f"rows {top} to {bottom} of the canvas")
+            return to_vae(vae, latents)
+
+        def put_pixels(top: int, strip: Tensor) -> None:
+            refuse_not_finite(strip, f"row {top}: pixels of the VAE's decoder")
+            pixels.write(top, to_uint8(strip))
+
+        steps.run(read, put_pixels)
     steps.clear()
     return Rows.scratch(done, shape.axes, torch.uint8)
 
@@ -105,7 +114,12 @@ def exact_encode(
     """
     channels = vae.config.latent_channels
     options.setdefault("dtype", vae.dtype)
-
     steps = ExactPass(program(vae, "encode"), given_shape(vae, "encode", size), folder, **options)
-    steps.run(rows, lambda top, moments: put(top, from_vae(vae, moments[:, :channels]).cpu()))
+
+    def put_latents(top: int, moments: Tensor) -> None:
+        latents = from_vae(vae, moments[:, :channels]).cpu()
+        refuse_not_finite(latents, f"row {top}: latents of the VAE's encoder")
+        put(top, latents)
+
+    steps.run(rows, put_latents)
     steps.clear()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.canvas.weights import grid_weights
+from stages.memory.finite import refuse_absurd, refuse_not_finite
 from stages.memory.rows import Rows, std_mean
 from stages.picture.row_blend import RowBlend
 from stages.tiles import Size, Tile, grid, whole
@@ -70,9 +71,15 @@ def decode_tile(vae: Any, latents: Tensor, keep: Tile) -> Tensor:
 
     Returns:
         Pixels ``[N, 3, keep.height * f, keep.width * f]`` in [-1, 1] and in the VAE's dtype.
+
+    Raises:
+        ValueError: latents that are absurd, or pixels that are not finite.
     """
+    refuse_absurd(latents, f"tile {keep.name} of the VAE's decoder")
     decoded = vae.decode(placed(vae, to_vae(vae, latents)), return_dict=False)[0]
-    return decoded[keep.scaled(factor(vae)).index].cpu()
+    pixels = decoded[keep.scaled(factor(vae)).index].cpu()
+    refuse_not_finite(pixels, f"tile {keep.name}: pixels of the VAE's decoder")
+    return pixels
 
 
 def decoded_tiles(
@@ -132,7 +139,9 @@ def encode_tile(vae: Any, pixels: Tensor, keep: Tile) -> Tensor:
         ``[N, C, keep.height, keep.width]`` float32, in the denoiser's space.
     """
     posterior = vae.encode(placed(vae, pixels), return_dict=False)[0]
-    return from_vae(vae, posterior.mode()[keep.index])
+    latents = from_vae(vae, posterior.mode()[keep.index])
+    refuse_not_finite(latents, f"tile {keep.name}: latents of the VAE's encoder")
+    return latents
 
 
 def encode_tiled(
