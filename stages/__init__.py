@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 class Stage(NamedTuple):
     """One stage: ``stages/<name>.py`` with ``run(context)``.
 
-    ``parameters`` are dotted config keys (a node's name stands for all below it): they, the upstream fingerprints, the
-    identity of ``components`` in the checkpoint, dtype and device make the fingerprint. Raise ``version`` when the
-    code gives another result for the same parameters.
+    ``parameters`` are dotted config keys (a node's name stands for all below it): they, the upstream fingerprints
+    and the techniques that touch it make the fingerprint; where it ``opens_model``, also what its family opens of the
+    checkpoint, dtype and device. Raise ``version`` when the code gives another result for the same parameters.
     """
 
     name: str
     version: int
     parameters: tuple[str, ...]
     needs: Callable[[DictConfig], tuple[str, ...]]
-    components: tuple[str, ...] = ()
+    opens_model: bool = False
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
@@ -40,49 +40,48 @@ def _denoise_needs(config: DictConfig) -> tuple[str, ...]:
 
 
 _SCHEDULER = ("scheduler.class_name", "scheduler.options", "model.prediction_type")
-_NUMERICS = ("technique.channels_last", "technique.tf32")
 
 PIPELINE: tuple[Stage, ...] = (
     Stage(
         name="text_encode",
         version=1,
-        parameters=("prompt", "negative_prompt", "regions", "text_encode", "technique.tf32"),
+        parameters=("prompt", "negative_prompt", "regions", "text_encode"),
         needs=lambda config: (),
-        components=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"),
+        opens_model=True,
     ),
     Stage(
         name="lowres",
         version=1,
-        parameters=("seed", "lowres", "regions", "reroll", *_SCHEDULER, *_NUMERICS),
+        parameters=("seed", "lowres", "regions", "reroll", *_SCHEDULER),
         needs=lambda config: ("text_encode",),
-        components=("unet", "transformer", "scheduler"),
+        opens_model=True,
     ),
     Stage(
         name="guide",
         version=3,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
-            *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_NUMERICS),
+            *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size"),
         ),
         needs=_guide_needs,
-        components=("vae",),
+        opens_model=True,
     ),
     Stage(
         name="denoise",
         version=2,
         parameters=(
             *("width", "height", "seed", "regions", "reroll", "denoise"),
-            *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_SCHEDULER, *_NUMERICS),
+            *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_SCHEDULER),
         ),
         needs=_denoise_needs,
-        components=("unet", "transformer", "scheduler"),
+        opens_model=True,
     ),
     Stage(
         name="decode",
         version=4,
-        parameters=("width", "height", "decode", *_NUMERICS),
+        parameters=("width", "height", "decode"),
         needs=lambda config: ("denoise",),
-        components=("vae",),
+        opens_model=True,
     ),
     Stage(
         name="stitch",
@@ -95,11 +94,11 @@ PIPELINE: tuple[Stage, ...] = (
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=7,
+    version=8,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "denoise.dilated.enabled"),
-        *("decode", "technique.channels_last"),
+        "decode",
         *(
             "guide.mode",
             "guide.image",
@@ -111,7 +110,7 @@ PROFILE = Stage(
         ),
     ),
     needs=lambda config: (),
-    components=("text_encoder", "unet", "vae"),
+    opens_model=True,
 )
 
 

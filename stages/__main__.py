@@ -23,6 +23,7 @@ from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_
 from stages.files import read_json
 from stages.job import Job
 from stages.memory.monitor import own_peak_rss
+from stages.plans import StagePlan, stage_plans
 from stages.workflow.plan import StageState, build, state_of
 from stages.workflow.store import Store
 
@@ -155,7 +156,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
         run_dir=run_dir,
         output=state.entry.path,
         inputs={states[name].stage.module: states[name].entry.path for name in state.needs},
-        plan=(read_json(run_dir / "plan.json") or {}).get(stage, {}),
+        plan=stage_plans(read_json(run_dir / "plan.json")).get(stage, StagePlan()),
         progress=progress,
     )
     return compute(state, context, module, force)

@@ -23,7 +23,7 @@ BLENDS = ("gaussian", "cosine", "quartic", "constant")
 GUIDE_MODES = ("sdedit", "hold", "skip_residual", "none")
 DECODE_MODES = ("independent", "shared", "exact")
 WEIGHTS = ("auto", "streamed", "resident")
-DTYPES = ("auto", "fp32", "bf16", "fp16")
+DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -80,7 +80,8 @@ class MemoryConfig:
 class TechniqueConfig:
     """Numeric switches that can be compared."""
 
-    dtype: str = "auto"  # auto | fp32 | bf16 | fp16: of the computation
+    dtype: str = "auto"  # auto | fp32 | bf16 | fp16 (or float32 | bfloat16 | float16): of the computation
+    component_dtype: dict[str, str] = field(default_factory=dict)  # of one component: technique.dtype.vae=fp32
     channels_last: bool = True
     tf32: bool = False
 
@@ -256,6 +257,12 @@ def resolve(config: DictConfig) -> DictConfig:
     return OmegaConf.merge(config, c)  # type: ignore[return-value]
 
 
+def running_steps(config: DictConfig) -> int:
+    """Steps of ``denoise`` that run: with a guide its ``strength`` of them."""
+    steps = config.denoise.num_inference_steps
+    return steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
+
+
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)
 
 
@@ -334,13 +341,15 @@ def on_gpu(config: DictConfig) -> bool:
     return str(config.device).startswith("cuda")
 
 
-def resolve_dtype(config: DictConfig) -> str:
-    """The dtype that a stage computes in, ``auto`` resolved without torch: fp32 | bf16 | fp16.
+def resolve_dtype(config: DictConfig, wanted: str | None = None) -> str:
+    """The dtype that a stage computes in (``wanted``, or the config's), ``auto`` resolved without torch: fp32 | bf16 |
+    fp16.
 
     On the CPU bf16 is chosen where the processor multiplies in it (elsewhere it is emulated and slow); fp16 never.
     """
-    if config.technique.dtype != "auto":
-        return config.technique.dtype
+    wanted = str(wanted or config.technique.dtype)
+    if wanted != "auto":
+        return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(wanted, wanted)
     if on_gpu(config):
         return "fp16"
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags() else "fp32"

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from stages import Stage
 from stages.events import Advance, Event, Note, Resumed, Start
+from stages.plans import StagePlan
 
 MARK_BYTES = 256
 _DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
@@ -86,7 +86,7 @@ class StageContext:
     ``output`` is this result's folder in the store; partial results of an earlier, killed try may lie in it (whole
     files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its folder; an
     upscaling phase (``guide_512``) stands under the stage that it is one of. ``plan`` is the stage's part of
-    ``<run_dir>/plan.json``, {} without one.
+    ``<run_dir>/plan.json``.
     """
 
     stage: Stage
@@ -94,7 +94,7 @@ class StageContext:
     run_dir: Path
     output: Path
     inputs: dict[str, Path] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: StagePlan = field(default_factory=StagePlan)
     progress: Progress = field(default_factory=Progress)
 
     @property

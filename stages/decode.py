@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from stages.context import StageContext
+from stages.families.autoencoder import decode_call, exact_look, keys_bytes
+from stages.families.looking import Looking, StageLook
+from stages.families.opening import ENCODER, open_vae
 from stages.files import atomic_path
+from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_header, write_tensors
 from stages.models.loading import Streamer
 from stages.tiles import Size, Tile, latent_grid
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_decode
-from stages.vae.open import open_vae
 from stages.vae.shared import SharedStatistics
 from stages.vae.tiled import decoded_tiles, decoder_statistics, to_uint8
 
@@ -31,7 +34,7 @@ def run(context: StageContext) -> None:
         progress.start(len(tiles), "tiles", len(tiles) - len(missing))
     canvas = Rows.open(context.inputs["denoise"] / "canvas.safetensors")
     halo = config.decode.halo // factor
-    with open_vae(config, plan=context.plan, decoder=True, note=progress.note, mark=progress.mark) as streamer:
+    with open_vae(context, decoder=True) as streamer:
         vae: Any = streamer.model
         if config.decode.mode == "exact":
             return _exact(context, streamer, canvas, missing)
@@ -81,3 +84,24 @@ def _exact(context: StageContext, streamer: Streamer, canvas: Rows, missing: lis
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
             write_tensors(temporary, {"pixels": pixels.box(*box[2:])[0].contiguous()})
     pixels.remove()
+
+
+def look(looking: Looking) -> StageLook:
+    """A decoder over tiles, or layer by layer over the canvas."""
+    config, f = looking.config, looking.config.model.vae_scale_factor
+    size = Size(config.height // f, config.width // f)
+    if config.decode.mode == "exact":
+        return exact_look(looking, "decode", [("decode", size)])
+    decode = config.decode
+    tiles = latent_grid(config.width, config.height, decode.tile_size, decode.overlap, f)
+    side = (decode.tile_size + 2 * decode.halo) // f
+    height, width = min(side, size.height), min(side, size.width)
+    call = decode_call(config, Size(height, width))
+    weights, cuts = looking.measured(("decode", height, width), "vae", "decode", call, drop=ENCODER)
+    rows = height * size.width * config.model.latent_channels * 4  # of latents that are in memory
+    if decode.mode == "shared":
+        rows += keys_bytes(looking, height * width)
+    profile = ModelProfile(
+        component="vae", weights=weights, micro_batch=1, micro_batches=len(tiles) + 1, steps=1, cuts=cuts, ordered=False
+    )
+    return StageLook((profile,), extra=rows)

@@ -6,25 +6,31 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from stages import phase_size
 from stages.context import StageContext
+from stages.families.autoencoder import decode_call, encode_call, exact_look, keys_bytes
+from stages.families.looking import Looking, StageLook
+from stages.families.opening import DECODER, ENCODER, open_vae
 from stages.files import atomic_path, read_json, write_json
+from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
-from stages.picture.opening import open_picture
+from stages.picture.opening import open_picture, opening_bytes
 from stages.picture.picture import Picture
 from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
-from stages.vae.exact_vae import exact_decode, exact_encode
-from stages.vae.open import open_vae
+from stages.vae.exact_vae import Direction, exact_decode, exact_encode
 from stages.vae.tiled import HALO, decode_tiled, encode_tiled, encoder_statistics, factor, guide_tiles
 from stages.workflow.store import CHECKPOINT
 
@@ -41,7 +47,7 @@ def run(context: StageContext) -> None:
         picture = Picture.of(open_picture(Path(config.guide.image)), scratch / "picture.safetensors")
         small = picture.resized((config.lowres.width, config.lowres.height))
         _preview(context, Picture.of(small, scratch / "lowres.safetensors"))
-    with open_vae(config, plan=context.plan, **halves, note=progress.note, mark=progress.mark) as streamer:
+    with open_vae(context, **halves) as streamer:
         latents = None
         if not config.guide.image:
             latents = _source(context)
@@ -172,3 +178,78 @@ def _encode_exactly(
     exact_encode(streamer.model, rows, size, folder, guide.write, **options)
     guide.sync()
     return guide
+
+
+def look(looking: Looking) -> StageLook:
+    """The decoder over the picture that is enlarged, the encoder over the canvas, where the guide needs them."""
+    config, f = looking.config, looking.config.model.vae_scale_factor
+    size, source = Size(config.height // f, config.width // f), _source_size(config)
+    encodes, decodes = bool(config.guide.image) or config.guide.upscale == "lanczos", not config.guide.image
+    if config.guide.vae_mode == "exact":
+        passes: list[tuple[Direction, Size]] = [("encode", size)] if encodes else []
+        found = exact_look(looking, "guide", [*passes, ("decode", source)] if decodes else passes)
+    else:
+        found = _tiled_look(looking, size if encodes else None, source if decodes else None)
+    side = config.guide.tile_size // f + 2 * HALO
+    keys = keys_bytes(looking, side * side) if config.guide.vae_mode == "shared" else 0
+    opened = opening_bytes(Path(config.guide.image)) if config.guide.image else 0
+    # the user's picture is opened before the model is
+    extra = max(_held_bytes(config, source) + keys, opened - found.models[0].weights)
+    return found._replace(extra=extra)
+
+
+def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:
+    """Of tiles; sizes in latents of what is encoded and of what is decoded."""
+    config, f = looking.config, looking.config.model.vae_scale_factor
+    tile = config.guide.tile_size // f
+    side, calls, counts = tile + 2 * HALO, [], {}
+    if encoded is not None:
+        shape = Size(min(side, encoded.height) * f, min(side, encoded.width) * f)
+        calls.append(encode_call(config, shape))
+        counts["encoder"] = len(guide_tiles(encoded, tile)) + 1
+    if decoded is not None:
+        shape = Size(min(side, decoded.height), min(side, decoded.width))
+        calls.append(decode_call(config, shape))
+        counts["decoder"] = max(1, decoded.height * decoded.width // (shape.height * shape.width))
+    drop = (() if encoded else ENCODER) + (() if decoded else DECODER)
+
+    def call(vae: Any, samples: int) -> None:
+        for one in calls:
+            one(vae, samples)
+
+    weights, cuts = looking.measured(("guide", encoded, decoded), "vae", "guide", call, drop=drop)
+    most = max(counts.values())
+    profile = ModelProfile(
+        component="vae",
+        weights=weights,
+        micro_batch=1,
+        micro_batches=most,
+        steps=1,
+        cuts=tuple(_weighted(cut, {half: count / most for half, count in counts.items()}) for cut in cuts),
+        ordered=False,
+    )
+    return StageLook((profile,))
+
+
+def _weighted(cut: Cut, shares: dict[str, float]) -> Cut:
+    """``shares``: how many of the micro-batches that are counted a half of the VAE sees."""
+    return replace(cut, flops={name: int(n * shares.get(name.partition(".")[0], 1.0)) for name, n in cut.flops.items()})
+
+
+def _source_size(config: DictConfig) -> Size:
+    """Latents of the picture that the last guide enlarges."""
+    f, (width, height) = config.model.vae_scale_factor, (config.lowres.width, config.lowres.height)
+    if config.guide.phases:
+        width, height = phase_size(config.width, config.height, config.guide.phases[-1], f)
+    return Size(height // f, width // f)
+
+
+def _held_bytes(config: DictConfig, source: Size) -> int:
+    """What the guide holds besides the model: rows of the picture that it enlarges and of the canvas' latents."""
+    f, tile = config.model.vae_scale_factor, config.guide.tile_size
+    height, width = source.height * f, source.width * f
+    blend = min(tile, height) * width * 3 * 4  # a row of tiles, as floats
+    shrunk = height * (tile + 16 * f) * 3 * 3  # the whole picture narrowed, and Pillow's copy of it
+    crop = (tile + 16 * f) * height // config.height + 8  # rows of the picture that one row of crops is cut from
+    latents = min(tile, config.height) // f * (config.width // f) * config.model.latent_channels * 4
+    return max(blend, shrunk, 2 * latents + crop * width * 3)

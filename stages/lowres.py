@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import torch
+from omegaconf import DictConfig
 
+from stages.canvas.views import region_views
 from stages.context import StageContext
+from stages.families.looking import Looking, StageLook
 from stages.files import atomic_path
 from stages.memory.tensors import write_tensors
-from stages.sampling import lowres_canvas, sample
+from stages.regions.scale import lowres_plan, lowres_side
+from stages.sampling import Canvas, sample
+from stages.sampling import look as look_at
+from stages.tiles import Size
+
+
+def canvas_of(config: DictConfig) -> Canvas:
+    """The low-res one. Regions and re-rolled rectangles are those of the picture, scaled: they lay it out."""
+    factor, plan = config.model.vae_scale_factor, lowres_plan(config)
+    size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
+    overlap, guidance = min(side) // 4, config.lowres.guidance_scale
+    views = region_views(plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance)
+    return Canvas(size, views, plan.rerolls)
 
 
 def run(context: StageContext) -> None:
@@ -16,6 +31,11 @@ def run(context: StageContext) -> None:
     With regions every region is seen on its own, in a crop of its box.
     """
     steps = context.config.lowres.num_inference_steps
-    sampler = sample(context, lowres_canvas(context.config), num_inference_steps=steps)
+    sampler = sample(context, canvas_of(context.config), num_inference_steps=steps)
     with atomic_path(context.output / "latents.safetensors") as temporary:
         write_tensors(temporary, {"latents": torch.cat([rows for _, rows in sampler.latents()], dim=2)})
+
+
+def look(looking: Looking) -> StageLook:
+    """The denoiser over the low-res canvas."""
+    return look_at(looking, "lowres", canvas_of(looking.config), looking.config.lowres.num_inference_steps)

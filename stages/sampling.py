@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
 
+from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, View
 from stages.canvas.noise import Reroll, canvas_noise
 from stages.canvas.sampler import Sampler
-from stages.canvas.views import region_views
 from stages.context import StageContext
+from stages.families import family_of
+from stages.families.looking import Looking, StageLook
+from stages.families.opening import open_checkpoint, open_component
+from stages.families.schedules import make_scheduler
+from stages.memory.planner import ModelProfile
+from stages.memory.rows import BAND
 from stages.memory.tensors import read_tensors
-from stages.models.loading import compute_dtype, open_checkpoint, open_model
-from stages.models.schedulers import make_scheduler
-from stages.models.sd import UNetDenoiser, micro_batch
-from stages.regions.config import from_config
-from stages.regions.scale import lowres_plan, lowres_side
+from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.workflow.store import CHECKPOINT
 
@@ -30,57 +32,36 @@ class Canvas(NamedTuple):
     rerolls: tuple[Reroll, ...]
 
 
-def lowres_canvas(config: DictConfig) -> Canvas:
-    """The low-res one. Regions and re-rolled rectangles are those of the picture, scaled: they lay it out."""
-    factor, plan = config.model.vae_scale_factor, lowres_plan(config)
-    size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
-    overlap, guidance = min(side) // 4, config.lowres.guidance_scale
-    views = region_views(plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance)
-    return Canvas(size, views, plan.rerolls)
-
-
-def denoise_canvas(config: DictConfig) -> Canvas:
-    """The picture's, in tiles; every region has tiles of its own."""
-    factor, plan, denoise = config.model.vae_scale_factor, from_config(config), config.denoise
-    size = Size(config.height // factor, config.width // factor)
-    views = region_views(
-        plan,
-        size,
-        side=Size(denoise.tile_size // factor, denoise.tile_size // factor),
-        overlap=denoise.overlap // factor,
-        blend=denoise.blend,
-        guidance_scale=denoise.guidance_scale,
-    )
-    return Canvas(size, views, plan.rerolls)
-
-
 def sample(
     context: StageContext,
     canvas: Canvas,
     *,
     num_inference_steps: int,
+    dilated: Dilated | None = None,
     **guide: Any,
 ) -> Sampler:
     """Denoise a canvas; returns the sampler, finished.
 
-    A killed stage goes on after the last finished step, with the same result to the bit. ``guide``: the guide's
-    arguments of :class:`stages.canvas.sampler.Sampler`.
+    A killed stage goes on after the last finished step, with the same result to the bit. ``dilated``: the global term,
+    if there is one. ``guide``: the guide's arguments of :class:`stages.canvas.sampler.Sampler`.
     """
-    config, progress = context.config, context.progress
-    size, views, rerolls = canvas
-    checkpoint = open_checkpoint(config, ("unet", "scheduler"), progress.note)
-    component = checkpoint.component("unet")
+    config, progress, family = context.config, context.progress, family_of(context.config)
+    name = family.facts.denoiser
+    checkpoint = open_checkpoint(config, (name, "scheduler"), progress.note)
+    network_config = checkpoint.config(name)
     scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)
     folder = context.output / CHECKPOINT
     path = folder / "noise.safetensors"
-    noise, generator = canvas_noise(path, size, config.model.latent_channels, config.seed, rerolls)
+    noise, generator = canvas_noise(path, canvas.size, config.model.latent_channels, config.seed, canvas.rerolls)
+    views = family.asks(canvas.views, network_config)
     sampler = Sampler(
-        scheduler=scheduler,
+        schedule=family.schedule(scheduler),
         mixture=Mixture(views),
         num_inference_steps=num_inference_steps,
         noise=noise,
         generator=generator,
         folder=folder,
+        dilated=dilated and dilated.asked(lambda views: family.asks(views, network_config)),
         **guide,
     )
     try:
@@ -92,30 +73,56 @@ def sample(
     if sampler.finished:
         return sampler
 
-    embeddings = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
-    dtype, tile = compute_dtype(config), views[0].tile.size
-    batch = context.plan.get("micro_batch") or micro_batch(component.config, *tile, config.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.technique.tf32
-    with open_model(
-        component,
-        dtype=dtype,
-        channels_last=config.technique.channels_last,
-        plan=context.plan,
-        micro_batch=batch,
-        mark=progress.mark,
-        device=config.device,
-    ) as streamer:
-        denoiser = UNetDenoiser(
+    embeds = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
+    batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
+    with open_component(context, checkpoint, name, micro_batch=batch) as streamer:
+        denoiser = family.denoiser(
             streamer.model,
-            embeddings["prompt_embeds"],
-            embeddings["negative_prompt_embeds"],
-            dtype=dtype,
+            embeds,
+            config,
+            canvas=canvas.size,
+            dtype=dtype_of(config, name),
             device=config.device,
-            channels_last=config.technique.channels_last,
             run=streamer.graphed,
         )
-        group_size = context.plan.get("group_size") or max(1, batch // 2)
+        group_size = context.plan.group_size or max(1, batch // 2)
         while not sampler.finished:
             sampler.advance(denoiser, group_size)
             progress.advance()
     return sampler
+
+
+def look(looking: Looking, stage: str, canvas: Canvas, steps: int, more: Sequence[View] = ()) -> StageLook:
+    """The denoiser over a canvas in ``steps`` steps; ``more``: views of the dilated canvases of each step."""
+    config, family = looking.config, looking.family
+    name, channels = family.facts.denoiser, config.model.latent_channels
+    network_config, size = looking.network_config(name), canvas.size
+    views, more = family.asks(canvas.views, network_config), family.asks(more, network_config)
+    tile = views[0].tile.size
+    batch, dtype = family.micro_batch(network_config, tile, config.device), dtype_of(config, name)
+
+    def call(network: Any, samples: int) -> Any:
+        example, embeds = family.example(network_config, tile, samples)
+        denoiser = family.denoiser(network, embeds, config, canvas=size, dtype=dtype, device="meta")
+        return denoiser(example, torch.empty((), device="meta"))
+
+    # the low-res picture is often as large as a tile
+    weights, cuts = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
+    # views with and without guidance do not share a micro-batch
+    samples = [
+        sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
+    ]
+    profile = ModelProfile(
+        component=name,
+        weights=weights,
+        micro_batch=batch,
+        micro_batches=sum(-(-number // batch) for number in samples),
+        steps=steps,
+        cuts=cuts,
+    )
+    band = channels * max(1, min(BAND // size.width, size.height)) * size.width * 4
+    rows = channels * tile.height * size.width * 4
+    blurred = 4 * band if more else 0  # twice, with padding
+    # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of
+    # latents and predictions that the tiles of the moment lie in
+    return StageLook((profile,), extra=blurred + 12 * band + 2 * rows)

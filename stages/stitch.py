@@ -17,6 +17,7 @@ from stages.picture.png import PngWriter
 from stages.picture.seam_map import heat_map, plain
 from stages.picture.seams import Gradients, Meter, judge
 from stages.picture.tile_strips import TileStrips
+from stages.techniques import TECHNIQUES
 from stages.tiles import Size, latent_grid
 
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
@@ -31,7 +32,8 @@ def settings(config: DictConfig) -> dict[str, Any]:
         found[stage.name] = stage
         waiting += stage.needs(config)
     chosen = OmegaConf.create({})
-    for key in sorted({key for stage in found.values() for key in stage.parameters} - set(PATHS)):
+    keys = {key for stage in found.values() for key in stage.parameters}
+    for key in sorted(keys.union(*(technique.keys for technique in TECHNIQUES)) - set(PATHS)):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
 

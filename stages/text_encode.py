@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from stages.context import StageContext
+from stages.families import family_of
+from stages.families.encoders import Encoders
+from stages.families.looking import Looking, StageLook
+from stages.families.opening import open_checkpoint, open_component
 from stages.files import atomic_path
+from stages.memory.planner import ModelProfile
 from stages.memory.tensors import write_tensors
-from stages.models.loading import compute_dtype, open_checkpoint, open_model
-from stages.models.sd import encode, tokenize, unknown_words
 from stages.regions.config import from_config
+
+TRANSFORMERS = 14_000_000  # bytes: what transformers' classes take more than diffusers' models, with all they touch
 
 
 def run(context: StageContext) -> None:
-    """Write ``prompt_embeds [R, S, D]`` and ``negative_prompt_embeds [R, S, D]``, float32; row 0 is the main prompt."""
-    config, progress = context.config, context.progress
-    checkpoint = open_checkpoint(config, ("text_encoder", "tokenizer"), progress.note)
-    tokenizer = checkpoint.tokenizer()
-    rows = from_config(config).texts
-    known = {text: tokenize(tokenizer, text) for row in rows for text in row}
-    for tokens in known.values():
-        if tokens.truncated:
-            most = tokenizer.model_max_length
-            progress.note(f"warning: the prompt is longer than {most} tokens; not used: {tokens.truncated!r}")
-    if unknown := unknown_words(" ".join(known), checkpoint.folder / "tokenizer"):
-        progress.note(
-            f"warning: the {config.model.name} model does not know: {', '.join(unknown)}. It was trained on a few "
-            "hundred words; for any prompt use a real checkpoint: model=sd15 model.path=FOLDER_OR_FILE_OR_HUB_ID"
-        )
-    progress.start(2 * len(rows), "prompts")
-    found = []
-    with open_model(
-        checkpoint.component("text_encoder"),
-        dtype=compute_dtype(config),
-        channels_last=False,
-        plan=context.plan,
-        mark=progress.mark,
+    """Write the family's embeddings, for SD ``prompt_embeds [R, S, D]`` and ``negative_prompt_embeds [R, S, D]``,
+    float32; row 0 is the main prompt."""
+    config, progress, family = context.config, context.progress, family_of(context.config)
+    checkpoint = open_checkpoint(config, family.facts.components["text_encode"], progress.note)
+    encoders = Encoders(
+        checkpoint=checkpoint,
+        open=partial(open_component, context, checkpoint),
         device=config.device,
-    ) as streamer:
-        for prompt, negative in rows:  # a pair at a time: regions by the dozen take no more memory than one
-            tokens = [known[prompt]], [known[negative]]
-            found.append(encode(streamer.model, *tokens, config.text_encode.clip_skip, config.device).float().cpu())
-            progress.advance(2)
-    embeds = torch.stack(found, dim=1)
+        start=partial(progress.start, unit="prompts"),
+        advance=progress.advance,
+        note=progress.note,
+    )
+    embeds = family.encode(encoders, from_config(config).texts, config)
     with atomic_path(context.output / "embeddings.safetensors") as temporary:
-        tensors = {"prompt_embeds": embeds[0].contiguous(), "negative_prompt_embeds": embeds[1].contiguous()}
-        write_tensors(temporary, tensors)
+        write_tensors(temporary, embeds)
+
+
+def look(looking: Looking) -> StageLook:
+    """Each text encoder, a prompt and its negative at a time, whatever the number of regions."""
+    family, count = looking.family, len(from_config(looking.config).texts)
+    models = []
+    for component in family.facts.components["text_encode"]:
+        if "encoder" not in component:
+            continue
+        call, samples = family.text_call(component, looking.network_config(component))
+        weights, found = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
+        profile = ModelProfile(
+            component=component,
+            weights=weights,
+            micro_batch=samples,
+            micro_batches=count,
+            steps=1,
+            cuts=found,
+            group=1,
+        )
+        models.append(profile)
+    return StageLook(tuple(models), code=TRANSFORMERS)

@@ -136,6 +136,11 @@ class Dilated:
         options = {"cosine_scale": d.cosine_scale, "sigma": d.sigma, "sigma_scale": d.sigma_scale}
         return cls(scale, small, views, config.model.latent_channels, **options) if views else None
 
+    def asked(self, asks: Callable[[list[View]], list[View]]) -> Dilated:
+        """This one, its views as ``asks`` changes them (a family's way of guidance)."""
+        self._mixture = Mixture(asks(self._mixture.views))
+        return self
+
     def mix(
         self,
         prediction: Rows,

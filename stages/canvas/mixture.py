@@ -17,33 +17,37 @@ from stages.tiles import Size, Tile
 class View(NamedTuple):
     """What the denoiser is asked about one tile, in latents.
 
-    ``prompt_row`` is the row of the embeddings; with ``guidance_scale`` 1 there is no unconditional pass. Over all
-    views of a canvas the weights add up to 1 at every latent.
+    ``prompt_row`` is the row of the embeddings; with a ``guidance_scale`` of 1 or less, as in diffusers, there is no
+    unconditional pass, nor where the model takes the scale itself (``embedded``). Over all views of a canvas the
+    weights add up to 1 at every latent.
     """
 
     tile: Tile
     weight: Weight
     prompt_row: int = 0
     guidance_scale: float = 1.0
+    embedded: bool = False
 
     @property
     def passes(self) -> int:
         """Samples that the denoiser gets: 2 with classifier-free guidance, else 1."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 1 if self.embedded or self.guidance_scale <= 1 else 2
 
 
 @dataclass(kw_only=True)
 class TileBatch:
     """A group of crops for the denoiser, one row a sample; the two samples of a guided view lie next to each other.
 
-    ``samples [N, C, h, w]`` float32; ``prompt_rows``, ``unconditional`` (take the negative embedding of that row) and
-    ``tiles`` have N entries. Any even micro-batch of a guided group is whole pairs: u0 c0 u1 c1 ...
+    ``samples [N, C, h, w]`` float32; ``prompt_rows``, ``unconditional`` (take the negative embedding of that row),
+    ``tiles`` and ``guidance_scales`` have N entries. Any even micro-batch of a guided group is whole pairs:
+    u0 c0 u1 c1 ...
     """
 
     samples: Tensor
     prompt_rows: tuple[int, ...]
     unconditional: tuple[bool, ...]
     tiles: tuple[Tile, ...]
+    guidance_scales: tuple[float, ...] = ()
 
 
 Denoise = Callable[[TileBatch], Tensor]
@@ -81,6 +85,7 @@ def batch(latents: Window, group: Sequence[View]) -> TileBatch:
         prompt_rows=tuple(view.prompt_row for view in group for _ in range(passes)),
         unconditional=(True, False) * len(group) if passes == 2 else (False,) * len(group),
         tiles=tuple(view.tile for view in group for _ in range(passes)),
+        guidance_scales=tuple(view.guidance_scale for view in group for _ in range(passes)),
     )
 
 

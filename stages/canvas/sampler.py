@@ -6,10 +6,9 @@ it, and is never in memory as a whole. A small canvas is one band.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,11 +22,29 @@ from stages.memory.finite import refuse_not_finite
 from stages.memory.rows import Rows, bands
 
 
+class Schedule(Protocol):
+    """A scheduler as the sampler drives it (:mod:`stages.families.schedules`)."""
+
+    scheduler: Any
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def whole_canvas(self) -> bool: ...
+    @property
+    def num_train_timesteps(self) -> int: ...
+    def set_timesteps(self, num_inference_steps: int, strength: float | None = None) -> Tensor: ...
+    def begin(self, noise: Tensor) -> Tensor: ...
+    def noised(self, guide: Tensor, noise: Tensor, timestep: Tensor) -> Tensor: ...
+    def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor: ...
+    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor: ...
+
+
 class Sampler:
-    """Runs a diffusers scheduler over a canvas.
+    """Runs a schedule over a canvas.
 
     Args:
-        scheduler: a diffusers scheduler, fresh.
+        schedule: of a fresh diffusers scheduler.
         mixture: of the canvas' views.
         num_inference_steps: of the whole schedule.
         noise: ``[1, C, H, W]`` float32, standard normal.
@@ -46,7 +63,7 @@ class Sampler:
     def __init__(
         self,
         *,
-        scheduler: Any,
+        schedule: Schedule,
         mixture: Mixture,
         num_inference_steps: int,
         noise: Rows,
@@ -59,32 +76,19 @@ class Sampler:
         skip_residual_power: float = 3.0,
         dilated: Dilated | None = None,
     ) -> None:
-        self.scheduler, self.mixture, self.generator, self.dilated = scheduler, mixture, generator, dilated
+        self.schedule, self.mixture, self.generator, self.dilated = schedule, mixture, generator, dilated
+        self.scheduler = scheduler = schedule.scheduler
         self._noise, self._guide, self._mode = noise, guide, guide_mode
         self._hold_share, self._power = hold_share, skip_residual_power
         self.bands = bands(noise.height, noise.width)
-        if len(self.bands) > 1 and getattr(scheduler.config, "thresholding", False):
+        if len(self.bands) > 1 and schedule.whole_canvas:
             raise ValueError(
-                f"scheduler.options.thresholding: {type(scheduler).__name__} then has to see the whole canvas at once, "
+                f"scheduler.options.thresholding: {schedule.name} then has to see the whole canvas at once, "
                 "which is stepped in row bands above 2048x2048 pixels; expected thresholding=false."
             )
-        scheduler.set_timesteps(num_inference_steps)
-        start = 0
-        if guide is not None:
-            running = min(int(num_inference_steps * strength), num_inference_steps)
-            if running < 1:
-                raise ValueError(
-                    f"denoise.strength: {strength} of {num_inference_steps} steps is less than one step; "
-                    f"expected at least {1 / num_inference_steps:.3g}."
-                )
-            start = (num_inference_steps - running) * scheduler.order
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(start)
-        self.timesteps = scheduler.timesteps[start:]
+        self.timesteps = schedule.set_timesteps(num_inference_steps, None if guide is None else strength)
         self.step = 0
         self._fresh = {name: copied(value) for name, value in attributes(scheduler).items()}
-        wanted = inspect.signature(scheduler.step).parameters
-        self._step_arguments = {"generator": generator} if "generator" in wanted else {}
         self._folder, self._shape = folder, (noise.channels, noise.height, noise.width)
         shapes = [(1, noise.channels, bottom - top, noise.width) for top, bottom in self.bands]
         self._states = BandStates(folder, shapes)
@@ -136,15 +140,14 @@ class Sampler:
 
         self.mixture.predict(self._scaled, self._prediction, predict, group_size)
         if self.dilated is not None:
-            total = self.scheduler.config.num_train_timesteps
+            total = self.schedule.num_train_timesteps
             self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size)
         with StepNoise(self._folder, self._shape, self.generator).given_to(self.scheduler) as noise:
             for band, (top, bottom) in enumerate(self.bands):
                 noise.turn_to(top, bottom)
                 latents, _ = self._inputs(band, timestep)
                 prediction = self._prediction.read(top, bottom)
-                arguments = {**self._step_arguments, "return_dict": False}
-                stepped = self.scheduler.step(prediction, timestep, latents, **arguments)[0]
+                stepped = self.schedule.step(prediction, timestep, latents, self.generator)
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
                 self._states.write(band, BandState(self.step + 1, stepped, drawn, attributes(self.scheduler)))
@@ -153,7 +156,7 @@ class Sampler:
     def _inputs(self, band: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """A band's latents as the guide leaves them, and scaled for the denoiser."""
         latents = self._guided(band, self._load(band), timestep)
-        return latents, self.scheduler.scale_model_input(latents, timestep)
+        return latents, self.schedule.scaled(latents, timestep)
 
     def _load(self, band: int) -> Tensor:
         """A band's latents; the scheduler gets its history of this band."""
@@ -163,13 +166,13 @@ class Sampler:
             return state.latents
         adopt(self.scheduler, self._fresh)
         if self._guide is None:
-            return self._noise.read(*self.bands[band]) * self.scheduler.init_noise_sigma
+            return self.schedule.begin(self._noise.read(*self.bands[band]))
         return self._noised_guide(band, self.timesteps[0])
 
     def _noised_guide(self, band: int, timestep: Tensor) -> Tensor:
         assert self._guide is not None
         rows = self.bands[band]
-        return self.scheduler.add_noise(self._guide.read(*rows), self._noise.read(*rows), timestep[None])
+        return self.schedule.noised(self._guide.read(*rows), self._noise.read(*rows), timestep)
 
     def _guided(self, band: int, latents: Tensor, timestep: Tensor) -> Tensor:
         if self._guide is None or self.step == 0:
@@ -178,7 +181,7 @@ class Sampler:
             noised = self._noised_guide(band, timestep)
             return guides.hold(latents, noised, self.step, len(self.timesteps), self._hold_share)
         if self._mode == "skip_residual":
-            total = self.scheduler.config.num_train_timesteps
+            total = self.schedule.num_train_timesteps
             noised = self._noised_guide(band, timestep)
             return guides.skip_residual(latents, noised, float(timestep), total, self._power)
         return latents

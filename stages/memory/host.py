@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stages.memory.layout import Slot, Unit
+from stages.memory.layout import Slot
 from stages.memory.places import Places
 from stages.memory.source import WeightSource
+from stages.memory.units import Unit
 
 READERS = 8  # threads that read from disk together
 PIECE = 4 << 20  # bytes that a thread reads at a time

@@ -1,7 +1,7 @@
-"""From a profile and a budget to a plan: what stays in memory, what is streamed, how many samples go at once.
+"""From a profile and a budget to a choice: what stays in memory, what is streamed, how many samples go at once.
 
 No torch: the profile (:mod:`stages.profile`) was made on the meta device. Sizes are bytes, times are seconds. A
-plan changes speed and memory, never the picture.
+choice changes speed and memory, never the picture.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from stages.plans import ModelPlan
 
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
@@ -31,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A model cut into units of at most ``limit`` bytes (see ``split_units``): what one pass does, in order."""
+    """A model cut into units of at most ``limit`` bytes (:mod:`stages.memory.units`): what one pass does, in order."""
 
     limit: int
     stage_limit: int = 0
@@ -51,72 +53,109 @@ class Cut:
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Cut:
-        lines = tuple(Line(unit=u, fixed=f, slope=s, workspace=w) for u, f, s, w in data["lines"])
-        order = tuple(data["order"])
-        more: Any = {name: data[name] for name in ("stage_limit", "parked_bytes") if name in data}
-        more["parked"] = tuple(data.get("parked", ()))
-        return cls(limit=data["limit"], order=order, nbytes=data["nbytes"], flops=data["flops"], lines=lines, **more)
+        lines = tuple(Line(**line) for line in data["lines"])
+        return cls(**{**data, "order": tuple(data["order"]), "parked": tuple(data["parked"]), "lines": lines})
+
+
+def joined(cuts: Sequence[Cut]) -> Cut:
+    """Cuts of parts of one model that run one after the other."""
+    return Cut(
+        limit=max(cut.limit for cut in cuts),
+        order=tuple(name for cut in cuts for name in cut.order),
+        nbytes={name: size for cut in cuts for name, size in cut.nbytes.items()},
+        flops={name: count for cut in cuts for name, count in cut.flops.items()},
+        lines=tuple(line for cut in cuts for line in cut.lines),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProfile:
+    """What is known of one model of a stage before it runs: ``micro_batches`` go through it in each of ``steps``.
+
+    Without ``streams`` all weights stay. ``ordered``: every pass calls the same units in the same order. Units of at
+    most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
+    any number).
+    """
+
+    component: str
+    weights: int
+    micro_batch: int
+    micro_batches: int
+    steps: int
+    cuts: tuple[Cut, ...] = field(repr=False)
+    streams: bool = True
+    ordered: bool = True
+    keep: int = 0
+    group: int = 0
+
+    @property
+    def single_pass(self) -> bool:
+        return self.steps * self.micro_batches == 1
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> ModelProfile:
+        return cls(**{**data, "cuts": tuple(Cut.of(cut) for cut in data["cuts"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageProfile:
     """What is known of a stage before it runs.
 
-    ``micro_batches`` go through the model in each of ``steps``; ``base`` is the process without weights, ``imports``
-    its peak on the way there; ``extra`` is what the stage holds besides (canvas, pixels). On a GPU
-    (:mod:`stages.workflow.device`) rates differ, starting a pass takes time, and units of at most ``keep`` bytes are
-    not worth a copy. Without ``streams`` all weights stay.
+    ``models`` are open one after the other; ``base`` is the process without weights, ``imports`` its peak on the way
+    there; ``extra`` is what the stage holds besides (canvas, pixels). On a GPU (:mod:`stages.workflow.device`) rates
+    differ, and starting a pass takes time.
     """
 
     name: str
     base: int
     imports: int
     extra: int
-    weights: int
-    micro_batch: int
-    micro_batches: int
-    steps: int
-    cuts: tuple[Cut, ...] = field(repr=False)
+    models: tuple[ModelProfile, ...]
     rate: float  # flops a second
-    seconds: float  # besides the model: imports, files
+    seconds: float  # besides the models: imports, files
     read_rate: float = READ_RATE
     copy_rate: float = COPY_RATE
     start_seconds: float = 0.0
-    keep: int = 0
-    streams: bool = True
     disk: int = 0  # bytes of scratch files while it runs
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> StageProfile:
-        return cls(**{**data, "cuts": tuple(Cut.of(cut) for cut in data["cuts"])})
-
-    @property
-    def single_pass(self) -> bool:
-        return self.steps * self.micro_batches == 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a stage will run. ``group`` is in micro-batches; see ``models.loading.open_model`` for the rest."""
-
-    resident: str | tuple[str, ...]
-    unit_limit: int
-    stage_limit: int
-    parked: tuple[str, ...]
-    ring_bytes: int
-    group: int
-    order: tuple[str, ...]
-    predicted_peak_rss_bytes: int
-    predicted_seconds: float
+        """From what :meth:`as_json` gave."""
+        return cls(**{**data, "models": tuple(ModelProfile.of(model) for model in data["models"])})
 
     def as_json(self) -> dict[str, Any]:
+        """Plain values."""
         return asdict(self)
 
 
-class OverBudget(RuntimeError):
-    """No plan fits; ``least`` is the smallest plan there is."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How one model could run: its plan, ``group`` micro-batches at a time, and what that takes."""
 
-    def __init__(self, stage: str, least: Plan, fastest: Plan, budget: int) -> None:
+    model: ModelPlan
+    group: int
+    peak: int  # bytes, runner and stage
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a stage runs with: a choice for each of its models, by component."""
+
+    stage: str
+    choices: Mapping[str, Choice]
+    seconds: float  # all of it
+
+    @property
+    def peak(self) -> int:
+        """Bytes: models are open one after the other."""
+        return max(choice.peak for choice in self.choices.values())
+
+
+class OverBudget(RuntimeError):
+    """Nothing fits; ``least`` takes the least memory that there is."""
+
+    def __init__(self, stage: str, least: Chosen, fastest: Chosen, budget: int) -> None:
         self.stage, self.least, self.fastest, self.budget = stage, least, fastest, budget
         super().__init__(stage)
 
@@ -143,89 +182,100 @@ def pass_seconds(
     return now
 
 
-def _plans(profile: StageProfile, runner: int) -> Iterator[Plan]:
-    def peak(held: int) -> int:
-        return runner + max(profile.imports, profile.base + profile.extra + held)
+def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[Choice]:
+    """All ways to run one model of a stage."""
 
-    total = profile.micro_batches
-    compute = sum(profile.cuts[0].flops.values()) * total * profile.steps / profile.rate
-    whole = profile.cuts[0]
-    for group in _groups(total) if profile.start_seconds else [1]:
-        starts = profile.steps * -(-total // group) * profile.start_seconds
-        yield Plan(
-            resident="all",
-            unit_limit=whole.limit,
-            stage_limit=whole.stage_limit,
-            parked=(),
-            ring_bytes=0,
+    def peak(held: int) -> int:
+        return runner + max(stage.imports, stage.base + stage.extra + held)
+
+    total = model.micro_batches
+    compute = sum(model.cuts[0].flops.values()) * total * model.steps / stage.rate
+    whole = model.cuts[0]
+    for group in _groups(model) if stage.start_seconds else [1]:
+        starts = model.steps * -(-total // group) * stage.start_seconds
+        yield Choice(
+            model=ModelPlan(unit_limit=whole.limit, stage_limit=whole.stage_limit, order=whole.order),
             group=group,
-            order=whole.order,
-            predicted_peak_rss_bytes=peak(profile.weights + whole.peak(group)),
-            predicted_seconds=profile.seconds + compute + profile.weights / READ_RATE + starts,
+            peak=peak(model.weights + whole.peak(group)),
+            seconds=compute + model.weights / READ_RATE + starts,
         )
-    for cut in profile.cuts if profile.streams else ():
-        kept = tuple(name for name in cut.order if cut.nbytes[name] <= profile.keep)
+    for cut in model.cuts if model.streams else ():
+        kept = tuple(name for name in cut.order if cut.nbytes[name] <= model.keep)
         pair = max(
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
         )
-        more = (3 * cut.largest, 4 * cut.largest) if profile.start_seconds else ()
+        more = (3 * cut.largest, 4 * cut.largest) if stage.start_seconds else ()
         for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest, *more)):
-            for group in _groups(total):
+            for group in _groups(model):
                 rounds = -(-total // group)
-                rates = profile.rate, profile.read_rate, profile.copy_rate
-                seconds = pass_seconds(cut, min(group, total), ring, *rates) + profile.start_seconds
-                seconds = profile.steps * (rounds * seconds + total * 2 * cut.parked_bytes / PINNED_RATE)
-                yield Plan(
-                    resident=kept,
-                    unit_limit=cut.limit,
-                    stage_limit=cut.stage_limit,
-                    parked=cut.parked,
-                    ring_bytes=ring,
+                rates = stage.rate, stage.read_rate, stage.copy_rate
+                seconds = pass_seconds(cut, min(group, total), ring, *rates) + stage.start_seconds
+                yield Choice(
+                    model=ModelPlan(
+                        resident=kept,
+                        unit_limit=cut.limit,
+                        stage_limit=cut.stage_limit,
+                        parked=cut.parked,
+                        ring_bytes=ring,
+                        order=cut.order,
+                    ),
                     group=group,
-                    order=cut.order,
-                    predicted_peak_rss_bytes=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
-                    predicted_seconds=profile.seconds + seconds,
+                    peak=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
+                    seconds=model.steps * (rounds * seconds + total * 2 * cut.parked_bytes / PINNED_RATE),
                 )
 
 
-def _groups(total: int) -> list[int]:
+def _groups(model: ModelProfile) -> list[int]:
     """Group sizes worth a try: the smallest that makes each number of rounds."""
-    return sorted({-(-total // rounds) for rounds in range(1, total + 1)})
+    total = model.micro_batches
+    found = {-(-total // rounds) for rounds in range(1, total + 1)}
+    return sorted(size for size in found if not model.group or size <= model.group)
 
 
-def plan_stage(profile: StageProfile, budget: int, runner: int, weights: str = "auto") -> Plan:
-    """The fastest plan whose predicted peak fits ``budget`` (runner and stage together).
+def plan_stage(stage: StageProfile, budget: int, runner: int, weights: str = "auto") -> Chosen:
+    """The fastest way whose predicted peak fits ``budget`` (runner and stage together).
 
-    Of plans within 1% of the fastest, the one that takes least memory. ``weights``: ``streamed`` or ``resident`` leaves
-    only such plans; a model that cannot stream stays resident all the same.
+    Of ways within 1% of the fastest, the one that takes least memory. ``weights``: ``streamed`` or ``resident`` leaves
+    only such ones; a model that cannot stream stays resident all the same.
 
     Raises:
-        OverBudget: nothing fits; it holds the smallest plan.
+        OverBudget: nothing fits.
     """
-    plans = list(_plans(profile, runner))
-    if weights == "resident" or (weights == "streamed" and profile.streams):
-        plans = [plan for plan in plans if (plan.resident == "all") == (weights == "resident")]
-    fitting = [plan for plan in plans if plan.predicted_peak_rss_bytes <= budget * (1 - MARGIN)]
-    fastest = min(plans, key=lambda plan: plan.predicted_seconds)
-    if not fitting:
-        raise OverBudget(profile.name, min(plans, key=lambda plan: plan.predicted_peak_rss_bytes), fastest, budget)
-    best = min(plan.predicted_seconds for plan in fitting)
-    near = [plan for plan in fitting if plan.predicted_seconds <= best * 1.01]
-    return min(near, key=lambda plan: plan.predicted_peak_rss_bytes)
+    best: dict[str, Choice] = {}
+    least: dict[str, Choice] = {}
+    fastest: dict[str, Choice] = {}
+    for model in stage.models:
+        found = list(choices(model, stage, runner))
+        if weights == "resident" or (weights == "streamed" and model.streams):
+            found = [one for one in found if (one.model.resident == "all") == (weights == "resident")]
+        least[model.component] = min(found, key=lambda one: one.peak)
+        fastest[model.component] = min(found, key=lambda one: one.seconds)
+        fitting = [one for one in found if one.peak <= budget * (1 - MARGIN)]
+        if fitting:
+            near = min(one.seconds for one in fitting) * 1.01
+            best[model.component] = min((one for one in fitting if one.seconds <= near), key=lambda one: one.peak)
+
+    def chosen(each: Mapping[str, Choice]) -> Chosen:
+        seconds = stage.seconds + sum(one.seconds for one in each.values())
+        return Chosen(stage=stage.name, choices=dict(each), seconds=seconds)
+
+    if len(best) < len(stage.models):
+        raise OverBudget(stage.name, chosen(least), chosen(fastest), budget)
+    return chosen(best)
 
 
-def plan_run(profiles: Sequence[StageProfile], budget: int, runner: int, weights: str = "auto") -> dict[str, Plan]:
-    """A plan for every stage, see ``plan_stage``.
+def plan_run(stages: Sequence[StageProfile], budget: int, runner: int, weights: str = "auto") -> dict[str, Chosen]:
+    """For every stage, see ``plan_stage``.
 
     Raises:
         OverBudget: of the stage that needs most, so that its ``least`` is enough for all.
     """
-    plans, failures = {}, []
-    for profile in profiles:
+    found, failures = {}, []
+    for stage in stages:
         try:
-            plans[profile.name] = plan_stage(profile, budget, runner, weights)
+            found[stage.name] = plan_stage(stage, budget, runner, weights)
         except OverBudget as error:
             failures.append(error)
     if failures:
-        raise max(failures, key=lambda error: error.least.predicted_peak_rss_bytes)
-    return plans
+        raise max(failures, key=lambda error: error.least.peak)
+    return found

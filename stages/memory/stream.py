@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stages.memory.layout import Layout, Unit, owner
+from stages.memory.layout import Layout, owner
 from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
+from stages.memory.units import Unit
 
 
 class _Ring:

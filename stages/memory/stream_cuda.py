@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from stages.memory.graphs import Captures
 from stages.memory.host import DiskWeights, HostWeights, PinnedWeights, Reader
-from stages.memory.layout import Layout, Unit, owner
+from stages.memory.layout import Layout, owner
 from stages.memory.micro import empty_like, mapped, micro_batched, on_meta, skips
 from stages.memory.places import Places
 from stages.memory.source import WeightSource
+from stages.memory.units import Unit
 
 STAGING_BYTES = 512 << 20  # pinned bytes that disk reads go to
 

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stages.memory.layout import Unit
 from stages.memory.micro import micro_batched, skips
 from stages.memory.planner import Line
+from stages.memory.units import Unit
 
 _aten = torch.ops.aten
 # Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight).

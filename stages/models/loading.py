@@ -2,44 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig
+from torch import nn
 
-from stages.config import resolve_dtype
 from stages.files import atomic_path
 from stages.memory.imports import light_imports
-from stages.memory.layout import Layout, split_units
+from stages.memory.layout import Layout
 from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
 from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
+from stages.memory.tensors import TensorRef
 from stages.memory.trim import drop_clean_pages
-from stages.models.checkpoint import Checkpoint, Component
-
-Streamer = WeightStreamer | CudaStreamer
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def open_checkpoint(config: DictConfig, components: Iterable[str], note: Callable[[str], None]) -> Checkpoint:
-    """The run's checkpoint; a hub id is downloaded first (only ``components``)."""
-    return Checkpoint.open(
-        config.model.path,
-        revision=config.model.revision,
-        components=tuple(components),
-        config=config.model.get("config"),
-        prediction_type=config.model.get("prediction_type"),
-        note=note,
-    )
+from stages.memory.units import Blocks, split_units
+from stages.models.checkpoint import Component
+from stages.models.locate import CheckpointError
+from stages.plans import ModelPlan
+from stages.techniques.base import Technique
 
 
-def compute_dtype(config: DictConfig) -> torch.dtype:
-    """The dtype of weights and activations."""
-    return DTYPES[resolve_dtype(config)]
+class Streamer(Protocol):
+    """An engine: ``model``, stock code whose weights are there when they are needed, whatever the plan says."""
+
+    model: nn.Module
+
+    def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """``call(*inputs)``, a whole pass; its result is valid until the next call."""
+        ...
+
+    def hold(self, module: nn.Module) -> Any:
+        """A context in which the weights inside ``module`` stay in memory: one read for many calls."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading, give memory back."""
+        ...
+
+
+class Built(NamedTuple):
+    """A network on ``meta`` as the techniques leave it, how its weights are packed, where they lie, and its blocks."""
+
+    network: nn.Module
+    layout: Layout
+    tensors: Mapping[str, TensorRef]
+    blocks: Blocks
+
+
+def build(
+    component: Component,
+    *,
+    dtype: torch.dtype,
+    blocks: Blocks,
+    techniques: Sequence[Technique] = (),
+    drop: Sequence[str] = (),
+) -> Built:
+    """The one way from a component to a network, for running and for looking.
+
+    Args:
+        dtype: of weights and activations.
+        blocks: where it may be cut, as its family says.
+        drop: children that are not needed (the encoder of a VAE that only decodes).
+
+    Raises:
+        CheckpointError: the weights do not fit the config, or a network without known blocks.
+    """
+    with light_imports():
+        network = component.build(optional=tuple(f"{name}." for name in drop))
+    for name in drop:
+        delattr(network, name)
+    if not blocks.known(network):
+        raise CheckpointError(
+            f"{component.name}: got a {component.class_name} without any of its family's blocks "
+            f"({', '.join(sorted(blocks.classes))}). Give a checkpoint of a family that is known here."
+        )
+    for technique in techniques:
+        technique.on_model(network, component.name)
+    layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
+    return Built(network, layout, component.tensors, blocks)
 
 
 @contextmanager
@@ -47,70 +91,75 @@ def open_model(
     component: Component,
     *,
     dtype: torch.dtype,
-    channels_last: bool,
-    plan: Mapping[str, Any],
+    blocks: Blocks,
+    techniques: Sequence[Technique] = (),
+    plan: ModelPlan = ModelPlan(),  # noqa: B008 - frozen
     micro_batch: int = 0,
     mark: Callable[[str], None] = lambda _: None,
-    optional: Iterable[str] = (),
-    drop: Iterable[str] = (),
+    drop: Sequence[str] = (),
     device: str = "cpu",
 ) -> Iterator[Streamer]:
-    """Build ``component`` on ``meta`` and give it its weights as ``plan`` says.
-
-    ``plan``: ``resident`` (``"all"`` or names of units), ``unit_limit``, ``stage_limit`` and ``ring_bytes`` (bytes),
-    ``order`` (names of units as one pass calls them), ``prepared`` (path of the packed copy, or None). Without a plan
-    all weights are resident. ``drop``: children of the model that are not needed (the encoder of a VAE that only
-    decodes). On a GPU the plan also says ``host`` and ``device_budget`` (bytes that may be reserved, or None).
+    """Build ``component`` and give it its weights as ``plan`` says; for ``dtype``, ``blocks``, ``drop`` see ``build``.
 
     Yields the streamer; its ``.model`` is the stock model.
     """
-    with light_imports():
-        model = component.build(optional=optional)
-    for name in drop:
-        delattr(model, name)
-    layout = Layout(model, dtype, channels_last=channels_last)
-    units = split_units(model, layout, plan.get("unit_limit", layout.nbytes), plan.get("stage_limit", 0))
-    order = {name: index for index, name in enumerate(plan.get("order", ()))}
+    built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
+    layout = built.layout
+    limit = layout.nbytes if plan.unit_limit is None else plan.unit_limit
+    units = split_units(built.network, layout, blocks, limit, plan.stage_limit)
+    order = {name: index for index, name in enumerate(plan.order)}
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
     drop_clean_pages()  # all is imported, nothing is loaded yet
-    chosen = plan.get("resident", "all")
-    resident = frozenset(unit.name for unit in units) if chosen == "all" else frozenset(chosen)
-    source: WeightSource
-    if plan.get("prepared"):
-        source = PreparedSource(prepared(component, layout, Path(plan["prepared"])), layout, keep_cached=keep_cached())
-    else:
-        source = CheckpointSource(component.tensors, layout)
+    resident = frozenset(unit.name for unit in units) if plan.resident == "all" else frozenset(plan.resident)
     common: dict[str, Any] = {
         "layout": layout,
         "units": units,
-        "source": source,
+        "source": source(built, techniques, plan.prepared),
         "resident": resident,
-        "ring_bytes": plan.get("ring_bytes", 0),
+        "ring_bytes": plan.ring_bytes,
         "micro_batch": micro_batch,
         "mark": mark,
     }
-    if device.startswith("cuda"):
-        if plan.get("device_budget"):
-            total = torch.cuda.get_device_properties(device).total_memory
-            fraction = min(1.0, plan["device_budget"] / total)
-            torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device).index)
-        more = {"host": plan.get("host", "pinned"), "parked": frozenset(plan.get("parked", ()))}
-        streamer = CudaStreamer(model, device=device, **more, **common)
+    if device == "cpu":
+        streamer: Any = WeightStreamer(built.network, **common)
     else:
-        streamer = WeightStreamer(model, **common)
-    with streamer, torch.inference_mode():
-        yield streamer
+        limit_device(device, plan.device_budget)
+        parked = frozenset(plan.parked)
+        streamer = CudaStreamer(built.network, device=device, host=plan.host, parked=parked, **common)
+    try:
+        with torch.inference_mode():
+            yield streamer
+    finally:
+        streamer.close()
 
 
-def prepared(component: Component, layout: Layout, file: Path) -> Path:
-    """The packed copy of ``component`` at ``file``, made now if it is not there: one read of the checkpoint."""
+def limit_device(device: str, nbytes: int | None) -> None:
+    """Have the allocator of a GPU reserve ``nbytes`` at most; None: no limit."""
+    if nbytes:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), torch.device(device).index)
+
+
+def source(built: Built, techniques: Iterable[Technique], file: str | None = None) -> WeightSource:
+    """Where the packed weights come from: the prepared copy at ``file``, made now if it is not there, or the
+    checkpoint's own files, through what the techniques make of them."""
+    if file is not None:
+        return PreparedSource(prepared(built, techniques, Path(file)), built.layout, keep_cached=keep_cached())
+    found: WeightSource = CheckpointSource(built.tensors, built.layout)
+    for technique in techniques:
+        found = technique.on_source(found, built.layout)
+    return found
+
+
+def prepared(built: Built, techniques: Iterable[Technique], file: Path) -> Path:
+    """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
-        if not file.is_file() or file.stat().st_size != layout.nbytes:
-            source = CheckpointSource(component.tensors, layout)
+        if not file.is_file() or file.stat().st_size != built.layout.nbytes:
+            raw = source(built, techniques)
             try:
                 with atomic_path(file) as temporary:
-                    write_prepared(temporary, source, layout)
+                    write_prepared(temporary, raw, built.layout)
             finally:
-                source.close()
+                raw.close()
     return file

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.files import atomic_path
 from stages.memory.finite import refuse_absurd, refuse_not_finite
+from stages.memory.planner import Cut, Line
 from stages.memory.rows import Rows
 from stages.tiles import Size
 from stages.vae.exact import ExactPass
@@ -36,25 +37,31 @@ def exact_disk_bytes(vae: Any, direction: Direction, size: Size, itemsize: int) 
     return pixels + disk_bytes(layers, shapes(layers, given), itemsize)
 
 
-def exact_cut(vae: Any, direction: Direction, size: Size, itemsize: int) -> dict[str, Any]:
-    """The pass as the planner's cut of a model (``memory.planner.Cut``), a unit a layer; any device."""
+def exact_cut(vae: Any, direction: Direction, size: Size, itemsize: int) -> Cut:
+    """The pass as the planner's cut of a model, a unit a layer; any device."""
     layers, given = program(vae, direction), given_shape(vae, direction, size)
     found = shapes(layers, given)
     weights = {
         layer.name: sum(parameter.numel() for owner in layer.owners for parameter in owner.parameters()) * itemsize
         for layer in layers
     }
-    return {
-        "limit": max(weights.values()),
-        "order": [layer.name for layer in layers],
-        "nbytes": weights,
-        "flops": {layer.name: int(2 * cost(layer, found)) for layer in layers},
-        # weights are held beside the ring, and repacked by the convolution
-        "lines": [
-            [layer.name, weights[layer.name] + working_bytes(layer, found, itemsize), 0, weights[layer.name]]
-            for layer in layers
-        ],
-    }
+    # weights are held beside the ring, and repacked by the convolution
+    lines = (
+        Line(
+            unit=layer.name,
+            fixed=weights[layer.name] + working_bytes(layer, found, itemsize),
+            slope=0,
+            workspace=weights[layer.name],
+        )
+        for layer in layers
+    )
+    return Cut(
+        limit=max(weights.values()),
+        order=tuple(layer.name for layer in layers),
+        nbytes=weights,
+        flops={layer.name: int(2 * cost(layer, found)) for layer in layers},
+        lines=tuple(lines),
+    )
 
 
 def exact_decode(vae: Any, rows: Callable[[int, int], Tensor], size: Size, folder: Path, **options: Any) -> Rows:

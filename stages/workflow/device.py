@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from stages.job import Job
-from stages.memory.planner import PINNED_RATE, Line, StageProfile
+from stages.memory.planner import PINNED_RATE, Line, ModelProfile, StageProfile
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 SLACK = 1.55  # of activations: copies that kernels make for themselves, holes that fit nothing (measured: 1.2 to 1.5)
@@ -25,33 +22,26 @@ ENVIRONMENT = {
 }
 
 
-def for_device(profile: StageProfile, host: str, *, streams: bool = True) -> StageProfile:
-    """``profile``, made for the CPU, as it is on the device: no interpreter there, and weights are never repacked.
-
-    Models that do not stream are small and called in no fixed order: all their weights stay.
-    """
-    cuts = tuple(replace(cut, lines=tuple(map(_on_device, cut.lines))) for cut in profile.cuts)
+def for_device(stage: StageProfile, host: str) -> StageProfile:
+    """``stage``, looked at for the CPU, as it is on the device: no interpreter there, weights are never repacked, and
+    models that are called in no fixed order (small ones) keep all their weights."""
     return replace(
-        profile,
+        stage,
         base=LIBRARIES,
         imports=0,
         extra=0,
-        cuts=cuts,
+        models=tuple(map(_model, stage.models)),
         rate=FLOPS,
         read_rate=READ_RATES[host],
         copy_rate=float("inf"),
         start_seconds=START_SECONDS,
-        keep=KEEP,
-        streams=streams,
     )
 
 
-def _on_device(line: Line) -> Line:
+def _model(model: ModelProfile) -> ModelProfile:
+    cuts = tuple(replace(cut, lines=tuple(map(_line, cut.lines))) for cut in model.cuts)
+    return replace(model, cuts=cuts, keep=KEEP, streams=model.ordered)
+
+
+def _line(line: Line) -> Line:
     return replace(line, fixed=int(line.fixed * SLACK), slope=int(line.slope * SLACK), workspace=0)
-
-
-def of_device(plan: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """``plan`` as the stage reads it."""
-    made = {**plan, "host": job.config.memory.host, "device_budget": job.device_budget}
-    made["predicted_peak_vram_bytes"] = made.pop("predicted_peak_rss_bytes")
-    return made

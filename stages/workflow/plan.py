@@ -11,8 +11,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from stages import PIPELINE, Stage, expanded
 from stages.config import ConfigError, close_match
+from stages.families.facts import facts_of
 from stages.job import Job
 from stages.regions.scale import parameter as region_parameter
+from stages.techniques import techniques_of
+from stages.techniques.dtype import dtype_names
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.store import Entry, Store, fingerprint
 
@@ -129,16 +132,21 @@ def build(
 def state_of(job: Job, store: Store, stage: Stage, upstream: Mapping[str, str]) -> StageState:
     """The stage's payload and fingerprint; ``upstream`` maps what it needs to fingerprints."""
     cache = store.root / ".identity"
+    config, chosen = job.config, parameters(job, stage, cache)
     payload: dict[str, Any] = {
         "stage": stage.name,
         "version": stage.version,
-        "parameters": parameters(job, stage, cache),
+        "parameters": chosen,
         "upstream": dict(upstream),
     }
-    if stage.components:
-        identity = model_identity(job.config, stage.components, cache)
-        device = str(job.config.device).split(":")[0]
-        payload |= {"model": identity, "dtype": job.dtype, "device": device}
+    if stage.opens_model:
+        for technique in techniques_of(config, stage.module):
+            chosen |= technique.fingerprint(cache)
+        facts = facts_of(config)
+        components = facts.components.get(stage.module, facts.opened)
+        identity = model_identity(config, components, cache)
+        device = str(config.device).split(":")[0]
+        payload |= {"model": identity, "dtype": dtype_names(config, components), "device": device}
     print_ = fingerprint(payload)
     entry = store.entry(stage.name, print_, payload)
     return StageState(stage=stage, needs=tuple(upstream), payload=payload, fingerprint=print_, entry=entry)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
-from stages.config import on_gpu
+from stages.config import on_gpu, running_steps
 from stages.files import read_json, write_json
 from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
-from stages.memory.planner import OverBudget, Plan, StageProfile, plan_run
+from stages.memory.planner import Chosen, OverBudget, StageProfile, plan_run
+from stages.plans import StagePlan
+from stages.techniques import techniques_of
+from stages.techniques.dtype import dtype_names
 from stages.workflow import device, launch
 from stages.workflow.identity import model_identity
 from stages.workflow.plan import StageState, state_of
@@ -25,7 +27,6 @@ from stages.workflow.store import Store, fingerprint
 
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
-_COMPONENT = {"text_encode": "text_encoder", "lowres": "unet", "denoise": "unet", "guide": "vae", "decode": "vae"}
 
 
 class DoesNotFit(RuntimeError):
@@ -40,7 +41,7 @@ def plan(
     *,
     pipeline: str = "stages",
     note: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, StagePlan]:
     """Plans of the stages that open a model, by name; also written to ``plan.json``, where the stages find theirs.
 
     Raises:
@@ -56,28 +57,27 @@ def plan(
         launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
     found = read_json(profile.entry.path / "profile.json") or {}
     running = [state for state in states if state.status in ("run", "resume", "reuse")]
-    profiles = [
-        StageProfile.of(_of_phase(_with_steps(found[state.stage.module], config), state.stage, config))
+    profiles = {
+        state.name: _of_stage(StageProfile.of(found[state.stage.module]), state.stage, config)
         for state in running
         if state.stage.module in found
-    ]
+    }
     runner = usage(os.getpid()).rss + RUNNER_GROWTH
     if on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, job.device_budget or 10**15
-        kinds = {one.name: _COMPONENT[_base(one.name)] for one in profiles}
-        profiles = [device.for_device(one, config.memory.host, streams=kinds[one.name] == "unet") for one in profiles]
+        profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
     try:
-        plans = plan_run(profiles, budget, runner, config.memory.weights)
+        chosen = plan_run(list(profiles.values()), budget, runner, config.memory.weights)
     except OverBudget as error:
         raise DoesNotFit(_refusal(error, config)) from None
-    check_disk(running, profiles)
-    by_name = {one.name: one for one in profiles}
-    written = {name: _as_json(one, by_name[name], job, store) for name, one in plans.items()}
-    write_json(run_dir / "plan.json", written)
-    return written
+    check_disk(running, profiles.values())
+    by_name = {state.name: state.stage for state in running}
+    plans = {name: _plan(one, profiles[name], by_name[name], job, store) for name, one in chosen.items()}
+    write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
+    return plans
 
 
-def check_disk(states: Sequence[StageState], profiles: Sequence[StageProfile]) -> None:
+def check_disk(states: Sequence[StageState], profiles: Iterable[StageProfile]) -> None:
     """Scratch files have to fit the disk now: hours later is too late to hear of it."""
     needed = {profile.name: profile.disk for profile in profiles}
     for state in states:
@@ -85,60 +85,61 @@ def check_disk(states: Sequence[StageState], profiles: Sequence[StageProfile]) -
             raise DoesNotFit(refusal(state.stage, needed[state.name], there))
 
 
-def _of_phase(data: dict[str, Any], stage: Stage, config: DictConfig) -> dict[str, Any]:
-    """An upscaling phase runs the same shapes as the final canvas, fewer times.
-
-    A guide holds rows of its pictures besides, which are as much shorter as the canvas is.
-    """
+def _of_stage(profile: StageProfile, stage: Stage, config: DictConfig) -> StageProfile:
+    """The profile with this run's steps (they change often and need no new look), and of an upscaling phase: the same
+    shapes as the final canvas, fewer times. A guide's pictures are as much smaller as the canvas is."""
+    steps = {"lowres": config.lowres.num_inference_steps, "denoise": running_steps(config)}.get(stage.module)
+    models = profile.models
+    if steps is not None:
+        models = tuple(replace(model, steps=max(1, steps)) for model in models)
     if stage.phase is None:
-        return data
+        return replace(profile, models=models)
     share = stage.phase[0] * stage.phase[1] / (config.width * config.height)
-    extra = data["extra"] * stage.phase[0] // config.width if stage.module == "guide" else data["extra"]
-    passes = max(1, math.ceil(data["micro_batches"] * share * 1.3))
-    changed = {"name": stage.name, "extra": extra, "micro_batches": passes, "disk": int(data.get("disk", 0) * share)}
-    return {**data, **changed}
+    models = tuple(
+        replace(model, micro_batches=max(1, math.ceil(model.micro_batches * share * 1.3))) for model in models
+    )
+    extra = profile.extra * stage.phase[0] // config.width if stage.module == "guide" else profile.extra
+    return replace(profile, name=stage.name, extra=extra, models=models, disk=int(profile.disk * share))
 
 
-def _with_steps(data: Mapping[str, Any], config: DictConfig) -> dict[str, Any]:
-    """Step counts change often and need no new profile."""
-    steps = data["steps"]
-    if data["name"] == "lowres":
-        steps = config.lowres.num_inference_steps
-    if data["name"] == "denoise":
-        steps = config.denoise.num_inference_steps
-        steps = steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
-    return {**data, "steps": max(1, steps)}
+def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: Store) -> StagePlan:
+    """What the stage reads: groups in views, and where the prepared copies of the weights lie."""
+    models, config = {}, job.config
+    for model in profile.models:
+        plan = chosen.choices[model.component].model
+        if plan.resident != "all" and not model.single_pass and config.memory.prepared:
+            plan = replace(plan, prepared=str(_prepared(stage, model.component, config, store)))
+        if on_gpu(config):
+            plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
+        models[model.component] = plan
+    last = profile.models[-1]
+    peak = {"predicted_peak_vram_bytes" if on_gpu(config) else "predicted_peak_rss_bytes": chosen.peak}
+    return StagePlan(
+        models=models,
+        group_size=chosen.choices[last.component].group * max(1, last.micro_batch // 2),
+        predicted_seconds=chosen.seconds,
+        disk_bytes=profile.disk,
+        **peak,
+    )
 
 
-def _base(name: str) -> str:
-    """The stage that ``guide_512`` is a phase of."""
-    return name if name in _COMPONENT else name.rpartition("_")[0]
-
-
-def _as_json(plan: Plan, profile: StageProfile, job: Job, store: Store) -> dict[str, Any]:
-    """What the stage reads: the plan, groups in views, and where the prepared copy of the weights lies."""
-    config, pairs = job.config, max(1, profile.micro_batch // 2)
-    streamed = plan.resident != "all"
-    prepared = None
-    if streamed and not profile.single_pass and config.memory.prepared:
-        key = {
-            "component": _COMPONENT[_base(profile.name)],
-            "model": model_identity(config, (_COMPONENT[_base(profile.name)],), store.root / ".identity"),
-            "half": _base(profile.name) if _COMPONENT[_base(profile.name)] == "vae" else "",
-            "image": str(config.guide.image is None) + config.guide.upscale if _base(profile.name) == "guide" else "",
-            "dtype": job.dtype,
-            "channels_last": bool(config.technique.channels_last),
-        }
-        prepared = str(store.root / "weights" / f"{fingerprint(key)}.bin")
-    made = {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared, "disk_bytes": profile.disk}
-    if on_gpu(config):
-        return device.of_device(made, job)
-    return made
+def _prepared(stage: Stage, component: str, config: DictConfig, store: Store) -> Path:
+    """Where the packed copy of a component's weights lies: by all that decides its bytes."""
+    cache = store.root / ".identity"
+    guide = f"{config.guide.image is None}{config.guide.upscale}" if stage.module == "guide" else ""
+    key = {
+        "component": component,
+        "model": model_identity(config, (component,), cache),
+        "half": f"{stage.module}{guide}" if component == "vae" else "",
+        "dtype": dtype_names(config, (component,)),
+        "techniques": {one.name: dict(one.fingerprint(cache)) for one in techniques_of(config, stage.module)},
+    }
+    return store.root / "weights" / f"{fingerprint(key)}.bin"
 
 
 def _refusal(error: OverBudget, config: DictConfig) -> str:
-    least = -(-int(error.least.predicted_peak_rss_bytes / 0.985) // 10_000_000) * 10
-    slower = error.least.predicted_seconds / max(error.fastest.predicted_seconds, 1e-9)
+    least = -(-int(error.least.peak / 0.985) // 10_000_000) * 10
+    slower = error.least.seconds / max(error.fastest.seconds, 1e-9)
     cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
     key = "device_budget" if on_gpu(config) else "budget"
     other = "memory.weights=auto, " if config.memory.weights == "resident" else ""

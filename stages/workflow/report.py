@@ -10,6 +10,7 @@ from stages.config import save_text
 from stages.files import read_json, write_json, write_text
 from stages.job import Job
 from stages.memory.monitor import Sample
+from stages.plans import StagePlan
 from stages.workflow.launch import StageResult, runner_peak
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
@@ -20,7 +21,7 @@ def write(
     run_dir: Path,
     job: Job,
     results: Sequence[StageResult],
-    predictions: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, StagePlan],
     error: str = "",
 ) -> dict[str, Any]:
     """Write both files; returns what is in ``run.json``.
@@ -39,9 +40,9 @@ def write(
                 "reason": result.reason,
                 "seconds": result.seconds,
                 "peak_rss_bytes": result.peak_rss_bytes,
-                "predicted_peak_rss_bytes": predictions.get(result.name, {}).get("predicted_peak_rss_bytes"),
+                "predicted_peak_rss_bytes": predictions.get(result.name, StagePlan()).predicted_peak_rss_bytes,
                 "peak_vram_bytes": result.peak_vram_bytes,
-                "predicted_peak_vram_bytes": predictions.get(result.name, {}).get("predicted_peak_vram_bytes"),
+                "predicted_peak_vram_bytes": predictions.get(result.name, StagePlan()).predicted_peak_vram_bytes,
                 "fingerprint": result.fingerprint,
                 "peak_module": result.peak_module,
                 "heaviest_modules": [{"module": name, "peak_rss_bytes": size} for name, size in result.heaviest],
@@ -78,7 +79,7 @@ def render(
     run_dir: Path,
     job: Job,
     results: Sequence[StageResult],
-    predictions: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, StagePlan],
     error: str,
 ) -> str:
     """The page: picture, stages, memory, heaviest modules, seams, parameters. No scripts, nothing from outside."""
@@ -92,7 +93,7 @@ def render(
         config=job.config,
         error=error,
         results=results,
-        predictions=predictions,
+        predicted={name: one.predicted_peak_rss_bytes for name, one in predictions.items()},
         budget=budget,
         peak=max((result.peak_rss_bytes for result in results), default=0),
         plot=plot(results, budget),

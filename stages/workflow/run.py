@@ -21,6 +21,7 @@ from stages.events import Event
 from stages.files import atomic_path, read_json, write_json, write_text
 from stages.job import Job
 from stages.paths import anchored
+from stages.plans import StagePlan, stage_plans
 from stages.regions.config import RegionPlan
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
@@ -42,14 +43,14 @@ def execute(
     *,
     sweep: bool = False,
     pipeline: str = "stages",
-    predictions: Mapping[str, Mapping[str, Any]] | None = None,
+    predictions: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, Any]:
     """Do what the command says; returns what ``run.json`` holds ({} for ``stage=plan``).
 
     Args:
         said: the command line's overrides, kept for ``run=NAME`` later.
         sweep: a job of several: a given run name gets the fingerprint's beginning, so that jobs do not collide.
-        predictions: stage -> ``predicted_peak_rss_bytes``, ``predicted_seconds``; default: from ``plan.json``.
+        predictions: stage -> its plan; default: from ``plan.json``.
 
     Raises:
         Reported: refused or failed; the message has been printed.
@@ -73,7 +74,7 @@ def _execute(
     said: Sequence[str],
     sweep: bool,
     pipeline: str,
-    predictions: Mapping[str, Mapping[str, Any]] | None,
+    predictions: Mapping[str, StagePlan] | None,
     shown: Silent,
 ) -> dict[str, Any]:
     output_dir = Path(job.config.output_dir)
@@ -93,10 +94,10 @@ def _execute(
         if (
             predictions is None
             and pipeline == "stages"
-            and (config.stage == "plan" or any(s.stage.components for s in work))
+            and (config.stage == "plan" or any(s.stage.opens_model for s in work))
         ):
             predictions = planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
-        predictions = predictions or dict(read_json(run_dir / "plan.json") or {})
+        predictions = predictions or stage_plans(read_json(run_dir / "plan.json"))
         if config.stage == "plan":
             _show_plan(states, predictions, shown)
             _draw_regions(job.regions, run_dir, shown)
@@ -113,7 +114,7 @@ def _run_stages(
     run_dir: Path,
     command: str,
     pipeline: str,
-    predictions: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, StagePlan],
     shown: Silent,
 ) -> dict[str, Any]:
     results: list[launch.StageResult] = []
@@ -218,16 +219,15 @@ def _link(link: Path, target: str | None) -> None:
         link.symlink_to(target)
 
 
-def _show_plan(states: Sequence[StageState], predictions: Mapping[str, Mapping[str, Any]], shown: Silent) -> None:
+def _show_plan(states: Sequence[StageState], predictions: Mapping[str, StagePlan], shown: Silent) -> None:
     rows = []
     for state in states:
-        guess = predictions.get(state.name, {})
-        seconds = guess.get("predicted_seconds")
-        peak = megabytes(guess.get("predicted_peak_rss_bytes") or guess.get("predicted_peak_vram_bytes"))
+        guess = predictions.get(state.name, StagePlan())
+        seconds, peak = guess.predicted_seconds, megabytes(guess.predicted_peak)
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
     for state in states:
-        if (needed := predictions.get(state.name, {}).get("disk_bytes")) and state.status != "reuse":
+        if (needed := predictions.get(state.name, StagePlan()).disk_bytes) and state.status != "reuse":
             shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")
 
 
@@ -246,15 +246,14 @@ def _draw_regions(regions: RegionPlan, run_dir: Path, shown: Silent) -> None:
 
 def _show_results(
     results: Sequence[launch.StageResult],
-    predictions: Mapping[str, Mapping[str, Any]],
+    predictions: Mapping[str, StagePlan],
     summary: Mapping[str, Any],
     shown: Silent,
 ) -> None:
     rows = []
     vram = max(result.peak_vram_bytes or 0 for result in results)
     for result in results:
-        guess = predictions.get(result.name, {})
-        guess = megabytes(guess.get("predicted_peak_rss_bytes") or guess.get("predicted_peak_vram_bytes"))
+        guess = megabytes(predictions.get(result.name, StagePlan()).predicted_peak)
         time_ = duration(result.seconds) if result.status != "reused" else "-"
         peak = megabytes(result.peak_vram_bytes if vram else result.peak_rss_bytes)
         rows.append((result.name, result.status, time_, peak, guess, result.reason))

@@ -14,6 +14,7 @@ from stages.context import Progress
 from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.job import Job
+from stages.plans import StagePlan
 from stages.workflow.plan import StageState, active, build
 from stages.workflow.store import Store
 from stages.workflow.validate import validate
@@ -65,17 +66,17 @@ class Work:
         values: dict[str, Any] | None = None,
         *,
         until: str = "stitch",
-        plan: dict[str, dict[str, Any]] | None = None,
+        plan: dict[str, StagePlan] | None = None,
         force: bool = False,
     ) -> dict[str, Path]:
         """Run the active stages up to ``until`` (what is there is reused); returns their folders in the store.
 
-        ``plan``: stage -> memory plan, as the planner writes it; without one weights are resident.
+        ``plan``: stage -> its plan; without one weights are resident.
         """
         config = self.config(values)
         run_dir = self.output_dir / config.run
         write_text(run_dir / "config.yaml", save_text(config))
-        write_json(run_dir / "plan.json", plan or {})
+        write_json(run_dir / "plan.json", {name: one.as_json() for name, one in (plan or {}).items()})
         states = self.states(config)
         for stage in active(config, PIPELINE):
             self.events = []

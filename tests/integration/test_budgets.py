@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from command import Command
@@ -16,7 +15,8 @@ from whole_run import Run, arguments, start
 from stages.config import ROOT
 from stages.job import Job
 from stages.memory import disk
-from stages.memory.planner import Plan, StageProfile, _plans
+from stages.memory.planner import choices
+from stages.plans import StagePlan
 from stages.profile import profile_run
 from stages.workflow import planning
 from stages.workflow.plan import build
@@ -26,36 +26,32 @@ from stages.workflow.store import Store
 CANVAS = {"width": 264, "height": 520, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
 
 
-def plan_json(plan: Plan, profile: StageProfile, prepared: Path | None) -> dict[str, Any]:
-    pairs = max(1, profile.micro_batch // 2)
-    return {**plan.as_json(), "group_size": plan.group * pairs, "prepared": prepared and str(prepared)}
-
-
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, guidance: float) -> None:
     """Resident, block by block and leaf by leaf; smallest and largest rings and groups; with and without a copy."""
     values = {**CANVAS, "denoise.guidance_scale": guidance, "lowres.guidance_scale": guidance}
     values |= {"technique.dtype": "bf16", "denoise.strength": 1.0, "denoise.tile_size": 128, "denoise.overlap": 32}
-    profiles = {name: StageProfile.of(data) for name, data in profile_run(work.config(values)).items()}
+    profiles = profile_run(work.config(values))
     expected = work.run(values)["stitch"].joinpath("image.png").read_bytes()
 
-    def choose(which: str, prepared: bool) -> dict[str, dict[str, Any]]:
+    def choose(which: str, prepared: bool) -> dict[str, StagePlan]:
         found = {}
         for name, profile in profiles.items():
-            plans = [plan for plan in _plans(profile, 0) if plan.resident != "all"]
-            block = max(plan.unit_limit for plan in plans)
-            wanted = [plan for plan in plans if (plan.unit_limit == block) == which.startswith("block")]
-            size = min if which.endswith("small") else max
-            plan = size(wanted, key=lambda one: (one.group, one.ring_bytes))
-            file = tmp_path / f"{name}-{prepared}.bin" if prepared else None
-            found[name] = plan_json(plan, profile, file)
+            (model,) = profile.models
+            ways = [way for way in choices(model, profile, 0) if way.model.resident != "all"]
+            block = max(way.model.unit_limit or 0 for way in ways)
+            wanted = [way for way in ways if (way.model.unit_limit == block) == which.startswith("block")]
+            way = (min if which.endswith("small") else max)(wanted, key=lambda one: (one.group, one.model.ring_bytes))
+            file = str(tmp_path / f"{name}-{prepared}.bin") if prepared else None
+            group = way.group * max(1, model.micro_batch // 2)
+            found[name] = StagePlan(models={model.component: replace(way.model, prepared=file)}, group_size=group)
         return found
 
     for which in ("block small", "block large", "leaf small", "leaf large"):
         plan = choose(which, prepared=which.startswith("leaf"))
-        assert plan["denoise"]["resident"] == ()
+        assert plan["denoise"].model("unet").resident == ()
         other = Work(tmp_path / which, work.checkpoint)
-        found = other.run(values, plan=json.loads(json.dumps(plan)))
+        found = other.run(values, plan=plan)
         assert found["stitch"].joinpath("image.png").read_bytes() == expected, which
 
 
@@ -122,13 +118,13 @@ def test_a_disk_too_small_for_an_exact_decode_is_refused_before_any_stage(
 ) -> None:
     work = Work(tmp_path, Path(finished.command.common[-1].partition("=")[2]))
     config = work.config({"decode.mode": "exact", "width": 512, "height": 512})
-    found = {name: StageProfile.of(data) for name, data in profile_run(config).items()}
+    found = profile_run(config)
     states = build(Job.of(config), Store(tmp_path / ".store"))
     needed = found["decode"].disk
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1000))
     with pytest.raises(planning.DoesNotFit, match=r"decode needs .* GB of scratch space.*decode\.mode=shared"):
-        planning.check_disk(states, list(found.values()))
+        planning.check_disk(states, found.values())
     scratch = next(state for state in states if state.name == "decode").entry.path / f"{disk.SCRATCH}_decode"
     scratch.mkdir(parents=True)
     (scratch / "x.raw").write_bytes(bytes(1000))  # an interrupted pass goes on in what it has
-    planning.check_disk(states, list(found.values()))
+    planning.check_disk(states, found.values())

@@ -1,6 +1,7 @@
 """The decode stage in mode exact: the whole-image decode, cut in tiles; killed and gone on with; streamed weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from stages.config import Config, resolve
 from stages.context import Progress, StageContext
 from stages.events import Advance, Note, Start
 from stages.memory import disk
+from stages.plans import ModelPlan, StagePlan
 from stages.tiles import latent_grid
 from stages.vae import exact, exact_size
 from stages.vae.tiled import to_uint8
 
 WIDTH, HEIGHT = 168, 120
-STREAMED = {"resident": [], "unit_limit": 20_000, "ring_bytes": 200_000}
+STREAMED = ModelPlan(resident=(), unit_limit=20_000, ring_bytes=200_000)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,11 @@ def worst(context, vae):
     return found
 
 
-@pytest.mark.parametrize("plan", [{}, STREAMED, STREAMED | {"unit_limit": 5_000}])
+@pytest.mark.parametrize("plan", [ModelPlan(), STREAMED, replace(STREAMED, unit_limit=5_000)])
 @pytest.mark.parametrize("strip_bytes", [50_000, exact_size.STRIP_BYTES])
 def test_tiles_of_the_whole_decode(context, checkpoint, plan, strip_bytes, monkeypatch):
     monkeypatch.setitem(exact.ExactPass.__init__.__kwdefaults__, "working_bytes", strip_bytes)
-    context.plan = plan
+    context.plan = StagePlan(models={"vae": plan})
     events = []
     context.progress = Progress(events.append)
     decode.run(context)

@@ -11,8 +11,9 @@ from in_process import Work, payload
 from torch import Tensor, nn
 
 from stages.config import BLENDS, ConfigError
+from stages.families import unet
 from stages.memory.tensors import read_tensors
-from stages.models import sd
+from stages.plans import StagePlan
 from stages.tiles import latent_grid
 
 QUICK = {"guide.mode": "none", "denoise.num_inference_steps": 2, "denoise.tile_size": 64, "denoise.overlap": 16}
@@ -26,13 +27,13 @@ def canvas(folder: Path) -> Tensor:
 def samples(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of samples of every call of the UNet."""
     counts: list[int] = []
-    original = sd.UNetDenoiser.__call__
+    original = unet.UNetDenoiser.__call__
 
     def counted(self: Any, batch: Any, timestep: Tensor) -> Tensor:
         counts.append(len(batch.samples))
         return original(self, batch, timestep)
 
-    monkeypatch.setattr(sd.UNetDenoiser, "__call__", counted)
+    monkeypatch.setattr(unet.UNetDenoiser, "__call__", counted)
     return counts
 
 
@@ -101,11 +102,11 @@ def test_guide_modes_run_and_differ(work: Work) -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_after_a_step(work: Work, monkeypatch: pytest.MonkeyPatch, scheduler: str, stop: int) -> None:
     values = {**QUICK, "denoise.num_inference_steps": 3, "scheduler.class_name": scheduler}
-    plan = {"denoise": {"micro_batch": 4, "group_size": 2}}  # three groups a step
+    plan = {"denoise": StagePlan(micro_batch=4, group_size=2)}  # three groups a step
     expected = canvas(work.run(values, until="denoise", plan=plan)["denoise"])
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     calls = 0
-    original = sd.UNetDenoiser.__call__
+    original = unet.UNetDenoiser.__call__
 
     def fails(self: Any, batch: Any, timestep: Tensor) -> Tensor:
         nonlocal calls
@@ -114,10 +115,10 @@ def test_interrupted_after_a_step(work: Work, monkeypatch: pytest.MonkeyPatch, s
             raise RuntimeError("pulled the plug")
         return original(self, batch, timestep)
 
-    monkeypatch.setattr(sd.UNetDenoiser, "__call__", fails)
+    monkeypatch.setattr(unet.UNetDenoiser, "__call__", fails)
     with pytest.raises(RuntimeError, match="plug"):
         second.run(values, until="denoise", plan=plan)
-    monkeypatch.setattr(sd.UNetDenoiser, "__call__", original)
+    monkeypatch.setattr(unet.UNetDenoiser, "__call__", original)
     folder = second.states(second.config(values))["denoise"].entry.path
     assert any((folder / "checkpoint").glob("*_000.safetensors")) == (stop > 1)
     found = second.run(values, until="denoise", plan=plan)
@@ -174,7 +175,7 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
     work: Work, monkeypatch: pytest.MonkeyPatch, samples: list[int], size: tuple[int, int]
 ) -> None:
     values = {"width": size[0], "height": size[1], "denoise.num_inference_steps": 3, "denoise.strength": 1.0}
-    plan = {"denoise": {"micro_batch": 4, "group_size": 2}}
+    plan = {"denoise": StagePlan(micro_batch=4, group_size=2)}
     on = {**values, "denoise.dilated.enabled": True}
     for mode in ("sdedit", "skip_residual", "none"):
         plain = canvas(work.run({**values, "guide.mode": mode}, until="denoise", plan=plan)["denoise"])
@@ -183,17 +184,17 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
     samples.clear()
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     on["guide.mode"] = "none"
-    original = sd.UNetDenoiser.__call__
+    original = unet.UNetDenoiser.__call__
 
     def fails(self: Any, batch: Any, timestep: Tensor) -> Tensor:
         if float(timestep) < 500:
             raise RuntimeError("pulled the plug")
         return original(self, batch, timestep)
 
-    monkeypatch.setattr(sd.UNetDenoiser, "__call__", fails)
+    monkeypatch.setattr(unet.UNetDenoiser, "__call__", fails)
     with pytest.raises(RuntimeError, match="plug"):
         second.run(on, until="denoise", plan=plan)
-    monkeypatch.setattr(sd.UNetDenoiser, "__call__", original)
+    monkeypatch.setattr(unet.UNetDenoiser, "__call__", original)
     again = canvas(second.run(on, until="denoise", plan=plan)["denoise"])
     assert second.status == "resumed" and torch.equal(again, found)
 
@@ -205,5 +206,5 @@ def test_dilated_sampling_is_planned(work: Work) -> None:
     off = profile_run(work.config(values))["denoise"]
     on = profile_run(work.config({**values, "denoise.dilated.enabled": True}))["denoise"]
     # 4 x 3 tiles, and two in each of 2 x 2 sub-canvases of 12 x 8 latents: pairs in micro-batches of 16
-    assert (off["micro_batch"], off["micro_batches"], on["micro_batches"]) == (16, 2, 3)
-    assert on["extra"] > off["extra"]
+    assert (off.models[0].micro_batch, off.models[0].micro_batches, on.models[0].micro_batches) == (16, 2, 3)
+    assert on.extra > off.extra

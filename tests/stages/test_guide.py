@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import Work
+from opening import opened_vae
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from stages.context import Progress
 from stages.memory.tensors import read_tensors
 from stages.tiles import latent_grid
 from stages.vae import tiled as vae
-from stages.vae.open import open_vae
 from stages.vae.tiled import from_vae, to_uint8, to_vae
 
 
@@ -49,9 +49,7 @@ def test_latents_of_the_canvas_and_a_preview(work: Work, size: tuple[int, int], 
 def test_the_preview_is_the_low_res_latents_decoded(work: Work) -> None:
     found = work.run(until="guide")
     latents = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
-    plan = {"plan": {}, "note": str, "mark": str}
-    with open_vae(work.config(), decoder=True, **plan) as streamer, torch.inference_mode():
-        vae = streamer.model
+    with opened_vae(work.checkpoint) as vae:
         pixels = vae.decode(to_vae(vae, latents), return_dict=False)[0]
         expected = ((pixels[0] / 2 + 0.5).clamp(0, 1) * 255).round()
     with Image.open(found["guide"] / "lowres.png") as preview:
@@ -73,8 +71,7 @@ def test_one_tile_is_the_whole_picture_encoded(work: Work, picture: Path) -> Non
     _, latents = guide(work, **{"guide.image": str(picture), "guide.tile_size": 128})
     with Image.open(picture) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    with open_vae(work.config(), encoder=True, plan={}, note=str, mark=str) as streamer, torch.inference_mode():
-        vae = streamer.model
+    with opened_vae(work.checkpoint) as vae:
         expected = from_vae(vae, vae.encode(pixels, return_dict=False)[0].mode())
     assert torch.allclose(latents, expected, atol=1e-4)
 
@@ -144,9 +141,9 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
     file = tmp_path / "p.png"
     values = {"guide.image": str(file)}
     Image.new("RGB", (3000, 2000)).save(file)
-    plain = profile_run(work.config(values))["guide"]["extra"]
+    plain = profile_run(work.config(values))["guide"].extra
     Image.new("RGBA", (3000, 2000)).save(file)
-    assert profile_run(work.config(values))["guide"]["extra"] - plain == 3000 * 2000 * 4
+    assert profile_run(work.config(values))["guide"].extra - plain == 3000 * 2000 * 4
     if what == "words":
         file.write_text("not a picture")
     else:
@@ -202,9 +199,7 @@ def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pyt
 def whole_guide(work: Work, found: dict[str, Path], canvas: tuple[int, int]) -> Tensor:
     """The low-res latents decoded whole, enlarged by Pillow, encoded whole."""
     latents = read_tensors(found["lowres"] / "latents.safetensors")["latents"]
-    plan = {"plan": {}, "note": str, "mark": str}
-    with open_vae(work.config(), decoder=True, encoder=True, **plan) as streamer, torch.inference_mode():
-        model = streamer.model
+    with opened_vae(work.checkpoint) as model:
         pixels = to_uint8(model.decode(to_vae(model, latents), return_dict=False)[0])
         picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize(canvas, Image.Resampling.LANCZOS)
         enlarged = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -9,8 +9,9 @@ import torch
 from in_process import Work
 from torch import Tensor
 
+from stages.families import sd
 from stages.memory.tensors import read_tensors
-from stages.models import sd
+from stages.plans import ModelPlan, StagePlan
 from stages.profile import profile_run
 
 SIZE = {"width": 256, "height": 64, "technique.dtype": "fp32"}
@@ -26,8 +27,8 @@ def latents(work: Work, stage: str, **values: Any) -> Tensor:
     return read_tensors(work.run({**base, **values}, until=stage)[stage] / f"{name}.safetensors")["latents"]
 
 
-def embeddings(work: Work, plan: dict[str, Any] | None = None, **values: Any) -> dict[str, Tensor]:
-    found = work.run({**SIZE, **values}, until="text_encode", plan={"text_encode": plan or {}})
+def embeddings(work: Work, plan: StagePlan | None = None, **values: Any) -> dict[str, Tensor]:
+    found = work.run({**SIZE, **values}, until="text_encode", plan={"text_encode": plan or StagePlan()})
     return read_tensors(found["text_encode"] / "embeddings.safetensors")
 
 
@@ -44,18 +45,19 @@ def test_a_row_of_embeddings_for_every_region(work: Work) -> None:
 
 def test_many_regions_are_encoded_a_pair_at_a_time(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs: list[int] = []
-    original = sd.encode
+    original = sd.hidden_states
 
     def counted(encoder: Any, prompts: Any, negatives: Any, *more: Any) -> Tensor:
         pairs.append(len(prompts) + len(negatives))
         return original(encoder, prompts, negatives, *more)
 
-    monkeypatch.setattr("stages.text_encode.encode", counted)
+    monkeypatch.setattr("stages.families.sd.hidden_states", counted)
     grid = {"grid": [[f"thing {row} {col}" for col in range(8)] for row in range(5)]}
     found = embeddings(work, regions=grid)
     assert found["prompt_embeds"].shape[0] == 41 and pairs == [2] * 41
     streamed = Work(work.output_dir.with_name("streamed"), work.checkpoint)
-    again = embeddings(streamed, {"resident": [], "unit_limit": 1, "ring_bytes": 1 << 22}, regions=grid)
+    plan = ModelPlan(resident=(), unit_limit=1, ring_bytes=1 << 22)
+    again = embeddings(streamed, StagePlan(models={"text_encoder": plan}), regions=grid)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
@@ -111,7 +113,7 @@ def test_the_whole_pipeline_with_upscaling_phases_and_guidance_one(work: Work) -
 def test_the_profile_counts_the_regions_tiles(work: Work) -> None:
     def counted(values: dict[str, Any]) -> tuple[int, int, int]:
         found = profile_run(work.config({**QUICK, "guide.mode": "sdedit", **values}))
-        return tuple(found[name]["micro_batches"] for name in ("text_encode", "lowres", "denoise"))  # type: ignore[return-value]
+        return tuple(found[name].models[0].micro_batches for name in ("text_encode", "lowres", "denoise"))  # type: ignore[return-value]
 
     text, _, tiles = counted({})
     assert text == 1

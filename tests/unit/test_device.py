@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stages.memory.planner import Cut, Line, OverBudget, StageProfile, plan_stage
+from stages.memory.planner import Choice, Cut, Line, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.workflow import device, launch
 
 MB = 1_000_000
@@ -30,36 +30,45 @@ PROFILE = StageProfile(
     base=300 * MB,
     imports=900 * MB,
     extra=50 * MB,
-    weights=301 * MB,
-    micro_batch=4,
-    micro_batches=12,
-    steps=10,
-    cuts=(cut(parked=False), cut(parked=True)),
+    models=(
+        ModelProfile(
+            component="unet",
+            weights=301 * MB,
+            micro_batch=4,
+            micro_batches=12,
+            steps=10,
+            cuts=(cut(parked=False), cut(parked=True)),
+        ),
+    ),
     rate=1e9,
     seconds=1.0,
 )
 
 
+def chosen(stage: StageProfile, host: str, budget: int) -> Choice:
+    return plan_stage(device.for_device(stage, host), budget, 0).choices["unet"]
+
+
 def test_nothing_of_the_process_counts_and_small_units_stay() -> None:
-    plan = plan_stage(device.for_device(PROFILE, "disk"), 500 * MB, 0)
-    assert plan.resident == ("norm",)
+    plan = chosen(PROFILE, "disk", 500 * MB)
+    assert plan.model.resident == ("norm",)
     activations = (20 + 10 * plan.group) * MB * device.SLACK
-    assert plan.predicted_peak_rss_bytes == pytest.approx(device.LIBRARIES + plan.ring_bytes + 1000 + activations)
+    assert plan.peak == pytest.approx(device.LIBRARIES + plan.model.ring_bytes + 1000 + activations)
 
 
 def test_parking_buys_larger_groups_where_memory_is_short() -> None:
     """From disk every group reads all weights again."""
-    short = plan_stage(device.for_device(PROFILE, "disk"), 500 * MB, 0)
-    assert short.parked == ("a",) and short.group == 12
-    plenty = plan_stage(device.for_device(PROFILE, "disk"), 5000 * MB, 0)
-    assert plenty.parked == () and plenty.group == 12
+    short = chosen(PROFILE, "disk", 500 * MB)
+    assert short.model.parked == ("a",) and short.group == 12
+    plenty = chosen(PROFILE, "disk", 5000 * MB)
+    assert plenty.model.parked == () and plenty.group == 12
 
 
-def test_what_does_not_stream_is_planned_as_resident() -> None:
-    vae = device.for_device(replace(PROFILE, name="decode"), "pinned", streams=False)
-    assert plan_stage(vae, 500 * MB, 0).resident == "all"
+def test_what_is_called_in_no_fixed_order_is_planned_as_resident() -> None:
+    vae = replace(PROFILE, models=(replace(PROFILE.models[0], ordered=False),))
+    assert chosen(vae, "pinned", 500 * MB).model.resident == "all"
     with pytest.raises(OverBudget):
-        plan_stage(vae, 300 * MB, 0)
+        chosen(vae, "pinned", 300 * MB)
 
 
 def test_libraries_are_told_to_be_modest(make_config, monkeypatch: pytest.MonkeyPatch) -> None:

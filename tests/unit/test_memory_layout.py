@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from stages.memory.layout import ALIGNMENT, Layout, split_units
+from stages.memory.layout import ALIGNMENT, Layout
+from stages.memory.units import Blocks, rungs, split_units
+
+BLOCKS = Blocks(classes=frozenset({"Attention"}))
 
 
 class Attention(nn.Module):  # a name that is loaded whole
@@ -48,7 +51,7 @@ def test_views_give_every_parameter_back(dtype: torch.dtype, channels_last: bool
 def test_units_cover_every_parameter_once_and_do_not_overlap(limit: int) -> None:
     model = Model()
     layout = Layout(model, torch.float32, channels_last=True)
-    units = split_units(model, layout, limit)
+    units = split_units(model, layout, BLOCKS, limit)
     names = [slot.name for unit in units for slot in unit.slots]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     ranges = sorted((unit.start, unit.end) for unit in units)
@@ -64,8 +67,25 @@ def test_blocks_are_whole_where_they_fit() -> None:
     layout = Layout(model, torch.float32, channels_last=False)
     small = layout.range_of(name for name in layout.slots if name.startswith("blocks.0"))
     limit = small[1] - small[0]
-    assert [unit.name for unit in split_units(model, layout, limit)] == [
+    assert [unit.name for unit in split_units(model, layout, BLOCKS, limit)] == [
         *("", "conv", "blocks.0", "blocks.1.to_q", "blocks.1.to_k", "norm"),
     ]
-    whole = [unit.name for unit in split_units(model, layout, layout.nbytes)]
+    whole = [unit.name for unit in split_units(model, layout, BLOCKS, layout.nbytes)]
     assert whole == ["", "conv", "blocks.0", "blocks.1", "norm"]
+
+
+def test_rungs_go_from_whole_blocks_to_leaves() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = Attention(40), nn.Linear(40, 40)
+
+    model = nn.Sequential(Block(), Block(), nn.Linear(8, 8))
+    layout = Layout(model, torch.float32, channels_last=False)
+    blocks = Blocks(classes=frozenset({"Block", "Attention"}))
+    found = rungs(model, layout, blocks)
+    largest = [max(unit.nbytes for unit in split_units(model, layout, blocks, limit)) for limit in found]
+    counts = [len(split_units(model, layout, blocks, limit)) for limit in found]
+    assert counts == [3, 5, 7] and largest == sorted(largest, reverse=True)
+    assert found[0] == layout.nbytes and found[-1] == 40 * 40 * 4 + 40 * 4 + 32
+    assert not Blocks(classes=frozenset({"Nothing"})).known(model) and blocks.known(model)

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.memory.planner import MARGIN, Cut, Line, OverBudget, StageProfile, pass_seconds, plan_run, plan_stage
+from stages.memory.planner import (
+    MARGIN,
+    Choice,
+    Cut,
+    Line,
+    ModelProfile,
+    OverBudget,
+    StageProfile,
+    pass_seconds,
+    plan_run,
+    plan_stage,
+)
 
 MB = 1_000_000
 
@@ -38,48 +49,57 @@ def profile(
         base=300 * MB,
         imports=0,
         extra=5 * MB,
-        weights=sum(blocks),
-        micro_batch=2,
-        micro_batches=micro_batches,
-        steps=10,
-        cuts=(
-            cut(blocks, [flops] * len(blocks), sum(blocks), 20 * MB),
-            cut(leaves, [flops // 4] * len(leaves), max(leaves), 20 * MB),
+        models=(
+            ModelProfile(
+                component="unet",
+                weights=sum(blocks),
+                micro_batch=2,
+                micro_batches=micro_batches,
+                steps=10,
+                cuts=(
+                    cut(blocks, [flops] * len(blocks), sum(blocks), 20 * MB),
+                    cut(leaves, [flops // 4] * len(leaves), max(leaves), 20 * MB),
+                ),
+            ),
         ),
         rate=rate,
         seconds=2.5,
     )
 
 
+def chosen(one: StageProfile, budget: int, runner: int, weights: str = "auto") -> Choice:
+    return plan_stage(one, budget, runner, weights).choices["unet"]
+
+
 def test_resident_where_it_fits_streamed_where_not_leaf_by_leaf_where_tight() -> None:
     heavy = profile([80 * MB] * 10, flops=10**10, rate=1e9)  # computing hides reading: streamed costs nothing
     light = profile([80 * MB] * 10, flops=10**7, rate=1e11)  # reading is all there is
-    assert plan_stage(light, 4000 * MB, 40 * MB).resident == "all"
-    streamed = plan_stage(light, 900 * MB, 40 * MB)
-    assert streamed.resident == () and streamed.ring_bytes < 800 * MB
-    tight = plan_stage(light, 430 * MB, 40 * MB)
-    assert tight.unit_limit == tight.ring_bytes == 20 * MB
-    assert streamed.predicted_seconds < tight.predicted_seconds
+    assert chosen(light, 4000 * MB, 40 * MB).model.resident == "all"
+    streamed = chosen(light, 900 * MB, 40 * MB)
+    assert streamed.model.resident == () and streamed.model.ring_bytes < 800 * MB
+    tight = chosen(light, 430 * MB, 40 * MB)
+    assert tight.model.unit_limit == tight.model.ring_bytes == 20 * MB
+    assert streamed.seconds < tight.seconds
     # of plans that are equally fast the one that takes least
-    assert plan_stage(heavy, 4000 * MB, 40 * MB).predicted_peak_rss_bytes < 1200 * MB
+    assert chosen(heavy, 4000 * MB, 40 * MB).peak < 1200 * MB
 
 
 def test_the_planner_keeps_to_the_weights_that_were_asked_for() -> None:
     light = profile([80 * MB] * 10, flops=10**7, rate=1e11)
-    assert plan_stage(light, 4000 * MB, 40 * MB, "streamed").resident == ()
+    assert chosen(light, 4000 * MB, 40 * MB, "streamed").model.resident == ()
     heavy = profile([80 * MB] * 10, flops=10**10, rate=1e9)
-    assert plan_stage(heavy, 4000 * MB, 40 * MB).resident == ()
-    assert plan_stage(heavy, 4000 * MB, 40 * MB, "resident").resident == "all"
+    assert chosen(heavy, 4000 * MB, 40 * MB).model.resident == ()
+    assert chosen(heavy, 4000 * MB, 40 * MB, "resident").model.resident == "all"
     with pytest.raises(OverBudget) as refused:
         plan_stage(heavy, 900 * MB, 40 * MB, "resident")
-    assert refused.value.least.resident == "all"
-    fixed = dataclasses.replace(light, streams=False)
-    assert plan_stage(fixed, 4000 * MB, 40 * MB, "streamed").resident == "all"
+    assert refused.value.least.choices["unet"].model.resident == "all"
+    fixed = dataclasses.replace(light, models=(dataclasses.replace(light.models[0], streams=False),))
+    assert chosen(fixed, 4000 * MB, 40 * MB, "streamed").model.resident == "all"
 
 
 def test_weights_are_read_once_for_all_tiles_where_memory_allows() -> None:
     light = profile([80 * MB] * 10, flops=10**7)
-    assert plan_stage(light, 900 * MB, 40 * MB).group == 6
+    assert chosen(light, 900 * MB, 40 * MB).group == 6
 
 
 def test_too_small_is_refused_and_the_least_is_enough() -> None:
@@ -87,11 +107,11 @@ def test_too_small_is_refused_and_the_least_is_enough() -> None:
     with pytest.raises(OverBudget) as error:
         plan_stage(one, 400 * MB, 40 * MB)
     least = error.value.least
-    enough = int(least.predicted_peak_rss_bytes / (1 - MARGIN)) + 1
-    assert plan_stage(one, enough, 40 * MB).predicted_peak_rss_bytes <= least.predicted_peak_rss_bytes
+    enough = int(least.peak / (1 - MARGIN)) + 1
+    assert plan_stage(one, enough, 40 * MB).peak <= least.peak
     with pytest.raises(OverBudget):
-        plan_stage(one, int(least.predicted_peak_rss_bytes / (1 - MARGIN)) - 1000, 40 * MB)
-    assert error.value.fastest.predicted_seconds <= least.predicted_seconds
+        plan_stage(one, int(least.peak / (1 - MARGIN)) - 1000, 40 * MB)
+    assert error.value.fastest.seconds <= least.seconds
 
 
 def test_the_stage_that_needs_most_is_named() -> None:
@@ -105,7 +125,7 @@ def test_the_stage_that_needs_most_is_named() -> None:
 def least_of(one: StageProfile) -> int:
     with pytest.raises(OverBudget) as error:
         plan_stage(one, 1, 40 * MB)
-    return error.value.least.predicted_peak_rss_bytes
+    return error.value.least.peak
 
 
 sizes = st.lists(st.integers(1, 200).map(lambda size: size * MB), min_size=1, max_size=12)
@@ -122,13 +142,13 @@ def test_a_plan_keeps_the_budget_and_more_memory_is_never_slower(
         with pytest.raises(OverBudget):
             plan_stage(one, budget * MB, 40 * MB)
         budget = -(-int(least / (1 - MARGIN) + 1) // MB)
-    plan = plan_stage(one, budget * MB, 40 * MB)
-    assert plan.predicted_peak_rss_bytes <= budget * MB * (1 - MARGIN)
-    more = plan_stage(one, budget * MB * 2, 40 * MB)
-    assert more.predicted_seconds <= plan.predicted_seconds * 1.0101
-    if plan.resident != "all":
-        chosen = next(cut for cut in one.cuts if cut.limit == plan.unit_limit)
-        assert plan.ring_bytes >= chosen.largest
+    plan = chosen(one, budget * MB, 40 * MB)
+    assert plan.peak <= budget * MB * (1 - MARGIN)
+    more = chosen(one, budget * MB * 2, 40 * MB)
+    assert more.seconds <= plan.seconds * 1.0101
+    if plan.model.resident != "all":
+        used = next(cut for cut in one.models[0].cuts if cut.limit == plan.model.unit_limit)
+        assert plan.model.ring_bytes >= used.largest
         assert 1 <= plan.group <= micro_batches
 
 

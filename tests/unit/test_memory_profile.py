@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from in_process import small_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.memory.layout import Layout, Unit, split_units
+from stages.families.unet import UNET
+from stages.memory.layout import Layout
 from stages.memory.planner import StageProfile, plan_run
 from stages.memory.trace import Trace, segments, trace
+from stages.memory.units import Unit, split_units
 from stages.models.checkpoint import Checkpoint
 from stages.profile import profile_run
 from stages.vae.exact_size import STRIP_BYTES
@@ -32,7 +36,7 @@ class Two(nn.Module):
 
 
 def traced(model: nn.Module, call: Callable[[], Any], micro_batch: int = 0, limit: int = 0) -> tuple[Trace, list[Unit]]:
-    units = split_units(model, Layout(model, torch.float32, channels_last=True), limit)
+    units = split_units(model, Layout(model, torch.float32, channels_last=True), UNET, limit)
     return trace(model, units, call, micro_batch), units
 
 
@@ -108,18 +112,19 @@ def test_two_group_sizes_tell_all_others(small: Callable[[str], Path], limit: st
 def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path], tmp_path: Path) -> None:
     found = profile_run(small_config(small("sd15"), tmp_path))
     assert set(found) == {"text_encode", "lowres", "guide", "denoise", "decode"}
-    for data in found.values():
-        one = StageProfile.of(data)
+    for stage in found.values():
+        assert StageProfile.of(json.loads(json.dumps(stage.as_json()))) == stage
+        (one,) = stage.models
         for cut in one.cuts:
             assert sum(cut.nbytes.values()) == one.weights
             assert set(cut.order) == set(cut.nbytes)
             assert cut.peak(2) >= cut.peak(1) > 0
-        assert one.cuts[0].largest >= one.cuts[1].largest
-        block, leaf = (sum(cut.flops.values()) for cut in one.cuts)
+        assert one.cuts[0].largest >= one.cuts[-1].largest
+        block, leaf = (sum(cut.flops.values()) for cut in (one.cuts[0], one.cuts[-1]))
         assert leaf == pytest.approx(block, rel=1e-3)  # the same work, however it is cut
-        assert one.rate > 1e8
-    plans = plan_run([known(data) for data in found.values()], 4 * 10**9, 40_000_000)
-    assert all(plan.predicted_peak_rss_bytes < 2 * 10**9 for plan in plans.values())
+        assert stage.rate > 1e8
+    chosen = plan_run(list(map(known, found.values())), 4 * 10**9, 40_000_000)
+    assert all(one.peak < 2 * 10**9 for one in chosen.values())
 
 
 def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -127,9 +132,9 @@ def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], t
     assert set(plain) == {"text_encode", "denoise", "decode"}
 
 
-def known(data: dict[str, Any]) -> StageProfile:
+def known(stage: StageProfile) -> StageProfile:
     """A profile in a process of usual size: this one holds what all tests before have left."""
-    return StageProfile.of({**data, "base": 300_000_000, "imports": 0})
+    return replace(stage, base=300_000_000, imports=0)
 
 
 def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -139,11 +144,16 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
 
     less, more = profile(512), profile(2048)
     assert more.disk == 16 * less.disk > 0
-    peaks = [one.cuts[0].peak(1) for one in (less, more)]
-    assert peaks[0] <= peaks[1] <= STRIP_BYTES + 3 * max(more.cuts[0].nbytes.values())  # whatever the canvas' size
+    peaks = [one.models[0].cuts[0].peak(1) for one in (less, more)]
+    assert (
+        peaks[0] <= peaks[1] <= STRIP_BYTES + 3 * max(more.models[0].cuts[0].nbytes.values())
+    )  # whatever the canvas' size
     plans = plan_run([more], 4 * 10**9, 40_000_000), plan_run([more], more.base + 10**8, 0)
-    assert [plan["decode"].resident for plan in plans] == [(), ()]  # read once: streaming costs nothing
-    assert not any(one.get("disk") for one in profile_run(small_config(small("sd15"), tmp_path)).values())
+    assert [plan["decode"].choices["vae"].model.resident for plan in plans] == [
+        (),
+        (),
+    ]  # read once: streaming costs nothing
+    assert not any(one.disk for one in profile_run(small_config(small("sd15"), tmp_path)).values())
 
 
 def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -157,7 +167,7 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
         ]
         values = {"width": side, "height": side, "guide.phases": [side // 2], "regions": halves, **tiles}
         found.append(
-            {name: data["extra"] for name, data in profile_run(small_config(small("sd15"), tmp_path, values)).items()}
+            {name: data.extra for name, data in profile_run(small_config(small("sd15"), tmp_path, values)).items()}
         )
     for name in ("lowres", "denoise", "decode", "guide"):
         assert found[1][name] - found[0][name] <= 20_000_000, name
@@ -168,6 +178,6 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
 def test_an_exact_guide_is_planned_too(small: Callable[[str], Path], tmp_path: Path, upscale: str) -> None:
     values = {"guide.vae_mode": "exact", "guide.upscale": upscale, "width": 1024, "height": 512}
     found = known(profile_run(small_config(small("sd15"), tmp_path, values))["guide"])
-    names = {name.partition(".")[0] for name in found.cuts[0].order}
+    names = {name.partition(".")[0] for name in found.models[0].cuts[0].order}
     assert names == ({"encoder", "decoder"} if upscale == "lanczos" else {"decoder"})
-    assert found.disk > 0 and plan_run([found], 10**9, 0)["guide"].resident == ()
+    assert found.disk > 0 and plan_run([found], 10**9, 0)["guide"].choices["vae"].model.resident == ()

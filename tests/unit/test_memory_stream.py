@@ -9,19 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import opening
 import pytest
 import torch
 from dtypes import OTHER
+from opening import built
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.memory.layout import Layout, split_units
+from stages.memory.layout import Layout
 from stages.memory.micro import micro_batched
 from stages.memory.source import CheckpointSource, PreparedSource
 from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import write_tensors
+from stages.memory.units import split_units
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.loading import open_model, prepared
+from stages.models.loading import prepared
 from stages.vae.shared import SharedStatistics
 
 DTYPES = [torch.float32, OTHER]
@@ -39,19 +42,17 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 def sizes(component: Component, dtype: torch.dtype, cut: str, ring: str) -> tuple[int, int]:
     """(``unit_limit``, ``ring_bytes``) of a plan."""
-    model = component.build()
-    layout = Layout(model, dtype, channels_last=True)
-    leaves = split_units(model, layout, 0)
+    network, layout, _, blocks = built(component, dtype)
+    leaves = split_units(network, layout, blocks, 0)
     limit = layout.nbytes if cut == "block" else max(unit.nbytes for unit in leaves)
-    nbytes = [unit.nbytes for unit in split_units(model, layout, limit)]
+    nbytes = [unit.nbytes for unit in split_units(network, layout, blocks, limit)]
     neighbours = max(a + b for a, b in zip(nbytes, [*nbytes[1:], nbytes[0]], strict=True))
     return limit, {"largest": max(nbytes), "pair": neighbours, "all": layout.nbytes}[ring]
 
 
 @contextmanager
 def opened(component: Component, dtype: torch.dtype, plan: dict[str, Any], micro_batch: int = 2, **more: Any) -> Any:
-    more = {"channels_last": True, **more}
-    with open_model(component, dtype=dtype, plan=plan, micro_batch=micro_batch, **more) as streamer:
+    with opening.opened(component, dtype, plan, micro_batch=micro_batch, **more) as streamer:
         yield streamer
     assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
 
@@ -209,9 +210,8 @@ class Broken:
 
 def test_a_reader_that_fails_is_heard_by_name(folder: Path) -> None:
     component = Checkpoint.open(str(folder)).component("vae")
-    model = component.build()
-    layout = Layout(model, torch.float32, channels_last=True)
-    units = split_units(model, layout, layout.nbytes)
+    model, layout, _, blocks = built(component)
+    units = split_units(model, layout, blocks, layout.nbytes)
     source = Broken(CheckpointSource(component.tensors, layout))
     streamer = WeightStreamer(model, layout=layout, units=units, source=source, ring_bytes=layout.nbytes)
     failing = units[2].name
@@ -259,14 +259,15 @@ def test_a_prepared_copy_is_the_checkpoints_bytes(
 ) -> None:
     folder = small("sd15") if stored == "fp32" else halves(tmp_path / "model", small("sd15"))
     component = Checkpoint.open(str(folder)).component("unet")
-    layout = Layout(component.build(), dtype, channels_last=channels_last)
+    made = built(component, dtype, channels_last=channels_last)
+    layout = made.layout
     source = CheckpointSource(component.tensors, layout)
     expected = bytes_of(source, layout)
     source.close()
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, slot in layout.slots.items():
         assert torch.equal(slot.view(expected, 0, dtype), weights[name].to(dtype))
-    file = prepared(component, layout, tmp_path / "copies" / "unet.bin")
+    file = prepared(made, (), tmp_path / "copies" / "unet.bin")
     copy = PreparedSource(file, layout)
     assert torch.equal(bytes_of(copy, layout), expected)
     copy.close()
@@ -282,15 +283,16 @@ def halves(to: Path, folder: Path) -> Path:
 
 def test_a_prepared_copy_that_is_torn_is_made_again(folder: Path, tmp_path: Path) -> None:
     component = Checkpoint.open(str(folder)).component("unet")
-    layout = Layout(component.build(), OTHER, channels_last=True)
-    file = prepared(component, layout, tmp_path / "unet.bin")
+    made = built(component, OTHER)
+    layout = made.layout
+    file = prepared(made, (), tmp_path / "unet.bin")
     whole = file.read_bytes()
-    made = file.stat().st_mtime_ns
-    assert prepared(component, layout, file).stat().st_mtime_ns == made  # kept
+    written = file.stat().st_mtime_ns
+    assert prepared(made, (), file).stat().st_mtime_ns == written  # kept
     file.write_bytes(whole[:-64])
     with pytest.raises(ValueError, match="Delete it"):
         PreparedSource(file, layout)
-    assert prepared(component, layout, file).read_bytes() == whole
+    assert prepared(made, (), file).read_bytes() == whole
 
 
 def test_a_model_streamed_from_its_prepared_copy(folder: Path, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from stages.canvas.mixture import Mixture, TileBatch, grid_views
 from stages.canvas.noise import canvas_noise, draw
 from stages.canvas.sampler import Sampler
 from stages.config import ROOT
+from stages.families.schedules import Schedule, make_scheduler, quad
 from stages.memory.rows import BAND, bands
 from stages.memory.tensors import read_tensors, write_tensors
 from stages.models.checkpoint import Checkpoint
-from stages.models.schedulers import make_scheduler, quad
 from stages.tiles import Size, grid
 
 SCHEDULERS = sorted(path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml"))
@@ -63,7 +63,7 @@ def sampler(
         tiles = grid_views(grid(Size(6, 10), Size(6, 8), 2), Size(6, 10), blend="gaussian", guidance_scale=guidance)
         guide["dilated"] = Dilated(2, Size(6, 10), laid_out(tiles, 2, Size(6, 10)), 4)
     return Sampler(
-        scheduler=scheduler(name),
+        schedule=Schedule(scheduler(name)),
         mixture=Mixture(views),
         num_inference_steps=steps,
         noise=noise,

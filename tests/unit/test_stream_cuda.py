@@ -8,20 +8,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import opening
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from opening import built
 from torch import Tensor
 
 from stages.memory import graphs
 from stages.memory.host import DiskWeights, Reader
-from stages.memory.layout import Layout, parkable, split_units
 from stages.memory.places import Places
 from stages.memory.source import CheckpointSource, PreparedSource
 from stages.memory.stream_cuda import CudaStreamer
+from stages.memory.units import split_units
 from stages.models.checkpoint import Checkpoint, Component
-from stages.models.loading import open_model, prepared
+from stages.models.loading import prepared
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -92,9 +94,8 @@ def plan(component: Component, limit: int, stage_limit: int, ring: float, **more
     """Everything streamed in the order of use; ``ring`` in largest units."""
     from stages.memory.trace import trace
 
-    model = component.build()
-    layout = Layout(model, torch.float32, channels_last=True)
-    units = split_units(model, layout, limit or layout.nbytes, stage_limit)
+    model, layout, _, blocks = built(component)
+    units = split_units(model, layout, blocks, limit or layout.nbytes, stage_limit)
 
     def call() -> None:
         image, timestep, embeds = (value.to("meta") for value in inputs(2))
@@ -108,15 +109,15 @@ def plan(component: Component, limit: int, stage_limit: int, ring: float, **more
 
 def opened(component: Component, chosen: dict[str, Any], folder: Path, **more: Any) -> CudaStreamer:
     """A ``CudaStreamer`` on the CPU, with stand-ins."""
-    model = component.build()
-    layout = Layout(model, torch.float32, channels_last=True)
-    units = split_units(model, layout, chosen["unit_limit"], chosen["stage_limit"])
+    made = built(component)
+    model, layout, _, blocks = made
+    units = split_units(model, layout, blocks, chosen["unit_limit"], chosen["stage_limit"])
     order = list(chosen["order"])
     units.sort(key=lambda unit: order.index(unit.name))
     source = CheckpointSource(component.tensors, layout)
     if chosen.get("prepared"):
-        source = PreparedSource(prepared(component, layout, folder / "unet.bin"), layout)
-    more |= {"parked": frozenset(parkable(model, units)), "ring_bytes": chosen["ring_bytes"]}
+        source = PreparedSource(prepared(made, (), folder / "unet.bin"), layout)
+    more |= {"parked": frozenset(blocks.parked(model, units)), "ring_bytes": chosen["ring_bytes"]}
     return CudaStreamer(model, layout=layout, units=units, source=source, device="cpu", **more)
 
 
@@ -126,7 +127,7 @@ def predict(streamer: Any, image: Tensor, timestep: Tensor, embeds: Tensor) -> T
 
 @pytest.fixture(scope="module")
 def expected(unet: Component) -> Tensor:
-    with open_model(unet, dtype=torch.float32, channels_last=True, plan={}, micro_batch=2) as streamer:
+    with opening.opened(unet, torch.float32, {}, micro_batch=2) as streamer:
         return predict(streamer, *inputs())
 
 
@@ -204,9 +205,8 @@ def test_an_unreadable_copy_is_told(no_gpu: None, unet: Component, tmp_path: Pat
     chosen = plan(unet, 0, 0, 1.0, prepared=True)
     with opened(unet, chosen, tmp_path, micro_batch=2):
         pass
-    model = unet.build()
-    layout = Layout(model, torch.float32, channels_last=True)
-    units, source = split_units(model, layout, layout.nbytes), PreparedSource(tmp_path / "unet.bin", layout)
+    model, layout, _, blocks = built(unet)
+    units, source = split_units(model, layout, blocks, layout.nbytes), PreparedSource(tmp_path / "unet.bin", layout)
     with (tmp_path / "unet.bin").open("r+b") as file:
         file.truncate(100)
     reader = Reader(source)
@@ -223,11 +223,11 @@ def test_an_unreadable_copy_is_told(no_gpu: None, unet: Component, tmp_path: Pat
 def test_on_a_gpu(unet: Component, tmp_path: Path, host: str, graphed: bool) -> None:
     """Streamed is resident, bit by bit, whatever the group."""
     values = [value.to("cuda") for value in inputs(10)]
-    options: dict[str, Any] = {"dtype": torch.float16, "channels_last": True, "micro_batch": 4, "device": "cuda"}
+    options: dict[str, Any] = {"micro_batch": 4, "device": "cuda"}
     found = []
     for chosen in ({}, plan(unet, 0, 0, 1.5, prepared=str(tmp_path / "unet.bin"), host=host)):
         for group in (10, 8, 4):
-            with open_model(unet, plan=chosen, **options) as streamer:
+            with opening.opened(unet, torch.float16, chosen, **options) as streamer:
                 parts = []
                 for _ in range(3):
                     parts = []

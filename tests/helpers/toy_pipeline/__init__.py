@@ -10,7 +10,7 @@ import time
 from stages import Stage
 
 PIPELINE = (
-    Stage("draw", 1, ("seed", "prompt"), lambda config: (), ("unet",)),
+    Stage("draw", 1, ("seed", "prompt"), lambda config: (), True),
     Stage("tiles", 1, ("width", "denoise.strength"), lambda config: ("draw",)),
     Stage("join", 1, ("height",), lambda config: ("tiles",)),
 )

@@ -1,0 +1,59 @@
+"""The calls of an autoencoder, on meta: what the looks of ``guide`` and ``decode`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from stages.families.looking import Looking, StageLook
+from stages.families.opening import DECODER, ENCODER
+from stages.memory.planner import ModelProfile, joined
+from stages.techniques.dtype import dtype_of
+from stages.tiles import Size
+from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
+
+Call = Callable[[Any, int], Any]
+
+
+def decode_call(config: DictConfig, latents: Size) -> Call:
+    """Decode one crop of so many latents."""
+    shape = (1, config.model.latent_channels, *latents)
+    return lambda vae, _: vae.decode(
+        torch.empty(shape, dtype=dtype_of(config, "vae"), device="meta"), return_dict=False
+    )
+
+
+def encode_call(config: DictConfig, pixels: Size) -> Call:
+    """Encode one crop of so many pixels."""
+    shape = (1, 3, *pixels)
+    return lambda vae, _: vae.encode(
+        torch.empty(shape, dtype=dtype_of(config, "vae"), device="meta"), return_dict=False
+    )
+
+
+def keys_bytes(looking: Looking, tokens: int) -> int:
+    """Bytes of the keys and values that the tiles of ``shared`` attend to."""
+    channels = looking.network_config("vae")["block_out_channels"][-1]
+    return 2 * tokens * channels * dtype_of(looking.config, "vae").itemsize
+
+
+def exact_look(looking: Looking, stage: str, passes: Sequence[tuple[Direction, Size]]) -> StageLook:
+    """Of exact passes one after the other, each over a canvas of so many latents."""
+    drop = () if len(passes) > 1 else {"decode": ENCODER, "encode": DECODER}[passes[0][0]]
+    built = looking.built("vae", stage, drop)
+    itemsize = built.layout.dtype.itemsize
+    cuts = [exact_cut(built.network, direction, size, itemsize) for direction, size in passes]
+    disk = max(exact_disk_bytes(built.network, direction, size, itemsize) for direction, size in passes)
+    profile = ModelProfile(
+        component="vae",
+        weights=sum(sum(cut.nbytes.values()) for cut in cuts),
+        micro_batch=1,
+        micro_batches=1,
+        steps=1,
+        cuts=(joined(cuts),),
+        ordered=False,
+    )
+    return StageLook((profile,), disk=disk)

@@ -1,0 +1,172 @@
+"""The door of a family: how its prompts are encoded, its denoiser called and its networks cut.
+
+A new family is one file here, one entry of ``facts.FACTS`` and one file in ``conf/model``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from stages.canvas.mixture import TileBatch, View
+from stages.families.encoders import Encoders
+from stages.families.facts import FACTS, Facts
+from stages.families.schedules import Schedule
+from stages.memory.units import Blocks
+from stages.models.checkpoint import Checkpoint, CheckpointError
+from stages.techniques import techniques_of
+from stages.tiles import Size, Tile
+
+Embeds = Mapping[str, Tensor]  # by the names of ``Facts.embeds``, one row a prompt
+Run = Callable[..., Tensor]  # ``run(call, *inputs)``: a whole pass, its result is valid until the next one
+
+
+def plainly(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``call(*inputs)``."""
+    return call(*inputs)
+
+
+class Denoiser(ABC):
+    """Predicts for tile batches; the same object runs with weights and, on meta, is looked at.
+
+    Args:
+        network: the stock model (weights may be streamed).
+        embeds: one row a prompt.
+        config: of the run.
+        canvas: its size in latents.
+        dtype, device: of the computation.
+        run: how a whole pass is run (``Streamer.graphed``).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        embeds: Embeds,
+        config: DictConfig,
+        *,
+        canvas: Size,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        run: Run = plainly,
+    ) -> None:
+        self.network, self.config, self.canvas = network, config, canvas
+        self.dtype, self.device, self._run = dtype, device, run
+        self._count = len(next(iter(embeds.values())))
+        self._embeds = {
+            name: torch.cat([rows, embeds[f"negative_{name}"]] if f"negative_{name}" in embeds else [rows]).to(
+                device, self.dtype_of(name)
+            )
+            for name, rows in embeds.items()
+            if not name.startswith("negative_")
+        }
+        self._techniques = techniques_of(config, "denoise")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of the embeddings ``name``."""
+        return self.dtype
+
+    def __call__(self, batch: TileBatch, timestep: Tensor) -> Tensor:
+        """``[N, C, h, w]`` float32: what the scheduler expects of the model (noise, velocity or flow)."""
+        inputs = self.inputs(batch, timestep)
+        for technique in self._techniques:
+            technique.before_call(batch, timestep, inputs)
+        names = tuple(inputs)
+
+        def call(*values: Tensor) -> Tensor:
+            return self.predict(**dict(zip(names, values, strict=True)))
+
+        predicted = self._run(call, *inputs.values())
+        return self.outputs(predicted, batch).float().to(batch.samples.device)
+
+    @abstractmethod
+    def inputs(self, batch: TileBatch, timestep: Tensor) -> dict[str, Tensor]:
+        """The arguments of ``predict``, on the device: a row a sample, or no dimension."""
+
+    @abstractmethod
+    def predict(self, **inputs: Tensor) -> Tensor:
+        """One pass of the network."""
+
+    def outputs(self, predicted: Tensor, batch: TileBatch) -> Tensor:
+        """``[N, C, h, w]`` of what ``predict`` gave."""
+        return predicted
+
+    def rows(self, batch: TileBatch, name: str) -> Tensor:
+        """The embeddings ``name`` of each sample, or ``negative_<name>`` of those without the prompt, ``[N, ...]``."""
+        pairs = zip(batch.prompt_rows, batch.unconditional, strict=True)
+        places = [row + self._count * without for row, without in pairs]
+        return self._embeds[name].index_select(0, torch.tensor(places, device=self.device))
+
+
+class Family(ABC):
+    """One family of models."""
+
+    name: ClassVar[str]
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.name]
+
+    @abstractmethod
+    def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
+        """Embeddings of (prompt, negative prompt) pairs, float32, a row each; encoders are open one after the other."""
+
+    @abstractmethod
+    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+        """(``call(network)`` on meta, samples of one): what ``encode`` does with a text encoder, for the look."""
+
+    @abstractmethod
+    def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
+        """Its denoiser; ``options`` are those of ``Denoiser``."""
+
+    @abstractmethod
+    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+        """Meta tensors like those of a run: ``samples`` samples of tiles of ``tile`` latents, and embeddings."""
+
+    def guidance(self, network_config: Mapping[str, Any]) -> str:
+        """cfg | embedded | none: how a guidance scale acts on this very network."""
+        return self.facts.guidance
+
+    def asks(self, views: Sequence[View], network_config: Mapping[str, Any]) -> list[View]:
+        """The views as the network is asked about them."""
+        embedded = self.guidance(network_config) != "cfg"
+        return [view._replace(embedded=embedded) for view in views]
+
+    @abstractmethod
+    def blocks(self, component: str) -> Blocks:
+        """Where a component may be cut."""
+
+    @abstractmethod
+    def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
+        """Samples that go through a block at a time: whole pairs. It depends on the model, the tile and the kind of
+        device only, never on the budget: the same samples meet the same kernels, and so the picture is the same."""
+
+    @abstractmethod
+    def schedule(self, scheduler: Any) -> Schedule:
+        """The diffusers scheduler as the sampler drives it."""
+
+    def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
+        """Why those of a checkpoint cannot be used: a trait of a config that is not understood here."""
+        return None
+
+    def check(self, checkpoint: Checkpoint, components: Sequence[str]) -> None:
+        """Raises:
+        CheckpointError: what ``refuse`` says.
+        """
+        if why := self.refuse(checkpoint, components):
+            raise CheckpointError(f"model.path={checkpoint.folder}: {why}")
+
+
+def example_tiles(tile: Size, samples: int, channels: int) -> TileBatch:
+    """A batch on meta: samples with and without the prompt in turns, all of row 0."""
+    box = Tile(0, 0, 0, 0, tile.height, tile.width)
+    return TileBatch(
+        samples=torch.empty((samples, channels, *tile), device="meta"),
+        prompt_rows=(0,) * samples,
+        unconditional=tuple(index % 2 == 0 for index in range(samples)),
+        tiles=(box,) * samples,
+    )

@@ -1,0 +1,87 @@
+"""What is known of each family without torch: the runner, validation and fingerprints read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from omegaconf import DictConfig
+
+from stages.config import ConfigError, close_match
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """One family.
+
+    ``components``: stage -> what it opens of a checkpoint. ``denoiser`` names the network that denoises, ``classes``
+    the stock classes by which the family is recognised. Sides are multiples of ``vae_scale_factor * patch`` pixels.
+    ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt. ``models``: options of ``conf/model``, the one
+    whose defaults a checkpoint of this family gets first. ``module``: its file in ``stages/families``.
+    """
+
+    module: str
+    models: tuple[str, ...]
+    classes: Mapping[str, str]
+    components: Mapping[str, tuple[str, ...]]
+    denoiser: str
+    latent_channels: int
+    vae_scale_factor: int
+    patch: int = 1
+    guidance: Literal["cfg", "embedded", "none"]
+    embeds: tuple[str, ...]
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """All components that any stage opens, each once."""
+        return tuple(dict.fromkeys(name for names in self.components.values() for name in names))
+
+
+def _components(text: tuple[str, ...], denoiser: str) -> dict[str, tuple[str, ...]]:
+    """The usual ones: text encoders and tokenizers, a denoiser with its scheduler, a VAE."""
+    return {
+        "text_encode": text,
+        **dict.fromkeys(("lowres", "denoise"), (denoiser, "scheduler")),
+        **dict.fromkeys(("guide", "decode"), ("vae",)),
+        "profile": (*(name for name in text if "encoder" in name), denoiser, "vae"),
+    }
+
+
+FACTS: Mapping[str, Facts] = {
+    "sd": Facts(
+        module="sd",
+        models=("sd15", "sd21", "embedded"),
+        classes={"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel"},
+        components=_components(("tokenizer", "text_encoder"), "unet"),
+        denoiser="unet",
+        latent_channels=4,
+        vae_scale_factor=8,
+        guidance="cfg",
+        embeds=("prompt_embeds", "negative_prompt_embeds"),
+    ),
+}
+
+
+def facts_of(config: DictConfig) -> Facts:
+    """Of the config's model.
+
+    Raises:
+        ConfigError: a family that is not there.
+    """
+    family = str(config.model.family)
+    if family not in FACTS:
+        raise ConfigError("model.family", family, f"one of {', '.join(FACTS)}", close_match(family, FACTS))
+    return FACTS[family]
+
+
+def family_of_classes(classes: Mapping[str, str]) -> str | None:
+    """The family of a checkpoint whose components are of these stock classes ({component: class name}): the one that
+    asks for most of them. None if no family knows them."""
+    fitting = [
+        (len(facts.classes), name)
+        for name, facts in FACTS.items()
+        if all(classes.get(component) == wanted for component, wanted in facts.classes.items())
+        and not any("encoder" in component and component not in facts.opened for component in classes)
+    ]
+    return max(fitting)[1] if fitting else None

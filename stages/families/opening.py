@@ -1,0 +1,78 @@
+"""A stage's models, opened as its family, its techniques and its plan say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from omegaconf import DictConfig
+
+from stages.context import StageContext
+from stages.families import family_of
+from stages.families.base import Family
+from stages.models.checkpoint import Checkpoint
+from stages.models.loading import Built, Streamer, build, open_model
+from stages.techniques import techniques_of
+from stages.techniques.dtype import dtype_of
+
+ENCODER, DECODER = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
+
+
+def open_checkpoint(config: DictConfig, components: Sequence[str], note: Callable[[str], None]) -> Checkpoint:
+    """The run's checkpoint; a hub id is downloaded first (only ``components``).
+
+    Raises:
+        CheckpointError: it cannot be used, or has a trait that its family does not understand.
+    """
+    checkpoint = Checkpoint.open(
+        config.model.path,
+        revision=config.model.revision,
+        components=tuple(components),
+        config=config.model.get("config"),
+        prediction_type=config.model.get("prediction_type"),
+        note=note,
+    )
+    family_of(config).check(checkpoint, components)
+    return checkpoint
+
+
+@contextmanager
+def open_component(
+    context: StageContext, checkpoint: Checkpoint, name: str, *, micro_batch: int = 0, drop: Sequence[str] = ()
+) -> Iterator[Streamer]:
+    """One component with its weights, see ``models.loading.open_model``."""
+    config, stage = context.config, context.stage.module
+    with open_model(
+        checkpoint.component(name),
+        dtype=dtype_of(config, name),
+        blocks=family_of(config).blocks(name),
+        techniques=techniques_of(config, stage),
+        plan=context.plan.model(name),
+        micro_batch=micro_batch,
+        mark=context.progress.mark,
+        drop=drop,
+        device=config.device,
+    ) as streamer:
+        yield streamer
+
+
+@contextmanager
+def open_vae(context: StageContext, *, encoder: bool = False, decoder: bool = False) -> Iterator[Streamer]:
+    """The stock ``AutoencoderKL`` without the half that is not asked for."""
+    checkpoint = open_checkpoint(context.config, ("vae",), context.progress.note)
+    drop = (() if encoder else ENCODER) + (() if decoder else DECODER)
+    with open_component(context, checkpoint, "vae", drop=drop) as streamer:
+        yield streamer
+
+
+def built(
+    config: DictConfig, family: Family, checkpoint: Checkpoint, name: str, stage: str, drop: Sequence[str] = ()
+) -> Built:
+    """One component as ``stage`` would open it, for a look: no weight is read."""
+    return build(
+        checkpoint.component(name),
+        dtype=dtype_of(config, name),
+        blocks=family.blocks(name),
+        techniques=techniques_of(config, stage),
+        drop=drop,
+    )

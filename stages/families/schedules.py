@@ -1,0 +1,130 @@
+"""Schedulers are diffusers' own, made from the checkpoint's scheduler config as ``from_config`` does.
+
+``Schedule`` is what the sampler asks of one: DDPM-like schedulers, and those that say it in other words.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.memory.imports import light_imports
+from stages.models.checkpoint import Checkpoint
+
+
+class Schedule:
+    """A DDPM-like scheduler of diffusers. All tensors are ``[1, C, h, W]`` float32: any row band of a canvas.
+
+    ``scheduler``: fresh; what it keeps between steps are its attributes (:mod:`stages.canvas.band_state`).
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self._takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+    @property
+    def name(self) -> str:
+        return type(self.scheduler).__name__
+
+    @property
+    def whole_canvas(self) -> bool:
+        """Whether a step has to see all of the canvas at once."""
+        return bool(getattr(self.scheduler.config, "thresholding", False))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return int(self.scheduler.config.num_train_timesteps)
+
+    def set_timesteps(self, num_inference_steps: int, strength: float | None = None) -> Tensor:
+        """Begin; returns the timesteps that run: all, or with a guide the last ``strength`` of them, as diffusers'
+        img2img counts.
+
+        Raises:
+            ValueError: not one step is left.
+        """
+        self._set(num_inference_steps)
+        if strength is None:
+            return self.scheduler.timesteps
+        running = min(int(num_inference_steps * strength), num_inference_steps)
+        if running < 1:
+            raise ValueError(
+                f"denoise.strength: {strength} of {num_inference_steps} steps is less than one step; "
+                f"expected at least {1 / num_inference_steps:.3g}."
+            )
+        start = (num_inference_steps - running) * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        return self.scheduler.timesteps[start:]
+
+    def _set(self, num_inference_steps: int) -> None:
+        self.scheduler.set_timesteps(num_inference_steps)
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """The latents of pure noise."""
+        return noise * self.scheduler.init_noise_sigma
+
+    def noised(self, guide: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """The guide with as much noise as there is at ``timestep``."""
+        return self.scheduler.add_noise(guide, noise, timestep[None])
+
+    def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """As the denoiser takes them."""
+        return self.scheduler.scale_model_input(latents, timestep)
+
+    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """The latents of the next timestep."""
+        more = {"generator": generator} if self._takes_generator else {}
+        return self.scheduler.step(prediction, timestep, latents, return_dict=False, **more)[0]
+
+
+def make_scheduler(checkpoint: Checkpoint, class_name: str | None, options: Mapping[str, Any]) -> Any:
+    """A fresh scheduler of class ``class_name`` (None: the checkpoint's), with ``options`` over its config.
+
+    Raises:
+        ValueError: diffusers has no scheduler of that name.
+    """
+    default, config = checkpoint.scheduler_config()
+    name = class_name or default
+    if {**config, **options}.get("use_beta_sigmas"):
+        _import_scipy()
+    with light_imports():
+        import diffusers
+
+        scheduler_class = _lms() if name == "LMSDiscreteScheduler" else getattr(diffusers, name, None)
+        if scheduler_class is None:
+            raise ValueError(f"scheduler.class_name: got {name!r}, expected a scheduler class of diffusers.")
+        # PNDM's flag is in most published scheduler configs and means nothing to the others
+        return scheduler_class.from_config(config, **options)
+
+
+def _import_scipy() -> None:
+    """Beta sigmas need scipy's statistics; ``light_imports`` leaves alone what is imported, and diffusers is told."""
+    import scipy.stats  # noqa: F401
+
+    with light_imports():
+        setattr(importlib.import_module("diffusers.utils.import_utils"), "_scipy_available", True)  # noqa: B010
+
+
+def _lms() -> Any:
+    """``LMSDiscreteScheduler``, which integrates with scipy: 65 MB of RES for one integral of a polynomial."""
+    module: Any = importlib.import_module("diffusers.schedulers.scheduling_lms_discrete")
+    if not hasattr(module, "integrate"):
+        module.integrate = SimpleNamespace(quad=quad)
+    return module.LMSDiscreteScheduler
+
+
+def quad(function: Callable[[float], float], start: float, end: float, **_: Any) -> tuple[float, float]:
+    """(integral, error) as ``scipy.integrate.quad`` gives them, for polynomials up to degree 15 (Gauss-Legendre)."""
+    import numpy
+
+    nodes, weights = numpy.polynomial.legendre.leggauss(8)
+    start, end = float(start), float(end)
+    half, middle = (end - start) / 2, (end + start) / 2
+    values = [float(function(middle + half * float(node))) for node in nodes]
+    return half * sum(float(weight) * value for weight, value in zip(weights, values, strict=True)), 0.0

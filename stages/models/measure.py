@@ -1,0 +1,54 @@
+"""What a network costs: its units and one pass on the meta device, for every way of cutting it that is worth a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from stages.memory.planner import Cut
+from stages.memory.trace import segments, trace
+from stages.memory.units import rungs, split_units
+from stages.models.loading import Built
+
+
+def cuts(
+    built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_stages: bool = False
+) -> tuple[int, tuple[Cut, ...]]:
+    """(bytes of weights, the network cut ever finer), each cut with its meta pass.
+
+    Args:
+        call: ``call(network, samples)`` runs the network on ``samples`` samples.
+        size: the micro-batch (0: the call's own).
+        whole_stages: small stages of a UNet are units, as on a GPU.
+    """
+    network, layout, _, blocks = built
+    network = network.to(layout.dtype)
+    limits = rungs(network, layout, blocks)
+    stage_limit = limits[-1] if whole_stages else 0
+    found = []
+    for limit, parks in product(limits, (False, True)):
+        units = split_units(network, layout, blocks, limit, stage_limit)
+        parked = blocks.parked(network, units) if parks and whole_stages else ()
+        if parks and not parked:
+            continue
+        counts = (2, 3) if size else (1,)  # nothing grows with a group of one
+        traces = [trace(network, units, lambda n=n: call(network, n * max(size, 1)), size, parked) for n in counts]
+        lines = segments(traces[0], traces[-1])
+        nbytes = {unit.name: unit.nbytes for unit in units}
+        # units that the pass did not call (a tied or unused module) are read all the same
+        order = [name for name in dict.fromkeys((*traces[0].order, *nbytes)) if name in nbytes]
+        found.append(
+            Cut(
+                limit=limit,
+                stage_limit=stage_limit,
+                parked=parked,
+                parked_bytes=(traces[-1].parked - traces[0].parked) if parked else 0,
+                order=tuple(order),
+                nbytes=nbytes,
+                flops={name: traces[0].flops_of(name, counts[0]) for name in nbytes},
+                lines=tuple(lines if size else (replace(line, slope=0) for line in lines)),
+            )
+        )
+    return layout.nbytes, tuple(found)

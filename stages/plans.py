@@ -1,0 +1,79 @@
+"""How a stage will run, as the planner says and the stage reads it: ``plan.json``. No torch. Sizes are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """How one model of a stage gets its weights. Without arguments all of them are resident.
+
+    ``resident``: ``"all"`` or names of units. ``unit_limit`` and ``stage_limit`` cut the model into units
+    (:mod:`stages.memory.units`; None: blocks whole), ``order`` names them as one pass calls them. ``parked`` units of a
+    GPU leave their skip connections in host memory. ``prepared``: path of the packed copy. ``host`` and
+    ``device_budget`` (bytes that may be reserved, None: no limit) are for GPUs.
+    """
+
+    resident: str | tuple[str, ...] = "all"
+    unit_limit: int | None = None
+    stage_limit: int = 0
+    parked: tuple[str, ...] = ()
+    ring_bytes: int = 0
+    order: tuple[str, ...] = ()
+    prepared: str | None = None
+    host: str = "pinned"
+    device_budget: int | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> ModelPlan:
+        """From plain values. ValueError for a name that is none of a plan's."""
+        return _made(cls, {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """``models`` by component, opened one after the other; ``group_size`` views and ``micro_batch`` samples at a time
+    (0: the stage's own choice), and what was predicted."""
+
+    models: Mapping[str, ModelPlan] = field(default_factory=dict)
+    micro_batch: int = 0
+    group_size: int = 0
+    predicted_peak_rss_bytes: int | None = None
+    predicted_peak_vram_bytes: int | None = None
+    predicted_seconds: float | None = None
+    disk_bytes: int = 0
+
+    def model(self, component: str) -> ModelPlan:
+        """Of one component; all resident where nothing was planned."""
+        return self.models.get(component, ModelPlan())
+
+    @property
+    def predicted_peak(self) -> int | None:
+        """Of the memory that was planned: the GPU's, else RAM."""
+        return self.predicted_peak_vram_bytes or self.predicted_peak_rss_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> StagePlan:
+        """From plain values. ValueError for a name that is none of a plan's."""
+        models = {name: ModelPlan.of(plan) for name, plan in data.get("models", {}).items()}
+        return _made(cls, {**data, "models": models})
+
+
+def stage_plans(data: Any) -> dict[str, StagePlan]:
+    """What is in a ``plan.json``; {} where there is none."""
+    return {name: StagePlan.of(plan) for name, plan in (data or {}).items()}
+
+
+def _made(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{kind.__name__}: got {', '.join(unknown)}, expected some of {', '.join(known)}.")
+    return kind(**values)

@@ -1,0 +1,17 @@
+"""Techniques: switches of the ``technique`` config node, each in a file of its own. No torch before one is applied."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from stages.techniques.base import Technique
+from stages.techniques.channels_last import ChannelsLast
+from stages.techniques.tf32 import Tf32
+
+TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32)
+
+
+def techniques_of(config: DictConfig, stage: str) -> tuple[Technique, ...]:
+    """Those that are on and touch ``stage`` (the module's name), in the order in which they are applied."""
+    made = (kind.of(config) for kind in TECHNIQUES)
+    return tuple(one for one in made if one is not None and one.touches(stage))
