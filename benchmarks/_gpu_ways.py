@@ -103,15 +103,17 @@ def group_offload(job: dict[str, Any], tiles: int = 3) -> list[dict[str, Any]]:
 
 def streamed(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours, as ``job["plan"]`` says: groups of tile pairs, each a pass over the model."""
+    from stages.families.unet import UNET
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
+    from stages.plans import ModelPlan
+    from stages.techniques.channels_last import ChannelsLast
 
     component = Checkpoint.open(job["checkpoint"]).component("unet")
-    size, group = 2 * job["micro"], 2 * job["plan"]["group_size"]
+    size, group = 2 * job["micro"], 2 * job["group"]
     begin = time.perf_counter()
-    with open_model(
-        component, dtype=torch.float16, channels_last=True, plan=job["plan"], micro_batch=size, device="cuda"
-    ) as streamer:
+    options: dict[str, Any] = {"dtype": torch.float16, "blocks": UNET, "techniques": (ChannelsLast(),)}
+    with open_model(component, plan=ModelPlan.of(job["plan"]), micro_batch=size, device="cuda", **options) as streamer:
         opened = time.perf_counter() - begin
         unet: Any = streamer.model
         image, timestep, embeds = inputs(2 * TILES)

@@ -26,15 +26,17 @@ Step = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 
 @contextmanager
 def ours(spec: dict[str, Any]) -> Iterator[Step]:
-    """Our engine: ``plan`` streams, {} keeps all weights in memory; then it is the loop over tiles."""
+    """Our engine: ``plan`` streams ``group`` tile pairs at a time; {} keeps all weights: a loop over tiles."""
+    from stages.families.unet import UNET
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
+    from stages.plans import ModelPlan
+    from stages.techniques.channels_last import ChannelsLast
 
-    plan = spec["plan"]
     component = Checkpoint.open(spec["checkpoint"], components=("unet",)).component("unet")
-    group = 2 * plan.get("group", 1)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True, "micro_batch": 2}
-    with open_model(component, plan=plan, **options) as streamer:
+    group = 2 * spec["group"]
+    options: dict[str, Any] = {"blocks": UNET, "techniques": (ChannelsLast(),), "micro_batch": 2}
+    with open_model(component, dtype=torch.bfloat16, plan=ModelPlan.of(spec["plan"]), **options) as streamer:
 
         def step(samples: Tensor, timestep: Tensor, embeds: Tensor) -> list[Tensor]:
             samples = samples.bfloat16()

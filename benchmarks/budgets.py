@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._measure import RESULTS, finish, mb, model_overrides, one_step, parser, psnr, runner, summary, table
+from stages.plans import StagePlan
 
 
 def main() -> int:
@@ -43,8 +44,9 @@ def main() -> int:
         pictures.append(output / "x" / "image.png")
         decibels = psnr(pictures[0], pictures[-1])
         row = {"budget": budget, "peak": found["peak_rss_bytes"], "psnr": decibels, "canvas": canvas}
-        how = plan["denoise"]
-        way = "resident" if how["resident"] == "all" else f"groups of {how['group']}, ring {mb(how['ring_bytes'])}"
+        how = StagePlan.of(plan["denoise"])
+        unet = how.model("unet")
+        way = "resident" if unet.resident == "all" else f"groups of {how.group_size}, ring {mb(unet.ring_bytes)}"
         rows.append({**row, "plan": way, "seconds": sum(stage["seconds"] for stage in found["stages"])})
         print(f"{budget}: {way}, {mb(row['peak'])}, {rows[-1]['seconds']:.0f} s", flush=True)
     table(

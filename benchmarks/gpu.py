@@ -13,12 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _measure
 from benchmarks._gpu_ways import MB, TILES
+from stages.memory.planner import Cut, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.workflow.device import ENVIRONMENT, for_device
 
 MICROS = (1, 2, 3, 5, 9, 13, 25)
@@ -31,12 +33,15 @@ DEFAULT: tuple[dict[str, Any], ...] = (
 
 
 @lru_cache
-def looked_at(checkpoint: str, micro: int) -> tuple[int, list[dict[str, Any]]]:
+def looked_at(checkpoint: str, micro: int) -> tuple[int, tuple[Cut, ...]]:
     """(bytes of weights, cuts) of the UNet for micro-batches of ``micro`` tile pairs, as the runner would find them."""
     import torch
 
+    from stages.families.unet import UNET
     from stages.models.checkpoint import Checkpoint
-    from stages.profile import cuts
+    from stages.models.loading import build
+    from stages.models.measure import cuts
+    from stages.techniques.channels_last import ChannelsLast
 
     component = Checkpoint.open(checkpoint).component("unet")
 
@@ -46,40 +51,43 @@ def looked_at(checkpoint: str, micro: int) -> tuple[int, list[dict[str, Any]]]:
         image = image.contiguous(memory_format=torch.channels_last)
         return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
 
-    return cuts(component, torch.float16, call, channels_last=True, size=2 * micro, whole_stages=True)
+    built = build(component, dtype=torch.float16, blocks=UNET, techniques=(ChannelsLast(),))
+    return cuts(built, call, size=2 * micro, whole_stages=True)
 
 
 def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
-    """The planner's plan for ``job``, with what the job itself wants in its place."""
-    from stages.memory.planner import OverBudget, StageProfile, plan_stage
-
+    """What the planner chooses for ``job`` (``plan``, ``group``, ``predicted_mb``), with what the job itself wants in its place."""
     micro = job["micro"]
     weights, found = looked_at(checkpoint, micro)
-    data = {
-        "name": "denoise",
-        "base": 0,
-        "imports": 0,
-        "extra": 0,
-        "weights": weights,
-        "micro_batch": 2 * micro,
-        "seconds": 0.0,
-    }
-    data |= {"micro_batches": -(-TILES // micro), "steps": 20, "rate": 1.0}
     if "cut" in job:
-        found = [found[job["cut"]]]
+        found = (found[job["cut"]],)
     if not job.get("parked", True):
-        found = [cut for cut in found if not cut["parked"]]
-    profile = for_device(StageProfile.of({**data, "cuts": found}), job["host"])
+        found = tuple(cut for cut in found if not cut.parked)
+    model = ModelProfile(
+        component="unet",
+        weights=weights,
+        micro_batch=2 * micro,
+        micro_batches=-(-TILES // micro),
+        steps=20,
+        cuts=found,
+    )
+    stage = StageProfile(name="denoise", base=0, imports=0, extra=0, models=(model,), rate=1.0, seconds=0.0)
     try:
-        plan = plan_stage(profile, job["budget"] * MB, 0)
+        chosen = plan_stage(for_device(stage, job["host"]), job["budget"] * MB, 0)
     except OverBudget as error:
-        plan = error.least
-    made = plan.as_json() | {"host": job["host"], "device_budget": job["budget"] * MB}
-    made |= {"group_size": job.get("group", plan.group * micro), "prepared": str(folder / "unet.bin")}
-    made |= {"ring_bytes": job["ring"] * MB} if "ring" in job else {}
+        chosen = error.least
+    choice = chosen.choices["unet"]
+    changes: dict[str, Any] = {"host": job["host"], "device_budget": job["budget"] * MB}
+    changes["prepared"] = str(folder / "unet.bin")
+    if "ring" in job:
+        changes["ring_bytes"] = job["ring"] * MB
     if job.get("resident"):
-        made |= {"resident": "all"}
-    return made
+        changes["resident"] = "all"
+    return {
+        "plan": asdict(replace(choice.model, **changes)),
+        "group": job.get("group", choice.group * micro),
+        "predicted_mb": round(choice.peak / MB),
+    }
 
 
 def run(job: dict[str, Any], environment: dict[str, str]) -> list[dict[str, Any]]:
@@ -92,7 +100,7 @@ def run(job: dict[str, Any], environment: dict[str, str]) -> list[dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run every way, print a line each, write all as JSON."""
-    from stages.models.sd import GPU_TILES
+    from stages.families.unet import GPU_TILES
 
     parser = _measure.parser(__doc__)
     parser.add_argument("--budget", type=int, default=800, help="MB that ours may reserve")
@@ -128,12 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
                 {"what": "reference"},
             )
             for job in chosen:
-                plan = planned(job, checkpoint, folder)
-                shown = {k: v for k, v in plan.items() if k in ("ring_bytes", "group_size", "unit_limit")}
-                shown["predicted_mb"] = round(plan["predicted_peak_rss_bytes"] / MB)
+                way = planned(job, checkpoint, folder)
+                shown = {k: v for k, v in way["plan"].items() if k in ("ring_bytes", "unit_limit")}
+                shown |= {"group": way["group"], "predicted_mb": way.pop("predicted_mb")}
                 environment = ENVIRONMENT | job.get("environment", {})
-                shown["parks"] = bool(plan["parked"])
-                go({"kind": "ours", **job, "plan": plan}, environment, {**job, **shown})
+                shown["parks"] = bool(way["plan"]["parked"])
+                go({"kind": "ours", **job, **way}, environment, {**job, **shown})
     return _measure.finish("gpu", results, checks(results, options.budget))
 
 

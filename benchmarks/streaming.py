@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ from omegaconf import OmegaConf
 from benchmarks._measure import RESULTS, checkpoint, finish, mb, parser, runner, table
 from benchmarks._worker import WAYS
 from stages.config import ROOT, parse_bytes
+from stages.plans import StagePlan, stage_plans
 from stages.workflow.cgroup import Cgroup, Unavailable
 from stages.workflow.launch import environment
 
@@ -73,12 +75,12 @@ class Worker:
         return {**found, "life_seconds": self.life, "peak": last["peak"], "digest": last["digest"]}
 
 
-def planned(folder: Path, budget: str) -> dict[str, Any]:
+def planned(folder: Path, budget: str) -> StagePlan:
     """The plan of a 2048x2048 run's ``denoise`` at ``budget``, from ``runner.py stage=plan``."""
     output = RESULTS / "runs" / "streaming"
     chosen = ["model=sd15", f"model.path={folder}", f"memory.budget={budget}", "technique.dtype=bf16"]
     runner(output, "run=plan", "stage=plan", "prompt=a benchmark", *chosen).check()
-    return json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8"))["denoise"]
+    return stage_plans(json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8")))["denoise"]
 
 
 def main() -> int:
@@ -89,15 +91,16 @@ def main() -> int:
     options.add_argument("--ways", default=",".join(WAYS))
     given = options.parse_args()
     folder = checkpoint(given.checkpoint)
-    plan = planned(folder, given.budget)
-    pairs = given.pairs or plan["group"]
+    stage = planned(folder, given.budget)
+    plan = asdict(stage.model("unet"))
+    pairs = given.pairs or stage.group_size
+    group_size = min(pairs, stage.group_size)
     scratch = RESULTS / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    plan["group"] = min(pairs, plan["group"])
     spec = {"checkpoint": str(folder), "pairs": pairs, "scratch": str(scratch)}
     turns, found = [], []
-    print(f"{pairs} tile pairs in groups of {plan['group']}, ring {mb(plan['ring_bytes'])}, {os.cpu_count()} cores")
+    print(f"{pairs} tile pairs in groups of {group_size}, ring {mb(plan['ring_bytes'])}, {os.cpu_count()} cores")
     for way in given.ways.split(","):
         group = None
         if way == "streamed in a cgroup":
@@ -108,7 +111,9 @@ def main() -> int:
                 continue
         # a copy of its own: whose group read or wrote a file first is charged for its page cache
         file = scratch / f"{way.replace(' ', '-')}.bin"
-        mine = {**spec, "way": way, "plan": {**plan, "prepared": str(file)} if way.startswith("streamed") else {}}
+        streams = way.startswith("streamed")
+        how = {"plan": {**plan, "prepared": str(file)}, "group": group_size} if streams else {"plan": {}, "group": 1}
+        mine = {**spec, "way": way, **how}
         worker = Worker(mine, group)
         print(f"{way}: life {worker.life:.1f} s, first step {worker.steps[0]['seconds']:.1f} s", flush=True)
         if way in ("streamed", "streamed in a cgroup", "resident"):

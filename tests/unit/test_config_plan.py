@@ -34,7 +34,7 @@ REFUSED = {
     "guide.image": ["/nowhere/picture.png"],
     "guide.hold_steps": [1.5],
     "guide.upscale": ["bicubic"],
-    "technique.dtype": ["float32"],
+    "technique.dtype": ["float33"],
     "memory.budget": ["250MB", "much", "-5GB"],
     "memory.device_budget": ["some"],
     "memory.enforce": ["on"],

@@ -7,6 +7,7 @@ import pytest
 
 from stages.job import Job
 from stages.memory.monitor import Sample
+from stages.plans import StagePlan
 from stages.workflow import report
 from stages.workflow.launch import StageResult
 
@@ -20,7 +21,7 @@ def test_both_files(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "runner_peak", lambda: 40_000_000)  # this process has run other tests before
     job = Job.of(make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"}))
     (tmp_path / "image.png").write_bytes(b"png")
-    predictions = {"denoise": {"predicted_peak_rss_bytes": 123_000_000}}
+    predictions = {"denoise": StagePlan(predicted_peak_rss_bytes=123_000_000)}
     summary = report.write(tmp_path, job, [result("lowres"), result("denoise", peak=700_000_000)], predictions)
     assert json.loads((tmp_path / "run.json").read_text()) == summary
     assert summary["image"] == "image.png"
