@@ -56,7 +56,7 @@ def looked_at(checkpoint: str, micro: int) -> tuple[int, tuple[Cut, ...]]:
 
 
 def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
-    """What the planner chooses for ``job`` (``plan``, ``group``, ``predicted_mb``), with what the job itself wants in its place."""
+    """``plan``, ``group``, ``predicted_mb`` as the planner chooses, with what the job itself wants in its place."""
     micro = job["micro"]
     weights, found = looked_at(checkpoint, micro)
     if "cut" in job:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from files import rows_of
+from stages.models.schedulers import make_scheduler
 from torch import Tensor
 
 from stages.canvas.mixture import Mixture, TileBatch, grid_views
@@ -17,7 +18,6 @@ from stages.canvas.sampler import Sampler
 from stages.config import ROOT
 from stages.memory.finite import refuse_absurd, refuse_not_finite
 from stages.models.checkpoint import Checkpoint
-from stages.models.schedulers import make_scheduler
 from stages.tiles import Size, grid
 from stages.vae.exact_vae import exact_decode, exact_encode
 from stages.vae.tiled import decode_tiled, encode_tiled
