@@ -93,3 +93,10 @@ def test_the_way_to_torch_is_found(tmp_path: Path) -> None:
     file = tmp_path / "light.py"
     file.write_text("import json\ndef later():\n    import torch\nclass A:\n    from stages import config\n")
     assert way_to_torch(file) == "" and imported(file) == {"json", "torch", "stages.config"}
+
+
+def test_the_readme_shows_the_rooms_that_there_are() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    shown = [line.split()[0] for line in tree.splitlines() if line.startswith("  ") and line.split()[0].endswith("/")]
+    lines = [f"{path.name}/" for line in reversed(LINES) for path in line.paths if path.is_dir()]
+    assert shown == lines
