@@ -28,7 +28,7 @@ from benchmarks._worker import WAYS
 from stages.config import ROOT, parse_bytes
 from stages.plans import StagePlan, stage_plans
 from stages.workflow.cgroup import Cgroup, Unavailable
-from stages.workflow.launch import environment
+from stages.workflow.launch.local import environment
 
 RUNNER = 42_000_000  # bytes that runner.py takes of the budget
 

@@ -24,7 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks._measure import RESULTS, checkpoint, finish, mb, measure, parser, psnr, runner, summary, table
-from stages.workflow.launch import environment
+from stages.workflow.launch.local import environment
 
 WHOLE = """
 import sys, time

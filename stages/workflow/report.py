@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from stages.config import save_text
 from stages.files import read_json, write_json, write_text
 from stages.job import Job
-from stages.memory.monitor import Sample
+from stages.memory.monitor import Sample, own_peak_rss
 from stages.plans import StagePlan
-from stages.workflow.launch import StageResult, runner_peak
+from stages.workflow.launch import StageResult
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
 _BORDERS = 10  # rows of a table of seams
@@ -30,7 +30,7 @@ def write(
     highest of its stages (each with the runner in it).
     """
     html = render(run_dir, job, results, predictions, error)  # first: what it takes counts for the runner
-    own = runner_peak()
+    own = own_peak_rss()
     summary: dict[str, Any] = {
         "image": "image.png" if (run_dir / "image.png").exists() else None,
         "stages": [

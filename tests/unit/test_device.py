@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stages.memory.planner import Choice, Cut, Line, ModelProfile, OverBudget, StageProfile, plan_stage
-from stages.workflow import device, launch
+from stages.workflow import device
+from stages.workflow.launch.local import environment
 
 MB = 1_000_000
 UNITS = ("a", "b", "c", "norm")
@@ -73,7 +74,7 @@ def test_what_is_called_in_no_fixed_order_is_planned_as_resident() -> None:
 
 def test_libraries_are_told_to_be_modest(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    given = launch.environment(make_config({"device": "cuda"}))
+    given = environment(make_config({"device": "cuda"}))
     assert given["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert given["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what the user set stays"
-    assert "CUDNN_CONV_WSCAP_DBG" not in launch.environment(make_config({}))
+    assert "CUDNN_CONV_WSCAP_DBG" not in environment(make_config({}))

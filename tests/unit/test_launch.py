@@ -1,5 +1,6 @@
 """Stage processes: resume, kills, budget, sweeps, concurrency; real processes over the toy pipeline."""
 
+import io
 import itertools
 import json
 import mmap
@@ -17,11 +18,12 @@ import pytest
 from stages import __main__ as stage_process
 from stages.config import ROOT
 from stages.context import MARK_BYTES, Progress, read_device_bytes, read_mark
-from stages.events import Advance, Error, Event
+from stages.events import Advance, Done, Error, Event, Resumed, Start, to_line
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
 from stages.workflow import enforce
 from stages.workflow.errors import explain
-from stages.workflow.launch import _failure, environment
+from stages.workflow.launch.base import failure
+from stages.workflow.launch.local import environment, listen
 
 HELPERS = ROOT / "tests" / "helpers"
 
@@ -227,11 +229,21 @@ def test_a_stage_by_hand(toy):
     assert "the results of tiles (no result yet)" in done.stderr
 
 
+def test_a_torn_line_is_the_end_and_a_strange_one_an_error():
+    heard: list[Event] = []
+    lines = io.StringIO(to_line(Start(5, "tiles")) + to_line(Resumed("tile 2")) + to_line(Advance(1)) + '{"event": "Do')
+    assert listen(lines, heard.append) == (None, "tile 2")
+    assert heard == [Start(5, "tiles"), Resumed("tile 2"), Advance(1)]
+    assert listen(io.StringIO(to_line(Done("ran", 1, 0))), heard.append) == (Done("ran", 1, 0), "")
+    with pytest.raises(ValueError, match="got 'Don', expected one of"):
+        listen(io.StringIO('{"event": "Don"}\n'), heard.append)
+
+
 def test_a_full_disk_is_said_as_such(tmp_path):
     log = tmp_path / "denoise.log"
     log.write_text("a\nb\n")
     last = Error("OSError: [Errno 28] No space left", False, 28)
-    text = _failure("denoise", 1, last, log, "unet.mid")
+    text = failure("denoise", 1, last, log, "unet.mid")
     assert text.startswith("denoise: the disk is full")
     assert "free some space" in text
     assert "(last module: unet.mid)" in text

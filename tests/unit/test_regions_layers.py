@@ -99,7 +99,9 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
         for i, (b, k) in enumerate(zip(boxes, kinds, strict=True))
     )
     size = Size(48, 56)
-    background = Region(box=Tile(0, 0, 0, 0, 384, 448), prompt="all", mask_type="constant", weight=0.01)
+    background = Region(
+        box=Tile(0, 0, 0, 0, 384, 448), prompt="all", mask_type="constant", weight=0.01, guidance_scale=7.5
+    )
     latents = torch.randn((1, 4, *size), generator=torch.Generator().manual_seed(0))
 
     def answer(crop, row, negative):

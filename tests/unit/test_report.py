@@ -18,7 +18,7 @@ def result(name: str, status: str = "ran", peak: int = 500_000_000) -> StageResu
 
 
 def test_both_files(make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "runner_peak", lambda: 40_000_000)  # this process has run other tests before
+    monkeypatch.setattr(report, "own_peak_rss", lambda: 40_000_000)  # this process has run other tests before
     job = Job.of(make_config({"run": "x", "prompt": "<script>alert(1)</script> & ${x}"}))
     (tmp_path / "image.png").write_bytes(b"png")
     predictions = {"denoise": StagePlan(predicted_peak_rss_bytes=123_000_000)}

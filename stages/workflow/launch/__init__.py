@@ -1,0 +1,44 @@
+"""One fresh process per stage: start it, hear it, watch its memory, explain its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.events import Event
+from stages.job import Job
+from stages.workflow.launch import local
+from stages.workflow.launch.base import StageFailed, StageProcess, StageResult, reused
+from stages.workflow.plan import StageState
+
+__all__ = ["StageFailed", "StageProcess", "StageResult", "reused", "run_stage"]
+
+
+def run_stage(
+    state: StageState,
+    job: Job,
+    run_dir: Path,
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    pipeline: str = "stages",
+    force: bool = False,
+) -> StageResult:
+    """Run one stage in a process of its own and wait for it.
+
+    Args:
+        on_event: hears Start, Advance, Note and Resumed as they come.
+        pipeline: the package that holds PIPELINE and the stage modules.
+
+    Raises:
+        StageFailed: it ended without a result.
+        KeyboardInterrupt: passed on after the stage has ended.
+    """
+    process = local.start(state, job, run_dir, pipeline=pipeline, force=force)
+    try:
+        result = process.watch(on_event)
+    except BaseException:
+        process.end()
+        raise
+    if result.status != "reused":
+        state.entry.write_stats(result.stats())
+    return result

@@ -1,0 +1,93 @@
+"""What it takes to run a stage in a process of its own, wherever that is, and what comes of it."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from stages.events import Done, Error, Event
+from stages.memory.monitor import Sample
+from stages.workflow.plan import StageState
+
+MEANWHILE = "another process computed it meanwhile"  # the reason of a stage that waited for a result
+_NOT_STATS = ("name", "status", "reason", "fingerprint")
+_TAIL = 20  # lines of a failed stage's log that are shown
+
+
+class StageFailed(RuntimeError):
+    """A stage process ended without a result; the message names stage, cause and remedy."""
+
+
+class StageResult(NamedTuple):
+    """What ``run.json`` says of a stage, and what the report draws. Sizes in bytes."""
+
+    name: str
+    status: str  # ran | reused | resumed
+    reason: str
+    seconds: float
+    peak_rss_bytes: int
+    peak_vram_bytes: int
+    fingerprint: str
+    peak_module: str = ""
+    heaviest: tuple[tuple[str, int], ...] = ()
+    timeline: tuple[Sample, ...] = ()
+
+    def stats(self) -> dict[str, Any]:
+        """What the store remembers of a computation."""
+        return {key: value for key, value in self._asdict().items() if key not in _NOT_STATS}
+
+
+class StageProcess(Protocol):
+    """A stage that was started. ``local.start`` makes one on this machine."""
+
+    def watch(self, on_event: Callable[[Event], None]) -> StageResult:
+        """Pass its events on until it has ended.
+
+        Raises:
+            StageFailed: it ended without a result.
+        """
+        ...
+
+    def end(self) -> None:
+        """Ask it and its children to end, then make them; nothing where it has ended."""
+        ...
+
+
+def reused(state: StageState) -> StageResult:
+    """The result of a stage that did not have to run: no time now, the peak that was measured when it ran."""
+    stats = state.entry.stats()
+    return StageResult(
+        name=state.name,
+        status="reused",
+        reason=state.reason,
+        seconds=0.0,
+        peak_rss_bytes=stats.get("peak_rss_bytes", 0),
+        peak_vram_bytes=stats.get("peak_vram_bytes", 0),
+        fingerprint=state.fingerprint,
+        peak_module=stats.get("peak_module", ""),
+        heaviest=tuple((name, size) for name, size in stats.get("heaviest", [])),
+        timeline=tuple(Sample(*sample) for sample in stats.get("timeline", [])),
+    )
+
+
+def failure(stage: str, code: int, last: Done | Error | None, log: Path, module: str) -> str:
+    """Why a stage has no result: its last word, its exit code, the end of its log, the module that ran last."""
+    if isinstance(last, Error):
+        if last.expected:
+            return f"{stage}: {last.message}"
+        cause = last.message
+        if last.errno == errno.ENOSPC:
+            cause = f"the disk is full ({cause}): free some space; finished work stays"
+    elif code < 0:
+        cause = f"ended by signal {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            cause += " (from outside: kill -9, or the kernel when the machine is out of memory)"
+    else:
+        cause = f"ended with exit code {code}"
+    where = f" (last module: {module})" if module else ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    tail = "".join(f"\n  | {line}" for line in lines)
+    return f"{stage}: {cause}{where}\nlog: {log}{tail}"
