@@ -23,6 +23,7 @@ class Stage(NamedTuple):
     needs: Callable[[DictConfig], tuple[str, ...]]
     opens_model: bool = False
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
+    measures: bool = False  # whether its result holds figures of the machine it ran on
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
     @property

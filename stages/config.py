@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -352,15 +351,12 @@ def resolve_dtype(config: DictConfig, wanted: str | None = None) -> str:
         return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(wanted, wanted)
     if on_gpu(config):
         return "fp16"
-    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & _cpu_flags() else "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_field("flags", "features").split()) else "fp32"
 
 
-def _cpu_flags() -> set[str]:
-    """Instruction set extensions of the first processor; empty where the system does not tell."""
+def cpu_field(*names: str) -> str:
+    """What the system says of the first processor under one of these lower-case names; "" where it does not tell."""
     info = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not info.exists():
-        return set()
-    for line in info.read_text().splitlines():
-        if line.lower().startswith(("flags", "features")):
-            return set(line.partition(":")[2].split())
-    return set()
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip().lower() in names), "")

@@ -17,6 +17,7 @@ from stages.regions.scale import parameter as region_parameter
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
 from stages.workflow.identity import file_hash, model_identity
+from stages.workflow.machine import machine
 from stages.workflow.store import Entry, Store, fingerprint
 
 
@@ -147,6 +148,8 @@ def state_of(job: Job, store: Store, stage: Stage, upstream: Mapping[str, str]) 
         identity = model_identity(config, components, cache)
         device = str(config.device).split(":")[0]
         payload |= {"model": identity, "dtype": dtype_names(config, components), "device": device}
+    if stage.measures:
+        payload["machine"] = machine(job.config)
     print_ = fingerprint(payload)
     entry = store.entry(stage.name, print_, payload)
     return StageState(stage=stage, needs=tuple(upstream), payload=payload, fingerprint=print_, entry=entry)
@@ -181,6 +184,8 @@ def differences(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> str:
             found.append(f"{key} changed ({_short(old.get(key))} -> {_short(new.get(key))})")
     if old.get("model") != new.get("model"):
         found.append("the model changed")
+    if old.get("machine") != new.get("machine"):
+        found.append("the machine or its libraries changed")
     if old.get("version") != new.get("version"):
         found.append(f"the stage's code changed (version {old.get('version')} -> {new.get('version')})")
     if not found and old.get("upstream") != new.get("upstream"):

@@ -1,0 +1,50 @@
+"""The machine and the libraries that the look at the models measures: their speed and size are in its result."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from stages.config import cpu_field, on_gpu
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+# what decides which kernels run
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def machine(config: DictConfig) -> dict[str, Any]:
+    """Processor, threads, GPUs (where the run computes on one) and versions of libraries, as plain values."""
+    flags = set(cpu_field("flags", "features").split())
+    found: dict[str, Any] = {
+        "cpu": cpu_field("model name", "cpu part") or platform.processor() or platform.machine(),
+        "flags": [flag for flag in _FLAGS if flag in flags],
+        "threads": config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or _processors(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+    if on_gpu(config):
+        found["gpu"] = gpus()
+    return found
+
+
+def gpus() -> list[str]:
+    """Names of this machine's GPUs, as their driver gives them; [] where it does not."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(_GPUS.glob("*/information"))]
+    fields = [line.partition(":") for text in texts for line in text.splitlines()]
+    return [value.strip() for name, _, value in fields if name == "Model"]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
