@@ -23,6 +23,7 @@ class Stage(NamedTuple):
     needs: Callable[[DictConfig], tuple[str, ...]]
     opens_model: bool = False
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
+    records: bool = False  # whether it may read what the stages above it declare, whose fingerprints are in its own
     measures: bool = False  # whether its result holds figures of the machine it ran on
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
@@ -40,6 +41,7 @@ def _denoise_needs(config: DictConfig) -> tuple[str, ...]:
     return ("text_encode",) if config.guide.mode == "none" else ("text_encode", "guide")
 
 
+_LATENTS = ("model.vae_scale_factor", "model.latent_channels")
 _SCHEDULER = ("scheduler.class_name", "scheduler.options", "model.prediction_type")
 
 PIPELINE: tuple[Stage, ...] = (
@@ -53,7 +55,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(
         name="lowres",
         version=1,
-        parameters=("seed", "lowres", "regions", "reroll", *_SCHEDULER),
+        parameters=("seed", "lowres", "regions", "reroll", "model.native_size", *_LATENTS, *_SCHEDULER),
         needs=lambda config: ("text_encode",),
         opens_model=True,
     ),
@@ -62,7 +64,7 @@ PIPELINE: tuple[Stage, ...] = (
         version=3,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
-            *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size"),
+            *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_LATENTS),
         ),
         needs=_guide_needs,
         opens_model=True,
@@ -72,7 +74,7 @@ PIPELINE: tuple[Stage, ...] = (
         version=2,
         parameters=(
             *("width", "height", "seed", "regions", "reroll", "denoise"),
-            *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_SCHEDULER),
+            *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_LATENTS, *_SCHEDULER),
         ),
         needs=_denoise_needs,
         opens_model=True,
@@ -80,7 +82,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage(
         name="decode",
         version=4,
-        parameters=("width", "height", "decode"),
+        parameters=("width", "height", "decode", *_LATENTS),
         needs=lambda config: ("denoise",),
         opens_model=True,
     ),
@@ -89,6 +91,7 @@ PIPELINE: tuple[Stage, ...] = (
         version=2,
         parameters=("width", "height", "decode.tile_size", "decode.overlap", "stitch", "model.name", "scheduler.name"),
         needs=lambda config: ("decode",),
+        records=True,
     ),
 )
 
@@ -98,20 +101,13 @@ PROFILE = Stage(
     version=8,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
-        *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale", "denoise.dilated.enabled"),
-        "decode",
-        *(
-            "guide.mode",
-            "guide.image",
-            "guide.upscale",
-            "guide.vae_mode",
-            "guide.tile_size",
-            "guide.phases",
-            "model.native_size",
-        ),
+        *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),
+        *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS, *_SCHEDULER),
+        *("guide.mode", "guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", "guide.phases"),
     ),
     needs=lambda config: (),
     opens_model=True,
+    measures=True,
 )
 
 

@@ -24,7 +24,7 @@ from stages.files import read_json
 from stages.job import Job
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
-from stages.workflow.plan import StageState, build, state_of
+from stages.workflow.plan import StageState, build, seen, state_of
 from stages.workflow.store import Store
 
 _PR_SET_PDEATHSIG = 1
@@ -152,12 +152,13 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
             raise ConfigError("stage", stage, f"the results of {name} ({why})", hint)
     context = StageContext(
         stage=state.stage,
-        config=job.of_stage(state.stage).config,
+        config=seen(job, state, states),
         run_dir=run_dir,
         output=state.entry.path,
         inputs={states[name].stage.module: states[name].entry.path for name in state.needs},
         plan=stage_plans(read_json(run_dir / "plan.json")).get(stage, StagePlan()),
         progress=progress,
+        layout=job.regions_of(state.stage) if "regions" in state.stage.parameters else None,
     )
     return compute(state, context, module, force)
 

@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from stages import Stage
 from stages.events import Advance, Event, Note, Resumed, Start
+from stages.mask import UndeclaredRead
 from stages.plans import StagePlan
+
+if TYPE_CHECKING:
+    from stages.regions.types import RegionPlan
 
 MARK_BYTES = 256
 _DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
@@ -86,7 +91,7 @@ class StageContext:
     ``output`` is this result's folder in the store; partial results of an earlier, killed try may lie in it (whole
     files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its folder; an
     upscaling phase (``guide_512``) stands under the stage that it is one of. ``plan`` is the stage's part of
-    ``<run_dir>/plan.json``.
+    ``<run_dir>/plan.json``. ``config`` is masked to what the stage declares (``stages.mask``).
     """
 
     stage: Stage
@@ -96,8 +101,16 @@ class StageContext:
     inputs: dict[str, Path] = field(default_factory=dict)
     plan: StagePlan = field(default_factory=StagePlan)
     progress: Progress = field(default_factory=Progress)
+    layout: RegionPlan | None = None  # None: the stage does not declare ``regions``
 
     @property
     def name(self) -> str:
         """Of the stage; an upscaling phase has its own (``guide_512``)."""
         return self.stage.name
+
+    @property
+    def regions(self) -> RegionPlan:
+        """The regions on this stage's canvas."""
+        if self.layout is None:
+            raise UndeclaredRead.of(self.name, "regions")
+        return self.layout

@@ -8,21 +8,20 @@ from omegaconf import DictConfig
 
 from stages.canvas.dilated import Dilated, dilated_views
 from stages.canvas.views import region_views
-from stages.config import running_steps
 from stages.context import StageContext
 from stages.families.looking import Looking, StageLook
 from stages.files import atomic_path
 from stages.memory.rows import Rows, Window
 from stages.memory.tensors import write_tensors
-from stages.regions.config import from_config
+from stages.regions.types import RegionPlan
 from stages.sampling import Canvas, sample
 from stages.sampling import look as look_at
 from stages.tiles import Size, latent_grid
 
 
-def canvas_of(config: DictConfig) -> Canvas:
+def canvas_of(config: DictConfig, plan: RegionPlan) -> Canvas:
     """The picture's, in tiles; every region has tiles of its own."""
-    factor, plan, denoise = config.model.vae_scale_factor, from_config(config), config.denoise
+    factor, denoise = config.model.vae_scale_factor, config.denoise
     size = Size(config.height // factor, config.width // factor)
     views = region_views(
         plan,
@@ -49,12 +48,12 @@ def run(context: StageContext) -> None:
             "hold_share": config.guide.hold_steps,
             "skip_residual_power": config.guide.skip_residual_power,
         }
-    steps = config.denoise.num_inference_steps
-    sampler = sample(context, canvas_of(config), num_inference_steps=steps, dilated=Dilated.of(config), **guide)
+    canvas, dilated = canvas_of(config, context.regions), Dilated.of(config, context.regions)
+    sampler = sample(context, canvas, num_inference_steps=config.denoise.num_inference_steps, dilated=dilated, **guide)
     with atomic_path(context.output / "canvas.safetensors") as temporary:
-        canvas = Rows.create(temporary, (config.model.latent_channels, config.height // factor, config.width // factor))
-        for top, rows in sampler.latents():
-            canvas.write(top, rows)
+        rows = Rows.create(temporary, (config.model.latent_channels, config.height // factor, config.width // factor))
+        for top, latents in sampler.latents():
+            rows.write(top, latents)
     window = Window(Rows.open(context.output / "canvas.safetensors"))
     for tile in tiles:
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
@@ -63,5 +62,5 @@ def run(context: StageContext) -> None:
 
 def look(looking: Looking) -> StageLook:
     """The denoiser over the canvas, and over its dilated ones."""
-    config = looking.config
-    return look_at(looking, "denoise", canvas_of(config), running_steps(config), dilated_views(config)[2])
+    config, regions = looking.config, looking.regions
+    return look_at(looking, "denoise", canvas_of(config, regions), dilated_views(config, regions)[2])

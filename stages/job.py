@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from stages import Stage
 from stages.config import escape_all, parse_bytes, resolve_dtype
 from stages.regions.config import RegionPlan, from_config
-from stages.regions.scale import lowres_plan, scaled, written
+from stages.regions.scale import lowres_plan, scaled
 from stages.tiles import Size
 
 
@@ -50,10 +50,8 @@ class Job:
 
     def at(self, size: Size) -> Job:
         """The same picture on a canvas of ``size`` pixels: the regions scaled, all else as it is."""
-        plan = scaled(self.regions, size)
-        regions, rerolls = written(plan)
-        changed = {"width": size.width, "height": size.height, "regions": regions or None, "reroll": rerolls}
-        return replace(self, config=_with(self.config, changed), regions=plan)
+        config = _with(self.config, {"width": size.width, "height": size.height})
+        return replace(self, config=config, regions=scaled(self.regions, size))
 
     def of_stage(self, stage: Stage) -> Job:
         """What ``stage`` is made from: an upscaling phase has a canvas of its own."""

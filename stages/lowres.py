@@ -11,14 +11,15 @@ from stages.families.looking import Looking, StageLook
 from stages.files import atomic_path
 from stages.memory.tensors import write_tensors
 from stages.regions.scale import lowres_plan, lowres_side
+from stages.regions.types import RegionPlan
 from stages.sampling import Canvas, sample
 from stages.sampling import look as look_at
 from stages.tiles import Size
 
 
-def canvas_of(config: DictConfig) -> Canvas:
-    """The low-res one. Regions and re-rolled rectangles are those of the picture, scaled: they lay it out."""
-    factor, plan = config.model.vae_scale_factor, lowres_plan(config)
+def canvas_of(config: DictConfig, plan: RegionPlan) -> Canvas:
+    """The low-res one, with the regions and re-rolled rectangles that ``plan`` has on it: they lay the picture out."""
+    factor = config.model.vae_scale_factor
     size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
     overlap, guidance = min(side) // 4, config.lowres.guidance_scale
     views = region_views(plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance)
@@ -31,11 +32,12 @@ def run(context: StageContext) -> None:
     With regions every region is seen on its own, in a crop of its box.
     """
     steps = context.config.lowres.num_inference_steps
-    sampler = sample(context, canvas_of(context.config), num_inference_steps=steps)
+    sampler = sample(context, canvas_of(context.config, context.regions), num_inference_steps=steps)
     with atomic_path(context.output / "latents.safetensors") as temporary:
         write_tensors(temporary, {"latents": torch.cat([rows for _, rows in sampler.latents()], dim=2)})
 
 
 def look(looking: Looking) -> StageLook:
     """The denoiser over the low-res canvas."""
-    return look_at(looking, "lowres", canvas_of(looking.config), looking.config.lowres.num_inference_steps)
+    config = looking.config
+    return look_at(looking, "lowres", canvas_of(config, lowres_plan(config, looking.regions)))

@@ -27,6 +27,7 @@ from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.planner import ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
+from stages.regions.types import RegionPlan
 from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS
 from stages.workflow.plan import active
@@ -39,17 +40,17 @@ STAGE_SECONDS = 2.5  # to start a process and import
 
 def run(context: StageContext) -> None:
     """Write ``profile.json``."""
-    found = {name: stage.as_json() for name, stage in profile_run(context.config).items()}
+    found = {name: stage.as_json() for name, stage in profile_run(context.config, context.regions).items()}
     write_json(context.output / "profile.json", found)
 
 
-def profile_run(config: DictConfig) -> dict[str, StageProfile]:
+def profile_run(config: DictConfig, regions: RegionPlan) -> dict[str, StageProfile]:
     """A profile of every stage of this run that opens a model."""
     if on_gpu(config) and not torch.cuda.is_available():
         hint = "Use device=cpu, or a build of torch for this machine's GPU."
         raise ConfigError("device", config.device, "a GPU that torch can use", hint)
     stages = {stage.module: importlib.import_module(f"stages.{stage.module}") for stage in active(config)}
-    imports, base, looking = process(config)
+    imports, base, looking = process(config, regions)
     rate = FLOPS if on_gpu(config) else flops_per_second(dtype_of(config, looking.family.facts.denoiser))
     found = {}
     with light_imports("transformers"):  # passes on meta too would import the graph compiler
@@ -70,13 +71,13 @@ def profile_run(config: DictConfig) -> dict[str, StageProfile]:
     return found
 
 
-def process(config: DictConfig) -> tuple[int, int, Looking]:
+def process(config: DictConfig, regions: RegionPlan) -> tuple[int, int, Looking]:
     """(peak of importing, RES before the first weight, the run's checkpoint): nothing has been computed yet."""
     with light_imports():
         from accelerate import init_empty_weights  # noqa: F401
         from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
     checkpoint = open_checkpoint(config, facts_of(config).opened, lambda _: None)
-    looking = Looking(config=config, checkpoint=checkpoint)
+    looking = Looking(config=config, regions=regions, checkpoint=checkpoint)
     held = (
         make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),
         checkpoint.component(looking.family.facts.denoiser).build(),

@@ -92,8 +92,8 @@ def sample(
     return sampler
 
 
-def look(looking: Looking, stage: str, canvas: Canvas, steps: int, more: Sequence[View] = ()) -> StageLook:
-    """The denoiser over a canvas in ``steps`` steps; ``more``: views of the dilated canvases of each step."""
+def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()) -> StageLook:
+    """The denoiser over a canvas, one step of it; ``more``: views of the dilated canvases of each step."""
     config, family = looking.config, looking.family
     name, channels = family.facts.denoiser, config.model.latent_channels
     network_config, size = looking.network_config(name), canvas.size
@@ -117,7 +117,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, steps: int, more: Sequenc
         weights=weights,
         micro_batch=batch,
         micro_batches=sum(-(-number // batch) for number in samples),
-        steps=steps,
+        steps=1,
         cuts=cuts,
     )
     band = channels * max(1, min(BAND // size.width, size.height)) * size.width * 4

@@ -12,7 +12,6 @@ from stages.families.opening import open_checkpoint, open_component
 from stages.files import atomic_path
 from stages.memory.planner import ModelProfile
 from stages.memory.tensors import write_tensors
-from stages.regions.config import from_config
 
 TRANSFORMERS = 14_000_000  # bytes: what transformers' classes take more than diffusers' models, with all they touch
 
@@ -30,14 +29,14 @@ def run(context: StageContext) -> None:
         advance=progress.advance,
         note=progress.note,
     )
-    embeds = family.encode(encoders, from_config(config).texts, config)
+    embeds = family.encode(encoders, context.regions.texts, config)
     with atomic_path(context.output / "embeddings.safetensors") as temporary:
         write_tensors(temporary, embeds)
 
 
 def look(looking: Looking) -> StageLook:
     """Each text encoder, a prompt and its negative at a time, whatever the number of regions."""
-    family, count = looking.family, len(from_config(looking.config).texts)
+    family, count = looking.family, len(looking.regions.texts)
     models = []
     for component in family.facts.components["text_encode"]:
         if "encoder" not in component:

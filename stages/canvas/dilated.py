@@ -19,8 +19,8 @@ from stages.canvas.guides import skip_residual_weight
 from stages.canvas.mixture import Mixture, TileBatch, View
 from stages.canvas.views import region_views
 from stages.memory.rows import Moments, Rows, bands
-from stages.regions.config import from_config
 from stages.regions.scale import scaled
+from stages.regions.types import RegionPlan
 from stages.tiles import Size, Tile
 
 _REACH = 6  # standard deviations: what the gaussian has beyond is under float32's rounding
@@ -31,7 +31,7 @@ def dilation(size: Size, side: int) -> int:
     return max(1, min(size) // side)
 
 
-def dilated_views(config: DictConfig) -> tuple[int, Size, list[View]]:
+def dilated_views(config: DictConfig, regions: RegionPlan) -> tuple[int, Size, list[View]]:
     """(dilation, size of a sub-canvas in latents, views of all sub-canvases laid out side by side) of a config.
 
     Regions lie in every sub-canvas where they lie on the canvas. No views: the term is off, or the canvas is not two
@@ -44,7 +44,7 @@ def dilated_views(config: DictConfig) -> tuple[int, Size, list[View]]:
     if not denoise.dilated.enabled or scale == 1:
         return 1, size, []
     views = region_views(
-        scaled(from_config(config), Size(small.height * factor, small.width * factor)),
+        scaled(regions, Size(small.height * factor, small.width * factor)),
         small,
         side=Size(side, side),
         overlap=denoise.overlap // factor,
@@ -129,9 +129,9 @@ class Dilated:
         self._mixture = Mixture(views)
 
     @classmethod
-    def of(cls, config: DictConfig) -> Dilated | None:
+    def of(cls, config: DictConfig, regions: RegionPlan) -> Dilated | None:
         """As a config says; None where the term is off or the canvas too small for it."""
-        scale, small, views = dilated_views(config)
+        scale, small, views = dilated_views(config, regions)
         d = config.denoise.dilated
         options = {"cosine_scale": d.cosine_scale, "sigma": d.sigma, "sigma_scale": d.sigma_scale}
         return cls(scale, small, views, config.model.latent_channels, **options) if views else None

@@ -29,7 +29,7 @@ def open_checkpoint(config: DictConfig, components: Sequence[str], note: Callabl
         revision=config.model.revision,
         components=tuple(components),
         config=config.model.get("config"),
-        prediction_type=config.model.get("prediction_type"),
+        prediction_type=config.model.prediction_type if "scheduler" in components else None,
         note=note,
     )
     family_of(config).check(checkpoint, components)

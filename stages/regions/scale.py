@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.regions.config import Region, RegionPlan, from_config
+from stages.regions.config import Region, RegionPlan
 from stages.tiles import Size, Tile
 
 _NOT_SHAPE = ("prompt", "negative_prompt", "seed", "epsilon")  # of a region: what the number of passes does not hang on
@@ -42,9 +42,9 @@ def _span(start: float, end: float, length: int) -> tuple[int, int]:
     return first, min(max(first + 1, round(end)), length)
 
 
-def lowres_plan(config: DictConfig, plan: RegionPlan | None = None) -> RegionPlan:
+def lowres_plan(config: DictConfig, plan: RegionPlan) -> RegionPlan:
     """The regions on the low-res canvas."""
-    return scaled(plan or from_config(config), Size(config.lowres.height, config.lowres.width))
+    return scaled(plan, Size(config.lowres.height, config.lowres.width))
 
 
 def lowres_side(config: DictConfig, plan: RegionPlan) -> Size:
@@ -57,13 +57,6 @@ def lowres_side(config: DictConfig, plan: RegionPlan) -> Size:
         return Size(2 * native, 2 * native)
     sides = (max(sides) // plan.factor for sides in zip(*(region.box.size for region in plan.regions), strict=True))
     return Size(*(min(max(side, native), 2 * native) for side in sides))
-
-
-def written(plan: RegionPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """``regions`` and ``reroll`` of a config that :func:`from_config` reads as this plan."""
-    regions = [{**_plain(region, "seed", "epsilon", "box"), "box": _edges(region.box)} for region in plan.regions]
-    rerolls = [{**item._asdict(), "box": _edges(item.box.scaled(plan.factor))} for item in plan.rerolls]
-    return ({"regions": regions, "background": False} if regions else {}), rerolls
 
 
 def parameter(plan: RegionPlan, key: str, stage: str) -> Any:

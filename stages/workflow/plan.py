@@ -13,8 +13,9 @@ from stages import PIPELINE, Stage, expanded
 from stages.config import ConfigError, close_match
 from stages.families.facts import facts_of
 from stages.job import Job
+from stages.mask import masked
 from stages.regions.scale import parameter as region_parameter
-from stages.techniques import techniques_of
+from stages.techniques import TECHNIQUES, techniques_of
 from stages.techniques.dtype import dtype_names
 from stages.workflow.identity import file_hash, model_identity
 from stages.workflow.machine import machine
@@ -104,6 +105,15 @@ def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
             _flatten(f"{key}.{name}", below, into)
     else:
         into[key] = value
+
+
+def seen(job: Job, state: StageState, states: Mapping[str, StageState]) -> DictConfig:
+    """The config as a stage sees it: masked to what is in its fingerprint."""
+    also = {key for technique in TECHNIQUES for key in technique.keys} if state.stage.opens_model else set()
+    if state.stage.records:
+        also |= {key for name, one in states.items() if _above(name, state, states) for key in one.stage.parameters}
+        also |= {key for technique in TECHNIQUES for key in technique.keys}
+    return masked(job.of_stage(state.stage).config, state.stage, also)
 
 
 def build(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages import PIPELINE, __main__
+from stages import PIPELINE, PROFILE, __main__
 from stages.config import Config, escape_all, resolve, save_text
 from stages.context import Progress
 from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.job import Job
 from stages.plans import StagePlan
-from stages.workflow.plan import StageState, active, build
+from stages.workflow.plan import StageState, active, build, seen, state_of
 from stages.workflow.store import Store
 from stages.workflow.validate import validate
+
+if TYPE_CHECKING:
+    from stages.memory.planner import StageProfile
 
 # 64x64 pixels are the native size of the tiny models: 8x8 latents, which their three downsamplers can halve
 SMALL = {
@@ -46,6 +49,15 @@ def small_config(checkpoint: Path, output_dir: Path, values: dict[str, Any] | No
     validate(config)
     Job.of(config)
     return config
+
+
+def look(config: DictConfig) -> dict[str, StageProfile]:
+    """What the process that looks at the models finds."""
+    from stages.profile import profile_run
+
+    job = Job.of(config)
+    state = state_of(job, Store(Path(job.config.output_dir) / ".store"), PROFILE, {})
+    return profile_run(seen(job, state, {}), job.regions)
 
 
 class Work:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from command import Command
-from in_process import Work
+from in_process import Work, look
 from whole_run import Run, arguments, start
 
 from stages.config import ROOT
@@ -17,7 +17,6 @@ from stages.job import Job
 from stages.memory import disk
 from stages.memory.planner import choices
 from stages.plans import StagePlan
-from stages.profile import profile_run
 from stages.workflow import planning
 from stages.workflow.plan import build
 from stages.workflow.store import Store
@@ -31,7 +30,7 @@ def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, gui
     """Resident, block by block and leaf by leaf; smallest and largest rings and groups; with and without a copy."""
     values = {**CANVAS, "denoise.guidance_scale": guidance, "lowres.guidance_scale": guidance}
     values |= {"technique.dtype": "bf16", "denoise.strength": 1.0, "denoise.tile_size": 128, "denoise.overlap": 32}
-    profiles = profile_run(work.config(values))
+    profiles = look(work.config(values))
     expected = work.run(values)["stitch"].joinpath("image.png").read_bytes()
 
     def choose(which: str, prepared: bool) -> dict[str, StagePlan]:
@@ -118,7 +117,7 @@ def test_a_disk_too_small_for_an_exact_decode_is_refused_before_any_stage(
 ) -> None:
     work = Work(tmp_path, Path(finished.command.common[-1].partition("=")[2]))
     config = work.config({"decode.mode": "exact", "width": 512, "height": 512})
-    found = profile_run(config)
+    found = look(config)
     states = build(Job.of(config), Store(tmp_path / ".store"))
     needed = found["decode"].disk
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1000))

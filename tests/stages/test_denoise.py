@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import Work, payload
+from in_process import Work, look, payload
 from torch import Tensor, nn
 
 from stages.config import BLENDS, ConfigError
@@ -200,11 +200,9 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
 
 
 def test_dilated_sampling_is_planned(work: Work) -> None:
-    from stages.profile import profile_run
-
     values = {"width": 192, "height": 128, "guide.mode": "none"}
-    off = profile_run(work.config(values))["denoise"]
-    on = profile_run(work.config({**values, "denoise.dilated.enabled": True}))["denoise"]
+    off = look(work.config(values))["denoise"]
+    on = look(work.config({**values, "denoise.dilated.enabled": True}))["denoise"]
     # 4 x 3 tiles, and two in each of 2 x 2 sub-canvases of 12 x 8 latents: pairs in micro-batches of 16
     assert (off.models[0].micro_batch, off.models[0].micro_batches, on.models[0].micro_batches) == (16, 2, 3)
     assert on.extra > off.extra

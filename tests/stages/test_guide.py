@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process import Work
+from in_process import Work, look
 from opening import opened_vae
 from PIL import Image
 from torch import Tensor
@@ -136,20 +136,18 @@ def test_what_is_no_picture_is_refused(work: Work, tmp_path: Path) -> None:
 def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    from stages.profile import profile_run
-
     file = tmp_path / "p.png"
     values = {"guide.image": str(file)}
     Image.new("RGB", (3000, 2000)).save(file)
-    plain = profile_run(work.config(values))["guide"].extra
+    plain = look(work.config(values))["guide"].extra
     Image.new("RGBA", (3000, 2000)).save(file)
-    assert profile_run(work.config(values))["guide"].extra - plain == 3000 * 2000 * 4
+    assert look(work.config(values))["guide"].extra - plain == 3000 * 2000 * 4
     if what == "words":
         file.write_text("not a picture")
     else:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ConfigError, match=r"guide\.image: got"):
-        profile_run(work.config(values))
+        look(work.config(values))
     with pytest.raises(ConfigError, match=r"guide\.image: got"):
         guide(work, **values)
 

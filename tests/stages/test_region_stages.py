@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import Work
+from in_process import Work, look
 from torch import Tensor
 
 from stages.families import sd
 from stages.memory.tensors import read_tensors
 from stages.plans import ModelPlan, StagePlan
-from stages.profile import profile_run
 
 SIZE = {"width": 256, "height": 64, "technique.dtype": "fp32"}
 QUICK = {**SIZE, "guide.mode": "none", "denoise.num_inference_steps": 1, "denoise.tile_size": 64, "denoise.overlap": 16}
@@ -112,7 +111,7 @@ def test_the_whole_pipeline_with_upscaling_phases_and_guidance_one(work: Work) -
 
 def test_the_profile_counts_the_regions_tiles(work: Work) -> None:
     def counted(values: dict[str, Any]) -> tuple[int, int, int]:
-        found = profile_run(work.config({**QUICK, "guide.mode": "sdedit", **values}))
+        found = look(work.config({**QUICK, "guide.mode": "sdedit", **values}))
         return tuple(found[name].models[0].micro_batches for name in ("text_encode", "lowres", "denoise"))  # type: ignore[return-value]
 
     text, _, tiles = counted({})

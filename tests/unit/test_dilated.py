@@ -26,6 +26,7 @@ from stages.canvas.dilated import (
 )
 from stages.canvas.mixture import TileBatch, grid_views
 from stages.config import ROOT, ConfigError
+from stages.job import Job
 from stages.tiles import Size, grid
 
 TILE = 8
@@ -134,21 +135,27 @@ def config_with(tmp_path: Path, **values: Any) -> Any:
     return small_config(ROOT / "models" / "embedded", tmp_path, {**plain, **values})
 
 
+def made(tmp_path: Path, **values: Any) -> Any:
+    """The arguments of what a config makes: itself, and its regions."""
+    config = config_with(tmp_path, **values)
+    return config, Job.of(config).regions
+
+
 def test_a_config_makes_it(tmp_path: Path) -> None:
-    scale, small, views = dilated_views(config_with(tmp_path))
+    scale, small, views = dilated_views(*made(tmp_path))
     assert (scale, small) == (3, Size(8, 11)) and len(views) == 9 * 2
     total = torch.zeros((24, 33))
     for view in views:
         assert view.tile.size == Size(8, 8)  # as the tiles of the canvas: one shape for the denoiser
         total[view.tile.slices] += view.weight.map()
     assert torch.allclose(total, torch.ones(()), atol=1e-6)
-    assert Dilated.of(config_with(tmp_path, **{"denoise.dilated.enabled": False})) is None
-    assert Dilated.of(config_with(tmp_path, height=120)) is None  # not two tiles high
+    assert Dilated.of(*made(tmp_path, **{"denoise.dilated.enabled": False})) is None
+    assert Dilated.of(*made(tmp_path, height=120)) is None  # not two tiles high
 
 
 def test_regions_lie_in_every_sub_canvas(tmp_path: Path) -> None:
     halves = [{"prompt": "sea", "box": [0, 0, 128, 192]}, {"prompt": "sand", "box": [128, 0, 256, 192]}]
-    _, small, views = dilated_views(config_with(tmp_path, regions=halves, prompt=""))
+    _, small, views = dilated_views(*made(tmp_path, regions=halves, prompt=""))
     said = torch.zeros((24, 33))
     for view in views:
         if view.prompt_row == 2:

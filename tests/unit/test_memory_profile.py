@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import small_config
+from in_process import look, small_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,6 @@ from stages.memory.planner import StageProfile, plan_run
 from stages.memory.trace import Trace, segments, trace
 from stages.memory.units import Unit, split_units
 from stages.models.checkpoint import Checkpoint
-from stages.profile import profile_run
 from stages.vae.exact_size import STRIP_BYTES
 
 
@@ -110,7 +109,7 @@ def test_two_group_sizes_tell_all_others(small: Callable[[str], Path], limit: st
 
 
 def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path], tmp_path: Path) -> None:
-    found = profile_run(small_config(small("sd15"), tmp_path))
+    found = look(small_config(small("sd15"), tmp_path))
     assert set(found) == {"text_encode", "lowres", "guide", "denoise", "decode"}
     for stage in found.values():
         assert StageProfile.of(json.loads(json.dumps(stage.as_json()))) == stage
@@ -128,7 +127,7 @@ def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path
 
 
 def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], tmp_path: Path) -> None:
-    plain = profile_run(small_config(small("sd15"), tmp_path, {"guide.mode": "none"}))
+    plain = look(small_config(small("sd15"), tmp_path, {"guide.mode": "none"}))
     assert set(plain) == {"text_encode", "denoise", "decode"}
 
 
@@ -140,7 +139,7 @@ def known(stage: StageProfile) -> StageProfile:
 def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[str], Path], tmp_path: Path) -> None:
     def profile(side: int) -> StageProfile:
         values = {"decode.mode": "exact", "guide.mode": "none", "width": side, "height": side}
-        return known(profile_run(small_config(small("sd15"), tmp_path, values))["decode"])
+        return known(look(small_config(small("sd15"), tmp_path, values))["decode"])
 
     less, more = profile(512), profile(2048)
     assert more.disk == 16 * less.disk > 0
@@ -153,7 +152,7 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
         (),
         (),
     ]  # read once: streaming costs nothing
-    assert not any(one.disk for one in profile_run(small_config(small("sd15"), tmp_path)).values())
+    assert not any(one.disk for one in look(small_config(small("sd15"), tmp_path)).values())
 
 
 def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -166,9 +165,7 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
             {"prompt": "sand", "box": [side // 2, 0, side, side]},
         ]
         values = {"width": side, "height": side, "guide.phases": [side // 2], "regions": halves, **tiles}
-        found.append(
-            {name: data.extra for name, data in profile_run(small_config(small("sd15"), tmp_path, values)).items()}
-        )
+        found.append({name: data.extra for name, data in look(small_config(small("sd15"), tmp_path, values)).items()})
     for name in ("lowres", "denoise", "decode", "guide"):
         assert found[1][name] - found[0][name] <= 20_000_000, name
     assert found[0]["denoise"] > 12 * 4 * 256 * 256 * 4  # one band of 2048 pixels a side, all that is held of it
@@ -177,7 +174,7 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
 @pytest.mark.parametrize("upscale", ["lanczos", "latent"])
 def test_an_exact_guide_is_planned_too(small: Callable[[str], Path], tmp_path: Path, upscale: str) -> None:
     values = {"guide.vae_mode": "exact", "guide.upscale": upscale, "width": 1024, "height": 512}
-    found = known(profile_run(small_config(small("sd15"), tmp_path, values))["guide"])
+    found = known(look(small_config(small("sd15"), tmp_path, values))["guide"])
     names = {name.partition(".")[0] for name in found.models[0].cuts[0].order}
     assert names == ({"encoder", "decoder"} if upscale == "lanczos" else {"decoder"})
     assert found.disk > 0 and plan_run([found], 10**9, 0)["guide"].choices["vae"].model.resident == ()

@@ -13,7 +13,7 @@ from stages.canvas.views import region_views
 from stages.config import ConfigError
 from stages.job import Job
 from stages.regions.config import Reroll, from_config, parse, uncovered
-from stages.regions.scale import lowres_plan, lowres_side, scaled
+from stages.regions.scale import lowres_side, scaled
 from stages.tiles import Size, Tile
 from stages.workflow.plan import parameters
 from stages.workflow.validate import complete
@@ -70,18 +70,22 @@ def test_a_region_that_says_no_guidance_has_its_canvas_own(make_config):
         assert {view.prompt_row: view.guidance_scale for view in views} == {1: 4.0, 2: 3.0, 3: 4.0}
 
 
+def low(config):
+    return Job.of(config).regions_of(PIPELINE[1])
+
+
 def test_low_res_tiles_are_as_large_as_the_largest_region_within_limits(make_config):
     config = make_config({**CANVAS, "regions": [{**LEFT, "box": [0, 0, 1088, 1024]}, {**RIGHT, "mode": "blend"}]})
-    plan = lowres_plan(config)
+    plan = low(config)
     assert plan.size == (config.lowres.height, config.lowres.width) == (256, 512)  # the short side is native
     assert lowres_side(config, plan) == (32, 34)
-    small = lowres_plan(make_config({**CANVAS, "regions": {"grid": [["a", "b", "c"]] * 2}}))
+    small = low(make_config({**CANVAS, "regions": {"grid": [["a", "b", "c"]] * 2}}))
     assert lowres_side(config, small) == (32, 32)  # native: the boxes are smaller
     config = make_config(HALVES)  # with a background over everything
-    assert lowres_side(config, lowres_plan(config)) == (32, 64)
+    assert lowres_side(config, low(config)) == (32, 64)
     config = make_config(CANVAS)
     assert min(config.lowres.width, config.lowres.height) < 256
-    assert lowres_side(config, lowres_plan(config)) == (64, 64)
+    assert lowres_side(config, low(config)) == (64, 64)
 
 
 @pytest.mark.parametrize("stage", [stage for stage in (*PIPELINE, PROFILE) if "regions" in stage.parameters])
