@@ -8,13 +8,24 @@ from pathlib import Path
 from stages.config import ROOT
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # endings: opening one can run any code that its author put there
-_FILES = (".safetensors", ".sft", ".gguf", ".json", *PICKLES)  # endings that no repository's name has
+SAFETENSORS = (".safetensors", ".sft")
+_FILES = (*SAFETENSORS, ".gguf", ".json", *PICKLES)  # endings that no repository's name has
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(path: str) -> bool:
     """Whether ``path`` reads as ``org/name``, not as a file's name, and nothing of that name lies on disk."""
     return bool(_HUB_ID.fullmatch(path)) and not path.lower().endswith(_FILES) and local_path(path) is None
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether ``name`` ends as safetensors files do."""
+    return name.lower().endswith(SAFETENSORS)
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether a file may be a single checkpoint by its name; the hub's cache links to files without an ending."""
+    return path.is_file() and (is_safetensors(path.name) or not path.suffix)
 
 
 def local_path(path: str) -> Path | None:

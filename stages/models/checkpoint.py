@@ -18,7 +18,7 @@ from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.copies import skip_copies
 from stages.models.locate import CheckpointError, choose_weights, fetch, names_in, refuse_pickle
-from stages.paths import is_hub_id, local_path
+from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -109,7 +109,7 @@ class Checkpoint:
                     f"{', '.join(sorted(p.name for p in found.iterdir())[:8]) or 'an empty folder'}."
                 )
         else:
-            if found.suffix != ".safetensors":
+            if not is_weights_file(found):
                 raise CheckpointError(f"{found}: expected a folder or a .safetensors file.")
             from stages.models.single_file import SingleFile
 
@@ -150,13 +150,16 @@ class Checkpoint:
         weights = choose_weights(names_in(self.folder), name, self._variant)
         if not weights.main.endswith(".json"):
             return read_header(self.folder / weights.main)
-        placed: dict[str, str] = _json(self.folder / weights.main)["weight_map"]
+        index = self.folder / weights.main
+        placed = weight_map(index)
         refs: dict[str, TensorRef] = {}
         for shard in sorted(set(placed.values())):
             path = self.folder / name / shard
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing, but named by {weights.main}. Download it again.")
             refs |= read_header(path)
+        if lost := [key for key in placed if key not in refs]:
+            raise CheckpointError(f"{index}: names {_some(lost)}, in none of its shards. Download it again.")
         return {key: refs[key] for key in placed}
 
     def scheduler_config(self) -> tuple[str, dict[str, Any]]:
@@ -176,6 +179,24 @@ class Checkpoint:
         if self._single is not None:
             return self._single.tokenizer()
         raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """{tensor: name of its file beside ``index``} of a sharded component.
+
+    Raises:
+        CheckpointError: no such map, or a file that lies elsewhere: it would be read but not be part of the model.
+    """
+    found = _json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        got = "none" if found is None else f"{found!r:.60}"
+        raise CheckpointError(f"{index}: expected a weight_map of tensors to files, got {got}. Download it again.")
+    for shard in found.values():
+        if not isinstance(shard, str) or "\\" in shard or Path(shard).name != shard or not is_safetensors(shard):
+            raise CheckpointError(
+                f"{index}: got the file {shard!r:.100}, expected the name of a .safetensors file in the same folder."
+            )
+    return found
 
 
 def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
@@ -218,11 +239,14 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing. Expected a diffusers folder with it; download it again.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}). Download it again.") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {found!r:.60}. Download it again.")
+    return found
 
 
 def _some(names: list[str], count: int = 4) -> str:

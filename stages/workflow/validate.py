@@ -25,7 +25,7 @@ from stages.config import (
     resolve,
 )
 from stages.job import Job
-from stages.paths import PICKLES, anchored, is_hub_id
+from stages.paths import PICKLES, anchored, is_hub_id, is_weights_file
 from stages.regions.files import overrides
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
@@ -250,7 +250,7 @@ def _files(config: DictConfig) -> None:
         raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
     if is_hub_id(str(config.model.path)):
         return
-    if (path.is_file() and path.suffix != ".safetensors") or not path.exists():
+    if not (path.is_dir() or is_weights_file(path)):
         hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
         raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
     if path.is_dir() and not any((path / name / "config.json").is_file() for name in ("unet", "transformer")):

@@ -205,3 +205,56 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
     assert notes == ["downloading some/model: 1 files, 2.00 GB"]
     patterns = ["*.json", "*.txt", "*.model", "unet/diffusion_pytorch_model.fp16.safetensors"]
     assert [(options["allow_patterns"], options["revision"]) for options in asked] == [(patterns, "v1")]
+
+
+@pytest.mark.parametrize("name", ["MODEL.SAFETENSORS", "model.sft", "blob-of-the-hub's-cache"])
+def test_endings_of_a_single_file(made: Path, tmp_path: Path, name: str) -> None:
+    shutil.copy(made / "sd15.safetensors", tmp_path / name)
+    (tmp_path / "linked.safetensors").symlink_to(name)
+    for path in (tmp_path / name, tmp_path / "linked.safetensors"):
+        assert Checkpoint.open(str(path)).component("vae").tensors
+
+
+def sharded(folder: Path, **index: object) -> Path:
+    """The VAE's weights as one shard, with an index of what is given."""
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    return path.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize("place", ["../unet/x.safetensors", "/tmp/x.safetensors", "x\\..\\y.safetensors", "x.bin", 3])
+def test_a_shard_that_lies_elsewhere_is_refused(folder: Path, place: object) -> None:
+    sharded(folder, weight_map={"decoder.conv_in.weight": place})
+    with pytest.raises(CheckpointError, match=r"index\.json: got the file .* in the same folder"):
+        Checkpoint.open(str(folder)).component("vae")
+
+
+def test_a_shard_may_be_a_link_as_in_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    names = list(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    shard = sharded(folder, weight_map=dict.fromkeys(names, "diffusion_pytorch_model-00001-of-00001.safetensors"))
+    shard.rename(tmp_path / "blob")
+    shard.symlink_to(tmp_path / "blob")
+    assert set(Checkpoint.open(str(folder)).component("vae").tensors) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({}, "expected a weight_map of tensors to files, got none"),
+        ({"weight_map": {}}, "expected a weight_map"),
+        ({"weight_map": ["a"]}, "expected a weight_map"),
+        ({"weight_map": {"lost": "diffusion_pytorch_model-00001-of-00001.safetensors"}}, "names lost, in none of its"),
+    ],
+)
+def test_an_index_of_another_shape(folder: Path, index: dict, said: str) -> None:
+    sharded(folder, **index)
+    with pytest.raises(CheckpointError, match=rf"index\.json: {said}"):
+        Checkpoint.open(str(folder)).component("vae")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000])
+def test_a_config_that_is_no_object(folder: Path, text: str) -> None:
+    (folder / "vae" / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"vae/config\.json: (expected a JSON object|not JSON)"):
+        Checkpoint.open(str(folder)).component("vae")
