@@ -24,7 +24,7 @@ from stages.files import read_json
 from stages.job import Job
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
-from stages.workflow.plan import StageState, build, seen, state_of
+from stages.workflow.graph import StageState, build, seen, state_of
 from stages.workflow.store import Store
 
 _PR_SET_PDEATHSIG = 1
@@ -139,8 +139,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
     job = Job.of(load(run_dir / "config.yaml"))
     store = Store(Path(job.config.output_dir) / ".store")
     pipeline = importlib.import_module(module).PIPELINE
-    plan = build(job, store, pipeline=pipeline, verify=False)
-    states = {state.name: state for state in plan}
+    states = {state.name: state for state in build(job, store, pipeline=pipeline, verify=False)}
     if stage == PROFILE.name:
         states[stage] = state_of(job, store, PROFILE, {})
     if stage not in states:

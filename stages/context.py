@@ -18,7 +18,7 @@ from stages.mask import UndeclaredRead
 from stages.plans import StagePlan
 
 if TYPE_CHECKING:
-    from stages.regions.types import RegionPlan
+    from stages.regions.types import Regions
 
 MARK_BYTES = 256
 _DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
@@ -101,7 +101,7 @@ class StageContext:
     inputs: dict[str, Path] = field(default_factory=dict)
     plan: StagePlan = field(default_factory=StagePlan)
     progress: Progress = field(default_factory=Progress)
-    layout: RegionPlan | None = None  # None: the stage does not declare ``regions``
+    layout: Regions | None = None  # None: the stage does not declare ``regions``
 
     @property
     def name(self) -> str:
@@ -109,7 +109,7 @@ class StageContext:
         return self.stage.name
 
     @property
-    def regions(self) -> RegionPlan:
+    def regions(self) -> Regions:
         """The regions on this stage's canvas."""
         if self.layout is None:
             raise UndeclaredRead.of(self.name, "regions")

@@ -13,13 +13,13 @@ from stages.families.looking import Looking, StageLook
 from stages.files import atomic_path
 from stages.memory.rows import Rows, Window
 from stages.memory.tensors import write_tensors
-from stages.regions.types import RegionPlan
+from stages.regions.types import Regions
 from stages.sampling import Canvas, sample
 from stages.sampling import look as look_at
 from stages.tiles import Size, latent_grid
 
 
-def canvas_of(config: DictConfig, plan: RegionPlan) -> Canvas:
+def canvas_of(config: DictConfig, plan: Regions) -> Canvas:
     """The picture's, in tiles; every region has tiles of its own."""
     factor, denoise = config.model.vae_scale_factor, config.denoise
     size = Size(config.height // factor, config.width // factor)

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from stages import Stage
 from stages.config import escape_all, parse_bytes, resolve_dtype
-from stages.regions.config import RegionPlan, from_config
-from stages.regions.scale import lowres_plan, scaled
+from stages.regions.config import Regions, from_config
+from stages.regions.scale import lowres_regions, scaled
 from stages.tiles import Size
 
 
@@ -20,7 +20,7 @@ class Job:
     """One run, or one canvas of it (:meth:`at`). Sizes in bytes."""
 
     config: DictConfig  # read-only
-    regions: RegionPlan  # of the canvas
+    regions: Regions  # of the canvas
     budget: int
     device_budget: int | None  # None: no limit
     dtype: str  # fp32 | bf16 | fp16
@@ -57,10 +57,10 @@ class Job:
         """What ``stage`` is made from: an upscaling phase has a canvas of its own."""
         return self if stage.phase is None else self.at(Size(stage.phase[1], stage.phase[0]))
 
-    def regions_of(self, stage: Stage) -> RegionPlan:
+    def regions_of(self, stage: Stage) -> Regions:
         """The regions on the canvas of ``stage``."""
         job = self.of_stage(stage)
-        return lowres_plan(job.config, job.regions) if stage.module == "lowres" else job.regions
+        return lowres_regions(job.config, job.regions) if stage.module == "lowres" else job.regions
 
 
 def _with(config: DictConfig, values: dict[str, Any]) -> DictConfig:

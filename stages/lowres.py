@@ -10,14 +10,14 @@ from stages.context import StageContext
 from stages.families.looking import Looking, StageLook
 from stages.files import atomic_path
 from stages.memory.tensors import write_tensors
-from stages.regions.scale import lowres_plan, lowres_side
-from stages.regions.types import RegionPlan
+from stages.regions.scale import lowres_regions, lowres_side
+from stages.regions.types import Regions
 from stages.sampling import Canvas, sample
 from stages.sampling import look as look_at
 from stages.tiles import Size
 
 
-def canvas_of(config: DictConfig, plan: RegionPlan) -> Canvas:
+def canvas_of(config: DictConfig, plan: Regions) -> Canvas:
     """The low-res one, with the regions and re-rolled rectangles that ``plan`` has on it: they lay the picture out."""
     factor = config.model.vae_scale_factor
     size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
@@ -40,4 +40,4 @@ def run(context: StageContext) -> None:
 def look(looking: Looking) -> StageLook:
     """The denoiser over the low-res canvas."""
     config = looking.config
-    return look_at(looking, "lowres", canvas_of(config, lowres_plan(config, looking.regions)))
+    return look_at(looking, "lowres", canvas_of(config, lowres_regions(config, looking.regions)))

@@ -27,10 +27,10 @@ from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.planner import ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
-from stages.regions.types import RegionPlan
+from stages.regions.types import Regions
 from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS
-from stages.workflow.plan import active
+from stages.workflow.graph import active
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
 # buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
@@ -44,7 +44,7 @@ def run(context: StageContext) -> None:
     write_json(context.output / "profile.json", found)
 
 
-def profile_run(config: DictConfig, regions: RegionPlan) -> dict[str, StageProfile]:
+def profile_run(config: DictConfig, regions: Regions) -> dict[str, StageProfile]:
     """A profile of every stage of this run that opens a model."""
     if on_gpu(config) and not torch.cuda.is_available():
         hint = "Use device=cpu, or a build of torch for this machine's GPU."
@@ -71,7 +71,7 @@ def profile_run(config: DictConfig, regions: RegionPlan) -> dict[str, StageProfi
     return found
 
 
-def process(config: DictConfig, regions: RegionPlan) -> tuple[int, int, Looking]:
+def process(config: DictConfig, regions: Regions) -> tuple[int, int, Looking]:
     """(peak of importing, RES before the first weight, the run's checkpoint): nothing has been computed yet."""
     with light_imports():
         from accelerate import init_empty_weights  # noqa: F401

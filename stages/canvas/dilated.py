@@ -20,7 +20,7 @@ from stages.canvas.mixture import Mixture, TileBatch, View
 from stages.canvas.views import region_views
 from stages.memory.rows import Moments, Rows, bands
 from stages.regions.scale import scaled
-from stages.regions.types import RegionPlan
+from stages.regions.types import Regions
 from stages.tiles import Size, Tile
 
 _REACH = 6  # standard deviations: what the gaussian has beyond is under float32's rounding
@@ -31,7 +31,7 @@ def dilation(size: Size, side: int) -> int:
     return max(1, min(size) // side)
 
 
-def dilated_views(config: DictConfig, regions: RegionPlan) -> tuple[int, Size, list[View]]:
+def dilated_views(config: DictConfig, regions: Regions) -> tuple[int, Size, list[View]]:
     """(dilation, size of a sub-canvas in latents, views of all sub-canvases laid out side by side) of a config.
 
     Regions lie in every sub-canvas where they lie on the canvas. No views: the term is off, or the canvas is not two
@@ -129,7 +129,7 @@ class Dilated:
         self._mixture = Mixture(views)
 
     @classmethod
-    def of(cls, config: DictConfig, regions: RegionPlan) -> Dilated | None:
+    def of(cls, config: DictConfig, regions: Regions) -> Dilated | None:
         """As a config says; None where the term is off or the canvas too small for it."""
         scale, small, views = dilated_views(config, regions)
         d = config.denoise.dilated

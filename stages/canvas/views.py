@@ -15,11 +15,11 @@ from torch import Tensor
 from stages.canvas.mixture import View, grid_views
 from stages.canvas.weights import GAUSSIAN_SIGMA, Weight, grid_weights, profile
 from stages.ramps import ramp
-from stages.regions.config import Region, RegionPlan
+from stages.regions.config import Region, Regions
 from stages.tiles import Size, Tile, grid
 
 
-def _box(region: Region, plan: RegionPlan, size: Size) -> Tile:
+def _box(region: Region, plan: Regions, size: Size) -> Tile:
     """The region's box on a canvas of ``size`` latents (the plan's own, or the low-res one); at least one latent."""
     down, across = size.height / plan.size.height, size.width / plan.size.width
     top, left = round(region.box.top * down), round(region.box.left * across)
@@ -78,7 +78,7 @@ def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str) -> Itera
 
 
 def region_views(
-    plan: RegionPlan, size: Size, *, side: Size, overlap: int, blend: str, guidance_scale: float
+    plan: Regions, size: Size, *, side: Size, overlap: int, blend: str, guidance_scale: float
 ) -> list[View]:
     """All views of a canvas of ``size`` latents: at every latent their weights add up to 1.
 
@@ -106,7 +106,7 @@ def region_views(
 class RegionShares:
     """What each region says about any part of a canvas of ``size`` latents: over all of them it adds up to 1."""
 
-    def __init__(self, plan: RegionPlan, size: Size) -> None:
+    def __init__(self, plan: Regions, size: Size) -> None:
         self._regions, scale = plan.regions, size.height / plan.size.height
         self._boxes = [_box(region, plan, size) for region in plan.regions]
         self._masks = [

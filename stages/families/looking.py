@@ -15,7 +15,7 @@ from stages.memory.planner import Cut, ModelProfile
 from stages.models.checkpoint import Checkpoint
 from stages.models.loading import Built
 from stages.models.measure import cuts
-from stages.regions.types import RegionPlan
+from stages.regions.types import Regions
 
 
 class StageLook(NamedTuple):
@@ -36,7 +36,7 @@ class Looking:
     """What a stage's ``look`` is handed."""
 
     config: DictConfig
-    regions: RegionPlan  # of the picture's canvas
+    regions: Regions  # of the picture's canvas
     checkpoint: Checkpoint
     known: dict[Hashable, Measured] = field(default_factory=dict)
 

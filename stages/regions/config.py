@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from stages.config import ConfigError, close_match
 from stages.regions.files import plain
 from stages.regions.reader import Reader
-from stages.regions.types import Region, RegionPlan, Reroll, uncovered
+from stages.regions.types import Region, Regions, Reroll, uncovered
 from stages.tiles import Size, whole
 
-__all__ = ["Region", "RegionPlan", "Reroll", "from_config", "parse", "uncovered"]
+__all__ = ["Region", "Regions", "Reroll", "from_config", "parse", "uncovered"]
 
 
 def parse(
@@ -28,7 +28,7 @@ def parse(
     negative_prompt: str = "",
     overlap: int = 64,
     rerolls: Sequence[Any] = (),
-) -> RegionPlan:
+) -> Regions:
     """Regions as a person or a mixture-of-diffusers file wrote them, on a canvas of ``size`` pixels.
 
     Args:
@@ -72,7 +72,7 @@ def parse(
         raise ConfigError(
             "regions", f"nothing for pixels {place}", "regions that cover the canvas", "Or give a prompt as background."
         )
-    return RegionPlan(
+    return Regions(
         size=size,
         factor=factor,
         main=(prompt, negative_prompt),
@@ -92,7 +92,7 @@ def _rerolls(reader: Reader, regions: Sequence[Region], listed: Sequence[Any]) -
     return (*own, *(reader.reroll(f"reroll[{index}]", value) for index, value in enumerate(listed)))
 
 
-def from_config(config: DictConfig) -> RegionPlan:
+def from_config(config: DictConfig) -> Regions:
     """The regions of a resolved config, none if it has none."""
     written = config.regions
     if OmegaConf.is_config(written):
@@ -110,7 +110,7 @@ def from_config(config: DictConfig) -> RegionPlan:
     if not written:
         reader = Reader(size, factor, {})
         found = _rerolls(reader, (), rerolls)
-        return RegionPlan(
+        return Regions(
             size=size, factor=factor, main=(common["prompt"], config.negative_prompt), regions=(), rerolls=found
         )
     return parse(written, overlap=config.denoise.overlap, **common)

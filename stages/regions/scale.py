@@ -8,33 +8,33 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.regions.config import Region, RegionPlan
+from stages.regions.config import Region, Regions
 from stages.tiles import Size, Tile
 
 _NOT_SHAPE = ("prompt", "negative_prompt", "seed", "epsilon")  # of a region: what the number of passes does not hang on
 
 
-def scaled(plan: RegionPlan, size: Size) -> RegionPlan:
-    """The plan on a canvas of ``size`` pixels; edges go to the nearest latent, no box vanishes.
+def scaled(regions: Regions, size: Size) -> Regions:
+    """All of it on a canvas of ``size`` pixels; edges go to the nearest latent, no box vanishes.
 
     Re-rolled rectangles are scaled too: a seed decides its place of the picture at every size, or the low-res picture,
     which lays the picture out, would keep what the person wanted to see replaced.
     """
-    down, across = size.height / plan.size.height, size.width / plan.size.width
-    latents = Size(size.height // plan.factor, size.width // plan.factor)
+    down, across = size.height / regions.size.height, size.width / regions.size.width
+    latents = Size(size.height // regions.factor, size.width // regions.factor)
 
     def place(box: Tile, factor: int) -> Tile:
         top, bottom = _span(box.top / factor * down, box.bottom / factor * down, latents.height)
         left, right = _span(box.left / factor * across, box.right / factor * across, latents.width)
         return Tile(box.row, box.col, top, left, bottom, right)
 
-    regions = []
-    for region in plan.regions:
-        box = place(region.box, plan.factor).scaled(plan.factor)
+    moved = []
+    for region in regions.regions:
+        box = place(region.box, regions.factor).scaled(regions.factor)
         feather = min(round(region.feather * min(down, across)), *box.size)
-        regions.append(replace(region, box=box, feather=feather))
-    rerolls = tuple(reroll._replace(box=place(reroll.box, 1)) for reroll in plan.rerolls)
-    return replace(plan, size=size, regions=tuple(regions), rerolls=rerolls)
+        moved.append(replace(region, box=box, feather=feather))
+    rerolls = tuple(reroll._replace(box=place(reroll.box, 1)) for reroll in regions.rerolls)
+    return replace(regions, size=size, regions=tuple(moved), rerolls=rerolls)
 
 
 def _span(start: float, end: float, length: int) -> tuple[int, int]:
@@ -42,33 +42,35 @@ def _span(start: float, end: float, length: int) -> tuple[int, int]:
     return first, min(max(first + 1, round(end)), length)
 
 
-def lowres_plan(config: DictConfig, plan: RegionPlan) -> RegionPlan:
+def lowres_regions(config: DictConfig, regions: Regions) -> Regions:
     """The regions on the low-res canvas."""
-    return scaled(plan, Size(config.lowres.height, config.lowres.width))
+    return scaled(regions, Size(config.lowres.height, config.lowres.width))
 
 
-def lowres_side(config: DictConfig, plan: RegionPlan) -> Size:
+def lowres_side(config: DictConfig, regions: Regions) -> Size:
     """Latents of a low-res tile: the largest region's, within one and two native sizes; two without regions.
 
     A region is then seen whole and on its own, so that its subject is composed for its box.
     """
     native = config.model.native_size // config.model.vae_scale_factor
-    if not plan.regions:
+    if not regions.regions:
         return Size(2 * native, 2 * native)
-    sides = (max(sides) // plan.factor for sides in zip(*(region.box.size for region in plan.regions), strict=True))
+    sides = (
+        max(sides) // regions.factor for sides in zip(*(region.box.size for region in regions.regions), strict=True)
+    )
     return Size(*(min(max(side, native), 2 * native) for side in sides))
 
 
-def parameter(plan: RegionPlan, key: str, stage: str) -> Any:
-    """What of ``regions`` or ``reroll`` makes the result of ``stage``, on whose canvas ``plan`` is.
+def parameter(regions: Regions, key: str, stage: str) -> Any:
+    """What of ``regions`` or ``reroll`` makes the result of ``stage``, on whose canvas ``regions`` is.
 
     Texts for the text encoder, shapes for the ``profile``, all of it for the others; however they were written.
     """
     if key == "reroll":
-        return [{**item._asdict(), "box": _edges(item.box)} for item in plan.rerolls]
+        return [{**item._asdict(), "box": _edges(item.box)} for item in regions.rerolls]
     if stage == "text_encode":
-        return [list(texts) for texts in plan.texts[1:]]
-    return [_plain(region, *(_NOT_SHAPE if stage == "profile" else ())) for region in plan.regions]
+        return [list(texts) for texts in regions.texts[1:]]
+    return [_plain(region, *(_NOT_SHAPE if stage == "profile" else ())) for region in regions.regions]
 
 
 def _plain(region: Region, *without: str) -> dict[str, Any]:

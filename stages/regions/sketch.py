@@ -7,18 +7,18 @@ import io
 
 from PIL import Image, ImageDraw
 
-from stages.regions.config import RegionPlan
+from stages.regions.config import Regions
 
 SIDE = 640  # pixels of the drawing's longer side
 _CAPTION = 28  # characters
 
 
-def draw_plan(plan: RegionPlan) -> bytes:
+def sketch(regions: Regions) -> bytes:
     """A PNG of the canvas with every region's box, number and first words; ``replace`` regions have a solid frame."""
-    scale = SIDE / max(plan.size)
-    extent = (max(1, round(plan.size.width * scale)), max(1, round(plan.size.height * scale)))
+    scale = SIDE / max(regions.size)
+    extent = (max(1, round(regions.size.width * scale)), max(1, round(regions.size.height * scale)))
     picture = Image.new("RGB", extent, "white")
-    for index, region in enumerate(plan.regions):
+    for index, region in enumerate(regions.regions):
         color = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(index * 0.381966 % 1, 0.65, 0.85))
         left, top, right, bottom = (
             round(edge * scale) for edge in (region.box.left, region.box.top, region.box.right, region.box.bottom)

@@ -44,7 +44,7 @@ class Region:
 
 
 @dataclass(kw_only=True, frozen=True)
-class RegionPlan:
+class Regions:
     """All regions of a canvas of ``size`` pixels. Row 0 of the embeddings is the main prompt, row i + 1 region i."""
 
     size: Size

@@ -19,6 +19,7 @@ _TEXT = {"prompt", "negative_prompt"}
 _PATHS = {"run", "output_dir", "model.path", "guide.image", "prompt_file"}
 _FREE = ("scheduler.options", "regions", "reroll", "hydra")  # anything may stand below these
 _TRANSIENT = {"run", "stage", "force", "progress", "output_dir"}  # of one command, not of the run
+_GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
 _ALTERNATIVES = {"prompt": "prompt_file", "prompt_file": "prompt"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
@@ -136,12 +137,19 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         if override is None:
             hint = f'If it belongs to the prompt, quote the whole: prompt="... {argument} ..."'
             raise ConfigError("command line", argument, "key=value", hint)
+        if _gone(override):
+            continue
         if override.key == "regions.grid":
             override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
         check(override, multirun, options)
         overrides.append(_ready(override, multirun))
     overrides = merge([], overrides)
     return [*flags, *_with_saved_run(overrides)]
+
+
+def _gone(override: Override | None) -> bool:
+    """Whether it names the only option of a group that is no more: it says nothing."""
+    return override is not None and (override.key, override.value.strip("'\"")) in _GONE
 
 
 def _ready(override: Override, multirun: bool) -> str:
@@ -184,7 +192,8 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
     name = value_of(overrides, "run")
     if name is not None:
         check_run_name(name)
-        overrides = merge(read_json(output_dir / name / SAVED) or [], overrides)
+        saved = read_json(output_dir / name / SAVED) or []
+        overrides = merge((text for text in saved if not _gone(parse(text))), overrides)
     check_output_dir(output_dir)
     keys = {override.key for text in overrides if (override := parse(text))}
     folder = quote(str(output_dir / ".hydra"))

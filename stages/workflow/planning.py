@@ -21,8 +21,8 @@ from stages.plans import StagePlan
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
 from stages.workflow import device, launch
+from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
-from stages.workflow.plan import StageState, state_of
 from stages.workflow.store import Store, fingerprint
 
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known

@@ -61,7 +61,7 @@ def write(
     return summary
 
 
-class Band(NamedTuple):
+class Lane(NamedTuple):
     """One stage in the plot: its name, extent in pixels, the line of its samples and where it peaked."""
 
     name: str
@@ -123,7 +123,7 @@ def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:
     highest = [budget, *(sample.rss for result in drawn for sample in result.timeline)]
     highest = max(highest + [sample.vram for result in drawn for sample in result.timeline]) * 1.05
     total = sum(max(result.timeline[-1].seconds, 0.05) for result in drawn) or 1.0
-    scale, left, bands = (_WIDTH - _LEFT) / total, float(_LEFT), []
+    scale, left, lanes = (_WIDTH - _LEFT) / total, float(_LEFT), []
 
     def height(size: int) -> float:
         return round(_HEIGHT - _BOTTOM - size / highest * (_HEIGHT - _BOTTOM), 1)
@@ -138,8 +138,8 @@ def plot(results: Sequence[StageResult], budget: int) -> dict[str, Any]:
         on_gpu = points("vram") if any(sample.vram for sample in result.timeline) else ""
         label = f"{top.rss / 1e6:.0f} MB" + (f" {top.module}" if top.module else "")
         x, y = left + top.seconds * scale, height(top.rss)
-        bands.append(Band(result.name, left, seconds * scale, points("rss"), points("anon"), on_gpu, x, y, label))
+        lanes.append(Lane(result.name, left, seconds * scale, points("rss"), points("anon"), on_gpu, x, y, label))
         left += seconds * scale
     step = max(10**8, int(highest / 5 // 10**8 * 10**8))
     ticks = [(size // 10**6, height(size)) for size in range(0, int(highest), step)]
-    return {"bands": bands, "budget": height(budget), "ticks": ticks, "left": _LEFT, "seconds": total}
+    return {"lanes": lanes, "budget": height(budget), "ticks": ticks, "left": _LEFT, "seconds": total}

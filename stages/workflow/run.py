@@ -22,10 +22,10 @@ from stages.files import atomic_path, read_json, write_json, write_text
 from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
-from stages.regions.config import RegionPlan
+from stages.regions.config import Regions
 from stages.workflow import launch, overrides, planning, report
 from stages.workflow.errors import explain
-from stages.workflow.plan import MissingInput, StageState, build, check_inputs
+from stages.workflow.graph import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
 from stages.workflow.store import Store
 from stages.workflow.validate import complete
@@ -231,16 +231,16 @@ def _show_plan(states: Sequence[StageState], predictions: Mapping[str, StagePlan
             shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")
 
 
-def _draw_regions(regions: RegionPlan, run_dir: Path, shown: Silent) -> None:
+def _draw_regions(regions: Regions, run_dir: Path, shown: Silent) -> None:
     """``regions.png``, a look at where the prompts lie; the one of other settings goes."""
     path = run_dir / "regions.png"
     if not regions.regions:
         path.unlink(missing_ok=True)
         return
-    from stages.regions.sketch import draw_plan  # Pillow: not for every run
+    from stages.regions.sketch import sketch  # Pillow: not for every run
 
     with atomic_path(path) as temporary:
-        temporary.write_bytes(draw_plan(regions))
+        temporary.write_bytes(sketch(regions))
     shown.line(f"regions: {path} shows {len(regions.regions)} of them")
 
 

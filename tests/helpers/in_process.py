@@ -15,7 +15,7 @@ from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.job import Job
 from stages.plans import StagePlan
-from stages.workflow.plan import StageState, active, build, seen, state_of
+from stages.workflow.graph import StageState, active, build, seen, state_of
 from stages.workflow.store import Store
 from stages.workflow.validate import validate
 

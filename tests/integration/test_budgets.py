@@ -18,7 +18,7 @@ from stages.memory import disk
 from stages.memory.planner import choices
 from stages.plans import StagePlan
 from stages.workflow import planning
-from stages.workflow.plan import build
+from stages.workflow.graph import build
 from stages.workflow.store import Store
 
 # 264x520: tiles of one size on an odd canvas, 18 of them, so that groups end with a rest

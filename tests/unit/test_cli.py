@@ -1,5 +1,6 @@
 """The command line as a person meets it: refusals, help, saved runs, a terminal."""
 
+import json
 import os
 import pty
 import subprocess
@@ -69,6 +70,18 @@ def test_groups_reach_the_config(toy):
     assert saved["device"] == "cuda"
     assert saved["width"] == 1024
     assert saved["model"]["native_size"] == saved["denoise"]["tile_size"] == 512
+
+
+def test_groups_that_are_no_more_are_understood(toy):
+    """Of runs that were saved when they were there, and on the command line."""
+    assert toy("run=x", "prompt=a", "stage=plan", "launch=local", "technique=default").returncode == 0
+    saved = toy.output_dir / "x" / "overrides.json"
+    saved.write_text(json.dumps([*json.loads(saved.read_text()), "launch=local", "technique='default'"]))
+    done = toy("run=x", "stage=plan", "seed=1")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads(saved.read_text())
+    assert "seed=1" in kept and not [text for text in kept if text.startswith(("launch", "technique"))]
+    assert toy("run=x", "stage=plan", "launch=elsewhere").returncode == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "scheduler").glob("*.yaml")))

@@ -10,8 +10,9 @@ from stages import PIPELINE
 from stages.config import ConfigError, load, parse_bytes, resolve_dtype, save_text
 from stages.files import write_text
 from stages.job import Job
+from stages.regions.scale import lowres_side
+from stages.workflow.graph import MissingInput, active, asked, build, check_inputs, differences
 from stages.workflow.identity import file_hash, model_identity, resolve_revision
-from stages.workflow.plan import MissingInput, active, asked, build, check_inputs, differences
 from stages.workflow.store import Store
 from stages.workflow.validate import complete, validate
 
@@ -189,6 +190,15 @@ def test_a_declared_parameter_changes_its_stage_and_all_below(make_config, tmp_p
 def test_nothing_else_changes_a_fingerprint(make_config, tmp_path, key):
     config = make_config({key: IRRELEVANT[key]})
     assert prints(config, tmp_path) == prints(make_config(), tmp_path)
+
+
+def test_the_native_size_decides_the_low_res_tiles(make_config, tmp_path):
+    fixed = {"lowres.width": 1024, "lowres.height": 1024, "denoise.tile_size": 256}
+    configs = [make_config({**fixed, "model.native_size": size}) for size in (256, 512)]
+    small, large = (prints(config, tmp_path) for config in configs)
+    assert [lowres_side(config, Job.of(config).regions_of(PIPELINE[1])) for config in configs] == [(64, 64), (128, 128)]
+    assert small["text_encode"] == large["text_encode"]
+    assert all(small[name] != large[name] for name in ("lowres", "guide", "denoise", "decode", "stitch"))
 
 
 def test_region_boxes_do_not_touch_the_text(make_config, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from stages import PIPELINE, PROFILE, config
 from stages.job import Job
 from stages.workflow import machine
-from stages.workflow.plan import differences, state_of
+from stages.workflow.graph import differences, state_of
 from stages.workflow.store import Store
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from stages.config import Config, ConfigError
 from stages.regions.config import Reroll, from_config, parse, uncovered
 from stages.regions.files import overrides
-from stages.regions.sketch import draw_plan
+from stages.regions.sketch import sketch
 from stages.tiles import Size, Tile
 
 SIZE = Size(1024, 2048)
@@ -200,7 +200,7 @@ def test_from_config():
 
 def test_the_drawing_shows_every_region():
     plan = parse([LEFT, RIGHT | {"mode": "replace", "prompt": "介绍 desert" * 9}], size=SIZE, prompt="a valley")
-    with Image.open(io.BytesIO(draw_plan(plan))) as picture:
+    with Image.open(io.BytesIO(sketch(plan))) as picture:
         assert picture.size == (640, 320)
         assert len({picture.getpixel((x, 200)) for x in (100, 320, 600)}) == 3
 

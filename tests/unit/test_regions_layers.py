@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stages.canvas.mixture import Mixture
 from stages.canvas.views import region_mask, region_views
-from stages.regions.config import Region, RegionPlan, parse
+from stages.regions.config import Region, Regions, parse
 from stages.tiles import Size, Tile
 
 PIXELS, LATENTS, SIDE = Size(512, 1024), Size(64, 128), Size(32, 32)
@@ -126,7 +126,7 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
     for seed in range(3):
         random.Random(seed).shuffle(order)
         names = {row + 1: index for row, (index, _) in enumerate(order)}
-        plan = RegionPlan(size=Size(384, 448), factor=8, main=("", ""), regions=tuple(r for _, r in order))
+        plan = Regions(size=Size(384, 448), factor=8, main=("", ""), regions=tuple(r for _, r in order))
         views = region_views(plan, size, **OPTIONS)
         got = rows_of(latents)
         Mixture(views).predict(rows_of(latents), got, denoise, 3)
@@ -134,7 +134,7 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
 
 
 def test_without_regions_it_is_the_plain_grid():
-    plan = RegionPlan(size=PIXELS, factor=8, main=("x", ""), regions=())
+    plan = Regions(size=PIXELS, factor=8, main=("x", ""), regions=())
     views = region_views(plan, LATENTS, **OPTIONS)
     assert {(view.prompt_row, view.guidance_scale, view.weight.mask) for view in views} == {(0, 4.0, None)}
     assert torch.allclose(total(views, LATENTS), torch.ones(LATENTS), atol=1e-6)

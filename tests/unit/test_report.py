@@ -60,10 +60,10 @@ def test_a_failed_run_is_reported_too(make_config, tmp_path):
 @pytest.mark.parametrize("budget", [100, 10**9, 10**12])
 def test_the_plot_stays_inside_its_box(budget):
     drawn = report.plot([result("a"), result("b")], budget)
-    points = [point.split(",") for band in drawn["bands"] for point in band.points.split()]
+    points = [point.split(",") for lane in drawn["lanes"] for point in lane.points.split()]
     assert all(60 <= float(x) <= 960.1 and 0 <= float(y) <= 230 for x, y in points)
     assert 0 <= drawn["budget"] <= 230
-    assert drawn["bands"][1].left == pytest.approx(510)
+    assert drawn["lanes"][1].left == pytest.approx(510)
 
 
 def test_the_seams_that_stitch_measured_are_shown(make_config, tmp_path):

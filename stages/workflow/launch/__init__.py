@@ -7,9 +7,9 @@ from pathlib import Path
 
 from stages.events import Event
 from stages.job import Job
+from stages.workflow.graph import StageState
 from stages.workflow.launch import local
 from stages.workflow.launch.base import StageFailed, StageProcess, StageResult, reused
-from stages.workflow.plan import StageState
 
 __all__ = ["StageFailed", "StageProcess", "StageResult", "reused", "run_stage"]
 

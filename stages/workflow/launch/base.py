@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from stages.events import Done, Error, Event
 from stages.memory.monitor import Sample
-from stages.workflow.plan import StageState
+from stages.workflow.graph import StageState
 
 MEANWHILE = "another process computed it meanwhile"  # the reason of a stage that waited for a result
 _NOT_STATS = ("name", "status", "reason", "fingerprint")

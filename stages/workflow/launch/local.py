@@ -21,8 +21,8 @@ from stages.events import Done, Error, Event, Resumed, from_line
 from stages.job import Job
 from stages.memory.monitor import Monitor, usage
 from stages.workflow import device, enforce
+from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
-from stages.workflow.plan import StageState
 
 _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
 
