@@ -38,20 +38,36 @@ def file_hash(path: Path, cache: Path) -> str:
     return found
 
 
+def snapshot(repository: str, revision: str | None = None) -> Path | None:
+    """The folder of the hub cache that holds a repository, as far as it was downloaded; None without one."""
+    known = _cached_revision(repository, revision or "main")
+    folder = _cache(repository) / "snapshots" / known
+    return folder if known and folder.is_dir() else None
+
+
+def _cache(repository: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+
+
+def _cached_revision(repository: str, wanted: str) -> str:
+    """The commit that a branch, a tag or a commit stands for, without asking the hub; "" if that is not known."""
+    if len(wanted) == 40 and set(wanted) <= set("0123456789abcdef"):
+        return wanted
+    reference = _cache(repository) / "refs" / wanted
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+
+
 def resolve_revision(repository: str, revision: str | None = None) -> str:
     """The commit that a hub id stands for: from the hub cache on disk if it is there, else asked of the hub.
 
     Raises:
         ConfigError: neither cached nor reachable.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
     wanted = revision or "main"
-    if len(wanted) == 40 and set(wanted) <= set("0123456789abcdef"):
-        return wanted
-    reference = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / wanted
-    if reference.is_file():
-        return reference.read_text(encoding="utf-8").strip()
+    if known := _cached_revision(repository, wanted):
+        return known
     # in a process of its own: the hub client costs the runner more memory than all the rest of it
     asked = subprocess.run([sys.executable, "-c", _REMOTE, repository, wanted], capture_output=True, text=True)
     if asked.returncode:

@@ -196,6 +196,8 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
         overrides = merge((text for text in saved if not _gone(parse(text))), overrides)
     check_output_dir(output_dir)
     keys = {override.key for text in overrides if (override := parse(text))}
+    if "model.path" in keys and "model" not in keys:  # defaults of another model would be none of this one
+        overrides = ["model=auto", *overrides]
     folder = quote(str(output_dir / ".hydra"))
     clutter = [f"{key}={folder}" for key in ("hydra.run.dir", "hydra.sweep.dir") if key not in keys]
     return [*overrides, *clutter]

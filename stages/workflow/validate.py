@@ -25,8 +25,9 @@ from stages.config import (
     resolve,
 )
 from stages.job import Job
-from stages.paths import PICKLES, anchored, is_hub_id, is_weights_file
+from stages.paths import anchored, is_hub_id
 from stages.regions.files import overrides
+from stages.workflow import model
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
@@ -48,11 +49,14 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     if isinstance(config.regions, str):
         _read_regions(config)
     _read_prompt(config)
-    _apply_regions(config, {override.key for text in said if (override := parse_override(text))})
+    keys = {override.key for text in said if (override := parse_override(text))}
+    _apply_regions(config, keys)
     for key in ("guide.image", "model.path"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if value and not (key == "model.path" and is_hub_id(value)):
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
+    model.check_path(config)
+    model.recognise(config, keys)
     _check_sizes_known(config)
     config = resolve(config)
     validate(config)
@@ -244,15 +248,4 @@ def _files(config: DictConfig) -> None:
             raise ConfigError(
                 "guide.image", str(image), "a picture that can be read", "A relative path starts in the current folder."
             )
-    path = Path(config.model.path)
-    if path.suffix.lower() in PICKLES:
-        hint = "Unpickling runs code from the file. Take the .safetensors file, or convert it once with diffusers."
-        raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
-    if is_hub_id(str(config.model.path)):
-        return
-    if not (path.is_dir() or is_weights_file(path)):
-        hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
-        raise ConfigError("model.path", str(path), "a folder, a .safetensors file or a hub id", hint)
-    if path.is_dir() and not any((path / name / "config.json").is_file() for name in ("unet", "transformer")):
-        raise ConfigError("model.path", str(path), "a diffusers folder (it has no unet/config.json)")
     check_output_dir(Path(config.output_dir))

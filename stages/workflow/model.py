@@ -1,0 +1,123 @@
+"""Which family a checkpoint is of, found from its classes before any work, and the defaults that it gets. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from stages.config import ConfigError, escape
+from stages.families.facts import FACTS, family_of_classes
+from stages.files import read_json
+from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
+from stages.workflow.identity import snapshot
+from stages.workflow.overrides import CONF
+
+AUTO = "auto"
+_NOT_DEFAULTS = ("name", "family", "path")
+
+
+def check_path(config: DictConfig) -> None:
+    """Refuse a ``model.path`` that is no checkpoint.
+
+    Raises:
+        ConfigError
+    """
+    expected = "a folder, a .safetensors file or a hub id"
+    if OmegaConf.is_missing(config.model, "path"):
+        raise ConfigError(
+            "model.path", None, expected, "Or take a model with one of its own, for example model=embedded."
+        )
+    path = Path(config.model.path)
+    if path.suffix.lower() in PICKLES:
+        hint = "Unpickling runs code from the file. Take the .safetensors file, or convert it once with diffusers."
+        raise ConfigError("model.path", str(path), expected, hint)
+    if is_hub_id(str(config.model.path)):
+        return
+    if not (path.is_dir() or is_weights_file(path)):
+        hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
+        raise ConfigError("model.path", str(path), expected, hint)
+    if path.is_dir() and not any((path / name / "config.json").is_file() for name in ("unet", "transformer")):
+        raise ConfigError("model.path", str(path), "a diffusers folder (it has no unet/config.json)")
+
+
+def recognise(config: DictConfig, said: Collection[str]) -> None:
+    """Find the family of ``model.path``; with ``model=auto`` also give it the defaults of its model.
+
+    Args:
+        said: the keys of the command line, which are left as they are.
+
+    Raises:
+        ConfigError: a family that is not there, naming those that are.
+    """
+    folder = _folder(config)
+    classes = classes_of(folder) if folder else {}
+    family = family_of_classes(classes) if classes else next(iter(FACTS))
+    if family is None:
+        there = ", ".join(f"{name} ({', '.join(facts.models)})" for name, facts in FACTS.items())
+        known = {component for facts in FACTS.values() for component in facts.classes}
+        parts = sorted(name for name in classes if name in known or "encoder" in name or name == "transformer")
+        got = ", ".join(f"{component} {classes[component]}" for component in parts) or "none that is known"
+        hint = f"Its components are: {got}."
+        raise ConfigError("model.path", config.model.path, f"a checkpoint of one of these families: {there}", hint)
+    if config.model.name != AUTO:
+        return
+    option, native = _option(str(config.model.path), FACTS[family].models), _native(folder, config)
+    defaults = {key: value for key, value in _read(option).items() if key not in _NOT_DEFAULTS}
+    found: dict[str, Any] = {**defaults, **({"native_size": native} if native else {})}
+    found |= {"family": family, "name": escape(Path(config.model.path).stem)}
+    for key, value in found.items():
+        if f"model.{key}" not in said:
+            OmegaConf.update(config, f"model.{key}", value)
+
+
+def classes_of(folder: Path) -> dict[str, str]:
+    """{component: class name} as a diffusers folder says: in its index, else in each component's config."""
+    index = read_json(folder / "model_index.json")
+    found = {}
+    for name, value in index.items() if isinstance(index, dict) else ():
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str):
+            found[name] = value[1]
+    for path in folder.glob("*/config.json"):
+        own = read_json(path)
+        own = own if isinstance(own, dict) else {}
+        architectures = own.get("architectures")
+        named = own.get("_class_name") or (architectures[0] if isinstance(architectures, list) and architectures else 0)
+        if isinstance(named, str):
+            found.setdefault(path.parent.name, named)
+    return found
+
+
+def _folder(config: DictConfig) -> Path | None:
+    """The diffusers folder that describes the checkpoint; None where it is not on this machine, or one file alone."""
+    path = str(config.model.path)
+    if is_hub_id(path):
+        return snapshot(path, config.model.revision)
+    folder = local_path(str(config.model.config)) if Path(path).is_file() and config.model.config else Path(path)
+    return folder if folder and folder.is_dir() else None
+
+
+def _option(path: str, models: tuple[str, ...]) -> str:
+    """Of the options in ``conf/model`` the one whose checkpoint this is, else the family's first."""
+    local = local_path(path)
+    for option in models:
+        usual = str(_read(option)["path"])
+        if path == usual or (local is not None and local == local_path(usual)):
+            return option
+    return models[0]
+
+
+def _read(option: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{option}.yaml"))  # type: ignore[return-value]
+
+
+def _native(folder: Path | None, config: DictConfig) -> int | None:
+    """Pixels a side that the denoiser's config says it was trained at."""
+    for name in ("unet", "transformer"):
+        own = read_json(folder / name / "config.json") if folder else None
+        side = own.get("sample_size") if isinstance(own, dict) else None
+        if isinstance(side, int) and 0 < side <= 1024:
+            return side * config.model.vae_scale_factor
+    return None
