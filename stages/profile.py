@@ -58,6 +58,8 @@ def profile_run(config: DictConfig, regions: Regions) -> dict[str, StageProfile]
             if not hasattr(module, "look"):
                 continue
             look = module.look(looking)
+            if not look.models:
+                continue
             found[name] = StageProfile(
                 name=name,
                 base=base + max(map(staging, look.models)) + (look.code or max(map(touched, look.models))),

@@ -14,8 +14,9 @@ from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.encoders import Encoders
 from stages.families.schedules import Schedule
 from stages.families.text import Tokens, say_truncated, tokenize, unknown_words
-from stages.families.unet import CLIP, UNET, VAE, UNetDenoiser, micro_batch
+from stages.families.unet import CLIP, UNET, VAE, UNetDenoiser, micro_batch, refuse_unet, refuse_vae
 from stages.memory.units import Blocks
+from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
 
 
@@ -47,6 +48,16 @@ class StableDiffusion(Family):
     def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
         ids = (2, network_config.get("max_position_embeddings", 77))
         return lambda network: network(torch.zeros(ids, dtype=torch.long, device="meta")), 2
+
+    def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
+        if "vae" in components and (why := refuse_vae(checkpoint.config("vae"))):
+            return why
+        if not {"unet", "vae", "text_encoder"} <= set(components):
+            return None  # a stage opens a part; all of it was looked at before
+        vae, text = checkpoint.config("vae"), checkpoint.config("text_encoder")
+        return refuse_unet(
+            checkpoint.config("unet"), {}, width=text["hidden_size"], latent_channels=vae.get("latent_channels", 4)
+        )
 
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return UNetDenoiser(network, embeds, config, **options)

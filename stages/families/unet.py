@@ -13,6 +13,15 @@ from stages.families.base import Denoiser
 from stages.memory.units import Blocks
 from stages.tiles import Size
 
+# traits of a UNet's config that ask for inputs which its family has to know: what they are where they ask for none
+_INPUTS: Mapping[str, Any] = {
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "addition_embed_type": None,
+    "encoder_hid_dim_type": None,
+    "encoder_hid_dim": None,
+    "attention_type": "default",
+}
 GPU_TILES = 2  # 64x64 tiles of Stable Diffusion that keep a large GPU busy: more of them are hardly faster
 TILE = 64 * 64 * 320  # activations of one at its first level
 
@@ -35,6 +44,40 @@ UNET = Blocks(
 )
 VAE = Blocks(classes=frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D", "Attention"}))
 CLIP = Blocks(classes=frozenset({"CLIPEncoderLayer"}))
+
+
+def refuse_unet(unet: Mapping[str, Any], known: Mapping[str, Any], *, width: int, latent_channels: int) -> str | None:
+    """Why a UNet's config cannot be used.
+
+    Args:
+        known: traits with the value that the family gives inputs for.
+        width: of the text encoders' hidden states.
+        latent_channels: of the VAE.
+    """
+    if unet.get("_class_name") != "UNet2DConditionModel":
+        return f"unet: got a {unet.get('_class_name')}, expected a UNet2DConditionModel."
+    for trait, without in _INPUTS.items():
+        value, expected = unet.get(trait, without), known.get(trait, without)
+        if value not in (without, expected):
+            return f"unet: got {trait}={value!r}, which asks for inputs that are not known here; expected {expected!r}."
+        if value != expected:
+            return f"unet: got {trait}={value!r}, expected {expected!r}: this is a model of another family."
+    if unet.get("in_channels", 4) != latent_channels or unet.get("out_channels", 4) != latent_channels:
+        return (
+            f"unet: got {unet.get('in_channels', 4)} channels in and {unet.get('out_channels', 4)} out, "
+            f"expected the VAE's {latent_channels} both: give a text-to-image checkpoint, not one for inpainting."
+        )
+    across = unet.get("cross_attention_dim", 1280)
+    if set(across if isinstance(across, list | tuple) else [across]) != {width}:
+        return f"unet: got cross_attention_dim={across}, expected the text encoder's width {width}: not of one model."
+    return None
+
+
+def refuse_vae(vae: Mapping[str, Any]) -> str | None:
+    """Why an autoencoder's config cannot be used."""
+    if vae.get("_class_name") != "AutoencoderKL":
+        return f"vae: got a {vae.get('_class_name')}, expected an AutoencoderKL."
+    return None
 
 
 def micro_batch(network_config: Mapping[str, Any], tile: Size, device: str = "cpu") -> int:

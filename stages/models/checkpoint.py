@@ -103,7 +103,7 @@ class Checkpoint:
             )
         if found.is_dir():
             checkpoint = cls(found, variant=variant)
-            if not any((found / name).is_dir() for name in components):
+            if components and not any((found / name).is_dir() for name in components):
                 raise CheckpointError(
                     f"{found}: not a diffusers folder: expected one of {', '.join(components)} in it, got "
                     f"{', '.join(sorted(p.name for p in found.iterdir())[:8]) or 'an empty folder'}."

@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from torch import nn
+
 from stages.memory.planner import Cut
 from stages.memory.trace import segments, trace
 from stages.memory.units import rungs, split_units
@@ -24,7 +26,7 @@ def cuts(
         whole_stages: small stages of a UNet are units, as on a GPU.
     """
     network, layout, _, blocks = built
-    network = network.to(layout.dtype)
+    nn.Module.to(network, layout.dtype)  # on meta: what diffusers' own would keep in float32 is the layout's to say
     limits = rungs(network, layout, blocks)
     stage_limit = limits[-1] if whole_stages else 0
     found = []

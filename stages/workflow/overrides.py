@@ -17,7 +17,14 @@ CONF = ROOT / "conf"
 SAVED = "overrides.json"  # of a run: what its command line said, ready for Hydra
 _TEXT = {"prompt", "negative_prompt"}
 _PATHS = {"run", "output_dir", "model.path", "guide.image", "prompt_file"}
-_FREE = ("scheduler.options", "regions", "reroll", "hydra")  # anything may stand below these
+_DTYPE = "technique.dtype."
+_FREE = (
+    "technique.component_dtype",
+    "scheduler.options",
+    "regions",
+    "reroll",
+    "hydra",
+)  # anything may stand below these
 _TRANSIENT = {"run", "stage", "force", "progress", "output_dir"}  # of one command, not of the run
 _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
 _ALTERNATIVES = {"prompt": "prompt_file", "prompt_file": "prompt"}
@@ -141,6 +148,9 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             continue
         if override.key == "regions.grid":
             override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
+        if override.key.startswith(_DTYPE):  # technique.dtype is a name; those of components lie beside it
+            component = override.key.removeprefix(_DTYPE)
+            override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
         overrides.append(_ready(override, multirun))
     overrides = merge([], overrides)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from in_process import Work
 from PIL import Image
 from torch import Tensor
@@ -110,11 +110,13 @@ def test_prediction_types_differ(small: Callable[[str], Path]) -> None:
     ("values", "arguments"),
     [
         ({"denoise.guidance_scale": 1.0}, {"guidance_scale": 1.0}),
+        ({"denoise.guidance_scale": 0.0}, {"guidance_scale": 0.0}),
+        ({"denoise.guidance_scale": 0.5, "negative_prompt": "dog"}, {"guidance_scale": 0.5, "negative_prompt": "dog"}),
         ({"negative_prompt": "blurry, (bad)"}, {"negative_prompt": "blurry, (bad)"}),
         ({"text_encode.clip_skip": 1}, {"clip_skip": 1}),
         ({"text_encode.clip_skip": 2, "negative_prompt": "dog"}, {"clip_skip": 2, "negative_prompt": "dog"}),
     ],
-    ids=["guidance-1", "negative", "clip-skip-1", "clip-skip-2"],
+    ids=["guidance-1", "guidance-0", "guidance-half", "negative", "clip-skip-1", "clip-skip-2"],
 )
 def test_options(folder: Path, tmp_path: Path, values: dict[str, Any], arguments: dict[str, Any]) -> None:
     got = canvas(Work(tmp_path, folder), {**values, "denoise.num_inference_steps": 3})
@@ -123,6 +125,27 @@ def test_options(folder: Path, tmp_path: Path, values: dict[str, Any], arguments
     assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
     plain = expected(pipeline, steps=3, size=(128, 64), guidance_scale=7.5)
     assert not torch.allclose(plain, want, **CLOSE)  # the option does something
+
+
+@pytest.mark.parametrize("guidance", [1.0, 8.0])
+def test_a_distilled_unet_takes_guidance_as_an_input(
+    small: Callable[[str], Path], tmp_path: Path, guidance: float
+) -> None:
+    """LCM: ``time_cond_proj_dim``, no unconditional pass."""
+    folder = tmp_path / "lcm"
+    shutil.copytree(small("sd15"), folder)
+    before = UNet2DConditionModel.from_pretrained(folder / "unet")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config({**before.config, "time_cond_proj_dim": 64})
+    unet.load_state_dict(before.state_dict(), strict=False)
+    unet.save_pretrained(folder / "unet")
+    values = {**scheduler_values("lcm"), "denoise.guidance_scale": guidance, "denoise.num_inference_steps": 4}
+    got = canvas(Work(tmp_path / "out", folder), values)
+    pipeline = stock(StableDiffusionPipeline, folder, "lcm")
+    want = expected(pipeline, steps=4, size=(128, 64), guidance_scale=guidance)
+    assert torch.allclose(got, want, atol=1e-4 * max(1.0, float(want.std())), rtol=0), (got - want).abs().max()
+    other = expected(pipeline, steps=4, size=(128, 64), guidance_scale=3.0)
+    assert not torch.allclose(other, want, **CLOSE)
 
 
 def test_channels_last(folder: Path, tmp_path: Path) -> None:
