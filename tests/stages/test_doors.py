@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from in_process import Work, payload
+from in_process import Work, look, payload
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -28,7 +28,6 @@ from stages.memory.tensors import read_tensors
 from stages.memory.units import Blocks
 from stages.models.checkpoint import CheckpointError
 from stages.plans import ModelPlan, StagePlan
-from stages.profile import profile_run
 from stages.techniques.base import Technique
 from stages.tiles import Size
 
@@ -146,7 +145,7 @@ VALUES = {**QUICK, "model.family": "toy", "lowres.width": 64, "lowres.height": 3
 
 
 def test_a_family_of_a_test_goes_through_the_whole_pipeline(toy: Work) -> None:
-    profiles = profile_run(toy.config(VALUES))
+    profiles = look(toy.config(VALUES))
     assert set(profiles) == {"lowres", "guide", "denoise", "decode"}, "no text encoder: nothing to plan"
     found = toy.run(VALUES)
     assert found["stitch"].joinpath("image.png").is_file()
@@ -171,7 +170,7 @@ def test_a_checkpoint_is_recognised_by_its_classes(toy: Work) -> None:
 
 def test_a_family_that_is_not_there_is_refused(work: Work) -> None:
     with pytest.raises(ConfigError, match=r"model\.family: got 'sdd', expected one of .*sd"):
-        profile_run(work.config({"model.family": "sdd"}))
+        look(work.config({"model.family": "sdd"}))
 
 
 def test_a_technique_of_a_test_acts_where_it_says(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +190,7 @@ def test_a_technique_of_a_test_acts_where_it_says(work: Work, monkeypatch: pytes
     plan = {"denoise": StagePlan(micro_batch=16, group_size=100)}
     again = other.run(on, until="denoise", plan=plan)["denoise"]
     assert torch.equal(read_tensors(again / "canvas.safetensors")["latents"], canvas)
-    profile_run(work.config(on))
+    look(work.config(on))
     assert Tilt.seen.count("unet") >= 3, "the look builds the model as the run does"
 
 
@@ -200,7 +199,7 @@ def test_a_network_without_known_blocks_is_refused(work: Work, monkeypatch: pyte
 
     monkeypatch.setattr(sd, "UNET", Blocks(classes=frozenset({"NoSuchBlock"})))
     with pytest.raises(CheckpointError, match=r"unet: got a UNet2DConditionModel without any of its family's blocks"):
-        profile_run(work.config(QUICK))
+        look(work.config(QUICK))
 
 
 @pytest.mark.parametrize(
@@ -222,4 +221,4 @@ def test_a_trait_that_is_not_understood_is_refused(
     file = folder / component / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), trait: value}))
     with pytest.raises(CheckpointError, match=said):
-        profile_run(Work(tmp_path / "out", folder).config(QUICK))
+        look(Work(tmp_path / "out", folder).config(QUICK))
