@@ -64,7 +64,7 @@ PIPELINE: tuple[Stage, ...] = (
         version=3,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
-            *("guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_LATENTS),
+            *("guide.image", "guide.fit", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_LATENTS),
         ),
         needs=_guide_needs,
         opens_model=True,
@@ -103,7 +103,8 @@ PROFILE = Stage(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),
         *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS, *_SCHEDULER),
-        *("guide.mode", "guide.image", "guide.upscale", "guide.vae_mode", "guide.tile_size", "guide.phases"),
+        *("guide.mode", "guide.image", "guide.fit", "guide.upscale"),
+        *("guide.vae_mode", "guide.tile_size", "guide.phases"),
     ),
     needs=lambda config: (),
     opens_model=True,

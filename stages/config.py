@@ -116,6 +116,7 @@ class GuideConfig:
 
     mode: str = "sdedit"
     image: str | None = None
+    fit: str = "crop"  # crop | stretch: an image of another shape than the canvas
     upscale: str = "lanczos"  # lanczos | latent
     phases: Any = None  # long sides of smaller canvases on the way up, pixels; [] for none; derived
     vae_mode: str = "shared"  # independent | shared | exact, as decode.mode

@@ -26,7 +26,7 @@ from stages.files import atomic_path, read_json, write_json
 from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
-from stages.picture.opening import open_picture, opening_bytes
+from stages.picture.opening import look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
 from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
@@ -43,8 +43,9 @@ def run(context: StageContext) -> None:
     in_pixels = config.guide.image or config.guide.upscale == "lanczos"
     scratch = context.output / CHECKPOINT
     halves = {"encoder": bool(in_pixels), "decoder": not config.guide.image}
-    if config.guide.image:  # before the model is there: Pillow holds the whole of it
-        picture = Picture.of(open_picture(Path(config.guide.image)), scratch / "picture.safetensors")
+    if config.guide.image:  # before the model is there: some kinds are decoded as a whole
+        image, canvas = Path(config.guide.image), Size(config.height, config.width)
+        picture = open_picture(image, scratch / "picture.safetensors", canvas, config.guide.fit, f, progress.note)
         small = picture.resized((config.lowres.width, config.lowres.height))
         _preview(context, Picture.of(small, scratch / "lowres.safetensors"))
     with open_vae(context, **halves) as streamer:
@@ -191,10 +192,14 @@ def look(looking: Looking) -> StageLook:
     else:
         found = _tiled_look(looking, size if encodes else None, source if decodes else None)
     side = config.guide.tile_size // f + 2 * HALO
-    keys = keys_bytes(looking, side * side) if config.guide.vae_mode == "shared" else 0
-    opened = opening_bytes(Path(config.guide.image)) if config.guide.image else 0
-    # the user's picture is opened before the model is
-    extra = max(_held_bytes(config, source) + keys, opened - found.models[0].weights)
+    keys, opened = keys_bytes(looking, side * side) if config.guide.vae_mode == "shared" else 0, 0
+    enlarged = Size(source.height * f, source.width * f)
+    image, canvas = Path(config.guide.image or ""), Size(config.height, config.width)
+    if image.is_file():  # else its guide is there, or it is refused when the stage begins
+        opened = opening_bytes(image, canvas, config.guide.fit, f)
+        enlarged = look_at(image).kept(canvas, config.guide.fit, f)
+    # the person's picture is opened before the model is
+    extra = max(_held_bytes(config, enlarged) + keys, opened - found.models[0].weights)
     return found._replace(extra=extra)
 
 
@@ -244,10 +249,9 @@ def _source_size(config: DictConfig) -> Size:
     return Size(height // f, width // f)
 
 
-def _held_bytes(config: DictConfig, source: Size) -> int:
+def _held_bytes(config: DictConfig, enlarged: Size) -> int:
     """What the guide holds besides the model: rows of the picture that it enlarges and of the canvas' latents."""
-    f, tile = config.model.vae_scale_factor, config.guide.tile_size
-    height, width = source.height * f, source.width * f
+    f, tile, (height, width) = config.model.vae_scale_factor, config.guide.tile_size, enlarged
     blend = min(tile, height) * width * 3 * 4  # a row of tiles, as floats
     shrunk = height * (tile + 16 * f) * 3 * 3  # the whole picture narrowed, and Pillow's copy of it
     crop = (tile + 16 * f) * height // config.height + 8  # rows of the picture that one row of crops is cut from

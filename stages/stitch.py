@@ -33,7 +33,8 @@ def settings(config: DictConfig) -> dict[str, Any]:
         waiting += stage.needs(config)
     chosen = OmegaConf.create({})
     keys = {key for stage in found.values() for key in stage.parameters}
-    for key in sorted(keys.union(*(technique.keys for technique in TECHNIQUES)) - set(PATHS)):
+    keys = keys.union(*(technique.keys for technique in TECHNIQUES)) - {*PATHS}
+    for key in sorted(keys if config.guide.image else keys - {"guide.fit"}):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
 

@@ -24,14 +24,30 @@ print(HfApi().model_info(sys.argv[1], revision=sys.argv[2]).sha)
 """
 
 
+def _note(path: Path, cache: Path) -> Path:
+    return cache / f"{fingerprint({'path': str(path)})[:32]}.json"
+
+
+def is_remembered(path: Path, cache: Path) -> bool:
+    """Whether a file was hashed before, by this path."""
+    known = read_json(_note(path.resolve(), cache))
+    return isinstance(known, dict) and isinstance(known.get("sha256"), str)
+
+
 def file_hash(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered under ``cache`` until its path, size, mtime or inode changes."""
+    """sha256 of a file, remembered under ``cache`` until its path, size, mtime or inode changes.
+
+    A file that is gone is what it was last. FileNotFoundError for one that never was.
+    """
     path = path.resolve()
+    note = _note(path, cache)
+    known = read_json(note)
+    known = known if isinstance(known, dict) else {}
+    if not path.exists() and is_remembered(path, cache):
+        return known["sha256"]
     stat = path.stat()
     key = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    note = cache / f"{fingerprint({'path': key[0]})[:32]}.json"
-    known = read_json(note)
-    if isinstance(known, dict) and known.get("key") == key:
+    if known.get("key") == key:
         return known["sha256"]
     found = digest(path)
     write_json(note, {"key": key, "sha256": found})

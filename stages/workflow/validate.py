@@ -28,6 +28,7 @@ from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.files import overrides
 from stages.workflow import model
+from stages.workflow.identity import is_remembered
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
@@ -161,6 +162,7 @@ def validate(config: DictConfig) -> None:
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "guide.upscale", ("lanczos", "latent"))
     _one_of(config, "guide.vae_mode", DECODE_MODES)
+    _one_of(config, "guide.fit", ("crop", "stretch"))
     _one_of(config, "decode.mode", DECODE_MODES)
     _one_of(config, "technique.dtype", DTYPES)
     _one_of(config, "memory.enforce", ("auto", "cgroup", "watchdog", "off"))
@@ -244,7 +246,8 @@ def _memory(config: DictConfig) -> None:
 def _files(config: DictConfig) -> None:
     if config.guide.image is not None:
         image = Path(config.guide.image)
-        if not image.is_file() or not os.access(image, os.R_OK):
+        gone = not image.exists() and is_remembered(image, Path(config.output_dir) / ".store" / ".identity")
+        if not gone and not (image.is_file() and os.access(image, os.R_OK)):  # one that is gone is in its guide
             raise ConfigError(
                 "guide.image", str(image), "a picture that can be read", "A relative path starts in the current folder."
             )
