@@ -10,6 +10,7 @@ from stages.families.encoders import Encoders
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint, open_component
 from stages.files import atomic_path
+from stages.memory.finite import refuse_not_finite
 from stages.memory.planner import ModelProfile
 from stages.memory.tensors import write_tensors
 
@@ -30,6 +31,8 @@ def run(context: StageContext) -> None:
         note=progress.note,
     )
     embeds = family.encode(encoders, context.regions.texts, config)
+    for name, rows in embeds.items():
+        refuse_not_finite(rows, f"text_encode: {name}")
     with atomic_path(context.output / "embeddings.safetensors") as temporary:
         write_tensors(temporary, embeds)
 

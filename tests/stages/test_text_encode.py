@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from in_process import Work
 from torch import Tensor
 
+from stages.families.sd import StableDiffusion
 from stages.memory.tensors import read_header, read_tensors
 
 
@@ -65,3 +67,18 @@ def test_the_file_is_the_same_bytes_every_time(work: Work) -> None:
         first.read_bytes() == (second.run(until="text_encode")["text_encode"] / "embeddings.safetensors").read_bytes()
     )
     assert list(read_header(first)) == ["negative_prompt_embeds", "prompt_embeds"]
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_embeddings_that_are_not_finite_end_the_stage(work: Work, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    original = StableDiffusion.encode
+
+    def spoiled(*arguments: Any) -> dict[str, torch.Tensor]:
+        embeds = original(*arguments)
+        embeds[name][0, 1, 2] = float("nan")
+        return embeds
+
+    monkeypatch.setattr(StableDiffusion, "encode", spoiled)
+    with pytest.raises(ValueError, match=rf"text_encode: {name}: 1 of \d+ numbers are NaN or infinite"):
+        embeddings(work)
+    assert not list((work.output_dir / ".store" / "text_encode").glob("*/manifest.json"))

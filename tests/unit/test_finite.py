@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from files import rows_of
-from stages.models.schedulers import make_scheduler
 from torch import Tensor
 
 from stages.canvas.mixture import Mixture, TileBatch, grid_views
 from stages.canvas.sampler import Sampler
 from stages.config import ROOT
+from stages.families.schedules import Schedule, make_scheduler
 from stages.memory.finite import refuse_absurd, refuse_not_finite
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size, grid
@@ -23,6 +23,7 @@ from stages.vae.exact_vae import exact_decode, exact_encode
 from stages.vae.tiled import decode_tiled, encode_tiled
 
 SIZE = Size(12, 20)
+CONFIG = ROOT / "stages" / "models" / "configs" / "sd15"
 BAD = [float("nan"), float("inf"), float("-inf")]
 
 
@@ -52,7 +53,7 @@ def sampler(folder: Path) -> Sampler:
     views = grid_views(grid(SIZE, Size(8, 8), 2), SIZE, blend="gaussian", guidance_scale=2.0)
     noise = rows_of(torch.randn((1, 4, *SIZE)))
     return Sampler(
-        scheduler=make_scheduler(Checkpoint(ROOT / "stages" / "models" / "configs" / "sd15"), "DDIMScheduler", {}),
+        schedule=Schedule(make_scheduler(Checkpoint(CONFIG), "DDIMScheduler", {})),
         mixture=Mixture(views),
         num_inference_steps=3,
         noise=noise,
@@ -79,7 +80,7 @@ def test_a_prediction_names_its_step_and_tile(tmp_path: Path) -> None:
 
 def test_latents_that_the_scheduler_spoils_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = sampler(tmp_path)
-    monkeypatch.setattr(work.scheduler, "step", lambda prediction, *_, **__: (prediction / 0,))
+    monkeypatch.setattr(work.schedule.scheduler, "step", lambda prediction, *_, **__: (prediction / 0,))
     with pytest.raises(ValueError, match="step 1 of 3, rows 0 to 12: latents after the scheduler's step"):
         work.advance(lambda batch, timestep: torch.ones_like(batch.samples), 2)
     assert not list(tmp_path.glob("odd_*"))
