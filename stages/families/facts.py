@@ -16,14 +16,16 @@ class Facts:
     """One family.
 
     ``components``: stage -> what it opens of a checkpoint. ``denoiser`` names the network that denoises, ``classes``
-    the stock classes by which the family is recognised. Sides are multiples of ``vae_scale_factor * patch`` pixels.
-    ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt. ``models``: options of ``conf/model``, the one
-    whose defaults a checkpoint of this family gets first. ``module``: its file in ``stages/families``.
+    the stock classes by which the family is recognised, ``vae`` that of its VAE. Sides are multiples of
+    ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt.
+    ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this family gets first. ``module``:
+    its file in ``stages/families``.
     """
 
     module: str
     models: tuple[str, ...]
     classes: Mapping[str, str]
+    vae: str = "AutoencoderKL"
     components: Mapping[str, tuple[str, ...]]
     denoiser: str
     latent_channels: int
@@ -73,6 +75,12 @@ def facts_of(config: DictConfig) -> Facts:
     if family not in FACTS:
         raise ConfigError("model.family", family, f"one of {', '.join(FACTS)}", close_match(family, FACTS))
     return FACTS[family]
+
+
+def known_classes(component: str) -> tuple[str, ...]:
+    """Stock classes that some family opens as ``component``: no other is made, whatever a checkpoint's files name."""
+    found = [facts.vae if component == "vae" else facts.classes.get(component) for facts in FACTS.values()]
+    return tuple(dict.fromkeys(name for name in found if name))
 
 
 def family_of_classes(classes: Mapping[str, str]) -> str | None:

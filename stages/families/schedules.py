@@ -94,11 +94,11 @@ def make_scheduler(checkpoint: Checkpoint, class_name: str | None, options: Mapp
     if {**config, **options}.get("use_beta_sigmas"):
         _import_scipy()
     with light_imports():
-        import diffusers
-
-        scheduler_class = _lms() if name == "LMSDiscreteScheduler" else getattr(diffusers, name, None)
-        if scheduler_class is None:
-            raise ValueError(f"scheduler.class_name: got {name!r}, expected a scheduler class of diffusers.")
+        schedulers = importlib.import_module("diffusers.schedulers")  # schedulers and nothing else has a name in it
+        scheduler_class = _lms() if name == "LMSDiscreteScheduler" else getattr(schedulers, name, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, schedulers.SchedulerMixin)):
+            hint = "" if name else " The checkpoint does not name one: scheduler=NAME chooses."
+            raise ValueError(f"scheduler.class_name: got {name!r}, expected a scheduler class of diffusers.{hint}")
         # PNDM's flag is in most published scheduler configs and means nothing to the others
         return scheduler_class.from_config(config, **options)
 

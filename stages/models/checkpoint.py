@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stages.families.facts import known_classes
 from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.copies import skip_copies
-from stages.models.locate import CheckpointError, choose_weights, fetch, names_in, refuse_pickle
+from stages.models.locate import CheckpointError, choose_weights, class_in_index, fetch, names_in, refuse_pickle
 from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class Checkpoint:
     def component(self, name: str) -> Component:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
         config = self.config(name)
-        class_name = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        class_name = self._class(name, config)
+        if "encoder" not in name:  # of diffusers, whether its config says so or not
+            config = {"_class_name": class_name, **config}
         if name == "unet" and config.get("in_channels", 4) != 4:
             raise CheckpointError(
                 f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
@@ -145,6 +148,19 @@ class Checkpoint:
             config=config,
             tensors=_rename(construct(class_name, config), tensors),
         )
+
+    def _class(self, name: str, config: dict[str, Any]) -> str:
+        """The stock class of component ``name``: as ``model_index.json`` says, which stock pipelines go by, else its
+        config; where neither does, the only one that is known for it."""
+        known, own = known_classes(name), config.get("architectures")
+        said = class_in_index(self.folder, name) or config.get("_class_name")
+        said = said or (own[0] if isinstance(own, list) and own else known[0] if len(known) == 1 else None)
+        if not isinstance(said, str) or said not in known:
+            raise CheckpointError(
+                f"{self.folder / name}: got a {said!r:.80}, expected {' or '.join(known) or 'another component'}: no "
+                "other class is made here. Give a checkpoint of a family that is known here."
+            )
+        return said
 
     def _folder_tensors(self, name: str) -> dict[str, TensorRef]:
         weights = choose_weights(names_in(self.folder), name, self._variant)
@@ -163,11 +179,14 @@ class Checkpoint:
         return {key: refs[key] for key in placed}
 
     def scheduler_config(self) -> tuple[str, dict[str, Any]]:
-        """(class name, config) of the checkpoint's scheduler, with ``prediction_type`` where ``open`` was given one."""
+        """(class name, config) of the checkpoint's scheduler, with ``prediction_type`` where ``open`` was given one.
+
+        The class is "" where neither the config nor ``model_index.json`` names one.
+        """
         config = _json(self.folder / "scheduler" / "scheduler_config.json")
         if self.prediction_type:
             config["prediction_type"] = self.prediction_type
-        return config["_class_name"], config
+        return config.get("_class_name") or class_in_index(self.folder, "scheduler") or "", config
 
     def tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
         """The CLIP tokenizer; a single file's is in ``config`` or the hub's cache. CheckpointError if it is nowhere."""
@@ -213,8 +232,19 @@ def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
             return model_class.from_config(config)
     from transformers.initialization import no_init_weights
 
+    described = model_class.config_class.from_dict(plain(config))
     with init_empty_weights(), no_init_weights():  # random numbers for a meta tensor would import torch._dynamo
-        return model_class(model_class.config_class.from_dict(config))
+        return model_class(described)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A text encoder's config without what says how it is run: an attention by name can be code from the hub.
+
+    Of a config of text and vision (as whole CLIP models have), the half that is about text.
+    """
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) and "hidden_size" not in config else config
+    return {key: value for key, value in config.items() if "_implementation" not in key and key != "auto_map"}
 
 
 def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.files import read_json
 from stages.paths import PICKLES
 
 CONVERT = (
@@ -112,6 +113,13 @@ def fetch(
             f"{str(error).strip().splitlines()[0]} Check the name and the network, or give a folder or a .safetensors "
             "file as model.path. (Gated models need `hf auth login`.)"
         ) from error
+
+
+def class_in_index(folder: Path, component: str) -> str | None:
+    """The class that a folder's ``model_index.json`` names for ``component``: what stock pipelines go by."""
+    index = read_json(folder / "model_index.json")
+    entry = index.get(component) if isinstance(index, dict) else None
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
 def names_in(folder: Path) -> set[str]:

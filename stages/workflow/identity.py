@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError
 from stages.files import read_json, write_json
+from stages.models.locate import class_in_index
 from stages.paths import PICKLES, is_hub_id
 from stages.workflow.store import digest, fingerprint
 
@@ -115,8 +116,17 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
         files = sorted(file for file in (root / component).rglob("*") if _counts(file))
         if files:
             hashes = {file.relative_to(root).as_posix(): file_hash(file, cache) for file in files}
+            if component == "scheduler" and (named := _named_elsewhere(root)):
+                hashes["model_index.json"] = named
             found[component] = fingerprint(hashes)
     return found
+
+
+def _named_elsewhere(root: Path) -> str | None:
+    """The scheduler's class where only ``model_index.json`` names it."""
+    config = read_json(root / "scheduler" / "scheduler_config.json")
+    own = config.get("_class_name") if isinstance(config, dict) else None
+    return None if own else class_in_index(root, "scheduler")
 
 
 def _counts(file: Path) -> bool:

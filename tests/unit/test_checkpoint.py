@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import random_checkpoint
+from stages.families.schedules import make_scheduler
 from stages.memory.tensors import read_tensor
 from stages.models import locate
 from stages.models.checkpoint import Checkpoint, CheckpointError
@@ -258,3 +259,40 @@ def test_a_config_that_is_no_object(folder: Path, text: str) -> None:
     (folder / "vae" / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"vae/config\.json: (expected a JSON object|not JSON)"):
         Checkpoint.open(str(folder)).component("vae")
+
+
+def test_no_class_but_those_that_families_know_is_made(folder: Path) -> None:
+    for name, said in (("unet", "Transformer2DModel"), ("vae", "AutoencoderTiny"), ("text_encoder", "PreTrainedModel")):
+        edit(folder / "model_index.json", **{name: ["diffusers", said]})
+        with pytest.raises(CheckpointError, match=rf"{name}: got a '{said}', expected .*: no other class is made here"):
+            Checkpoint.open(str(folder)).component(name)
+    for said in ("UNet2DConditionModel", "SchedulerMixin.from_config", "KarrasDiffusionSchedulers", "utils", "nope"):
+        edit(folder / "scheduler" / "scheduler_config.json", _class_name=said)
+        with pytest.raises(ValueError, match=rf"scheduler.class_name: got '{said}', expected a scheduler class"):
+            make_scheduler(Checkpoint.open(str(folder)), None, {})
+
+
+def test_a_class_may_be_named_in_one_place_only(folder: Path) -> None:
+    """As for stock pipelines, which go by ``model_index.json``; without it, the only class that is known."""
+    for file in ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"):
+        told = json.loads((folder / file).read_text())
+        (folder / file).write_text(
+            json.dumps({k: v for k, v in told.items() if k not in ("_class_name", "architectures")})
+        )
+    for _ in range(2):
+        checkpoint = Checkpoint.open(str(folder))
+        for name in ("unet", "vae", "text_encoder"):
+            checkpoint.component(name).build()
+        if (folder / "model_index.json").exists():
+            assert type(make_scheduler(checkpoint, None, {})).__name__ == checkpoint.scheduler_config()[0] != ""
+            (folder / "model_index.json").unlink()
+    assert type(make_scheduler(checkpoint, "DDIMScheduler", {})).__name__ == "DDIMScheduler"
+    with pytest.raises(ValueError, match="scheduler=NAME chooses"):
+        make_scheduler(checkpoint, None, {})
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_no_attention_comes_from_the_hub(folder: Path, key: str) -> None:
+    edit(folder / "text_encoder" / "config.json", **{key: "kernels-community/anything"})
+    model = Checkpoint.open(str(folder)).component("text_encoder").build()
+    assert model.config._attn_implementation == "sdpa"

@@ -1,6 +1,8 @@
 """Validation, fingerprints, and what changes them."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -310,3 +312,16 @@ def test_the_floor_imports_no_torch():
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_scheduler_that_only_the_index_names_is_part_of_the_model(
+    make_config, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "named")
+    found = []
+    for name in (None, "DDIMScheduler", "EulerDiscreteScheduler"):
+        if name:
+            (folder / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", name]}))
+        (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+        found.append(model_identity(make_config({"model.path": str(folder)}), ("scheduler",), tmp_path)["scheduler"])
+    assert len(set(found)) == 3

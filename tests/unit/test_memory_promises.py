@@ -31,7 +31,7 @@ from stages.techniques import techniques_of
 from stages.tiles import Size
 from stages.vae.exact import ExactPass
 from stages.vae.exact_program import program
-from stages.workflow import launch
+from stages.workflow.launch.local import environment
 
 CONFIGS = ROOT / "stages" / "models" / "configs" / "sd15"
 STAGES = {"text_encoder": "text_encode", "unet": "denoise", "vae": "decode"}
@@ -251,7 +251,7 @@ def test_the_exact_decoder_activates_in_place(config: Any) -> None:
 
 
 def test_glibc_hands_memory_back(make_config: Callable[..., Any]) -> None:
-    given = launch.environment(make_config())
+    given = environment(make_config())
     assert given["MALLOC_MMAP_THRESHOLD_"] == given["MALLOC_TRIM_THRESHOLD_"] == "131072"
     assert given["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
     assert "hugetlb=1" in given["GLIBC_TUNABLES"]
