@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Any
+
+
+def _too_early(number: int, frame: Any) -> None:
+    """A signal before the libraries are there."""
+    os.write(2, b"\nstopped before anything began\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":
+    for early in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(early) != signal.SIG_IGN:
+            signal.signal(early, _too_early)
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -14,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.config import ROOT, Config, ConfigError
-from stages.workflow import overrides, run
+from stages.workflow import overrides, run, signals
 from stages.workflow.errors import explain
 
 PIPELINE = "stages"  # the package that holds the stages
@@ -39,7 +53,10 @@ def job(config: DictConfig) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 done, 1 refused or failed (the reason is on stderr), 130 interrupted."""
+    """The exit code: 0 done, 1 refused or failed (the reason is on stderr), 128 + a signal's number: 130 for Ctrl-C."""
+    signals.listen()
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every letter of a prompt
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HIGHRES_TRACEBACK"] = str(int(traceback_wanted))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we say them in one message
@@ -49,8 +66,10 @@ def main() -> int:
     try:
         sys.argv[1:] = overrides.prepare(sys.argv[1:])
         job()
-    except KeyboardInterrupt:
-        return 130
+    except signals.Stopped as stop:
+        if not stop.said:
+            print("\nstopped before the work began", file=sys.stderr, flush=True)
+        return stop.code
     except Exception as error:
         if traceback_wanted or not isinstance(error, EXPECTED):
             raise

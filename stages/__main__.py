@@ -24,6 +24,7 @@ from stages.files import read_json
 from stages.job import Job
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
+from stages.workflow import signals
 from stages.workflow.graph import StageState, build, seen, state_of
 from stages.workflow.store import Store
 
@@ -187,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.parent:
         tie_to_parent(arguments.parent)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+        signals.ignore()
+    for stream in (sys.stdout, sys.stderr):  # may not know every letter of a message
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     events = Events(arguments.events)
     mark = None if arguments.marks is None else mmap.mmap(arguments.marks, MARK_BYTES)
     progress = Progress(events, mark)

@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import shlex
-import signal
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,22 +89,39 @@ def _execute(
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
         if config.stage != "plan":
             check_inputs(states, command)
-        work = [state for state in states if state.status in ("run", "resume")]
-        if (
-            predictions is None
-            and pipeline == "stages"
-            and (config.stage == "plan" or any(s.stage.opens_model for s in work))
-        ):
-            predictions = planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
-        predictions = predictions or stage_plans(read_json(run_dir / "plan.json"))
-        if config.stage == "plan":
-            _show_plan(states, predictions, shown)
-            _draw_regions(job.regions, run_dir, shown)
-            shown.final(f"plan of {run_dir}: nothing was computed")
-            return {}
-        if config.device == "cpu" and config.technique.dtype == "fp16":
-            shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
-        return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
+        try:
+            if predictions is None:
+                predictions = _predict(states, job, store, run_dir, pipeline, shown)
+            if config.stage == "plan":
+                _show_plan(states, predictions, shown)
+                _draw_regions(job.regions, run_dir, shown)
+                shown.final(f"plan of {run_dir}: nothing was computed")
+                return {}
+            if config.device == "cpu" and config.technique.dtype == "fp16":
+                shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
+            return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
+        except KeyboardInterrupt as stop:
+            shown.close()
+            print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
+            vars(stop)["said"] = True
+            raise
+
+
+def _predict(
+    states: Sequence[StageState], job: Job, store: Store, run_dir: Path, pipeline: str, shown: Silent
+) -> Mapping[str, StagePlan]:
+    """Plans of this run: new ones where a model will be opened, else those of last time."""
+    opens = any(state.stage.opens_model and state.status in ("run", "resume") for state in states)
+    asked = job.config.stage == "plan"
+    if pipeline != "stages" or not (opens or asked):
+        return stage_plans(read_json(run_dir / "plan.json"))
+    try:
+        return planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
+    except (KeyboardInterrupt, launch.StageFailed) as error:
+        if not asked:
+            said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            report.write(run_dir, job, [], {}, said)
+        raise
 
 
 def _run_stages(
@@ -120,7 +136,6 @@ def _run_stages(
     results: list[launch.StageResult] = []
     payloads = read_json(run_dir / PAYLOADS) or {}
     error = ""
-    restore = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         for state in states:
             if state.status == "skip":
@@ -134,16 +149,12 @@ def _run_stages(
             shown.end(results[-1])
             write_json(run_dir / PAYLOADS, payloads := {**payloads, state.name: state.payload})
     except KeyboardInterrupt:
-        shown.close()
         error = "interrupted"
-        print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
         raise
     except launch.StageFailed as failure:
         error = str(failure)
         raise launch.StageFailed(f"{failure}\nGo on with: {command}") from None
     finally:
-        for number, handler in restore.items():
-            signal.signal(number, handler)
         shown.close()
         link_results(run_dir, states)
         summary = report.write(run_dir, job, results, predictions, error)
@@ -160,10 +171,6 @@ def _run_one(state: StageState, job: Job, run_dir: Path, pipeline: str, shown: S
 
     force = bool(job.config.force)
     return launch.run_stage(state, job, run_dir, on_event=hear, pipeline=pipeline, force=force)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _elsewhere(config: DictConfig) -> str:

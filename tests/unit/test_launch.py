@@ -5,12 +5,14 @@ import itertools
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +21,9 @@ from stages import __main__ as stage_process
 from stages.config import ROOT
 from stages.context import MARK_BYTES, Progress, read_device_bytes, read_mark
 from stages.events import Advance, Done, Error, Event, Resumed, Start, to_line
+from stages.files import write_json
 from stages.memory.monitor import Monitor, Sample, descendants, peak_rss, usage
-from stages.workflow import enforce
+from stages.workflow import enforce, run, signals
 from stages.workflow.errors import explain
 from stages.workflow.launch.base import failure
 from stages.workflow.launch.local import environment, listen
@@ -120,18 +123,69 @@ def test_the_runner_killed_takes_its_stage_along_and_the_run_goes_on(toy):
     assert statuses(toy, "x")[:2] == ["reused", "resumed"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(toy, number):
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_cleanly_and_says_how_to_go_on(toy, number, times):
     process = toy.start("run=x", "prompt=a", TOY_SLOW="0.5")
     wait_for(lambda: list(toy.output_dir.glob(".store/tiles/*/tiles/0.txt")))
     (child,) = [pid for pid in descendants(process.pid) if usage(pid).rss]
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.05)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Go on with: python runner.py run=x" in err
+    assert process.returncode == 128 + number
+    assert err.count("Go on with: python runner.py run=x") == 1
     assert "Traceback" not in err
     assert not usage(child).rss
     assert summary(toy, "x")["error"] == "interrupted"
+
+
+def listens(pid: int) -> bool:
+    """Whether the script itself runs: Python alone does not care about SIGTERM."""
+    (caught,) = re.findall(r"SigCgt:\s*(\S+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.3])
+def test_ctrl_c_in_the_first_moments_is_one_clear_line(cli, after):
+    process = cli.start("run=x", "prompt=a")
+    wait_for(lambda: listens(process.pid))
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert len(err.strip().splitlines()) == 1 and "stopped" in err
+
+
+def test_nohup_is_honoured(toy):
+    command = ["nohup", *toy.common, "run=x", "prompt=a"]
+    process = subprocess.Popen(
+        command, env=toy.environment({"TOY_SLOW": "0.2"}), cwd=toy.output_dir, stdout=subprocess.DEVNULL
+    )
+    wait_for(lambda: list(toy.output_dir.glob(".store/tiles/*/tiles/0.txt")))
+    for pid in [*descendants(process.pid), process.pid]:  # the terminal closes
+        os.kill(pid, signal.SIGHUP)
+    assert process.wait(30) == 0
+    assert statuses(toy, "x") == ["ran"] * 3
+
+
+def test_stopped_while_looking_at_the_models(make_config, monkeypatch, tmp_path, capsys):
+    def stopped(*args, **options):
+        raise signals.Stopped(signal.SIGTERM)
+
+    write_json(tmp_path / "outputs" / "x" / "run.json", {"error": None, "image": "image.png"})  # of an earlier time
+    monkeypatch.setattr(run.planning, "plan", stopped)
+    with pytest.raises(signals.Stopped) as caught:
+        run.execute(make_config({"run": "x"}, derive=False), [])
+    assert caught.value.code == 143 and caught.value.said
+    assert json.loads((tmp_path / "outputs" / "x" / "run.json").read_text())["error"] == "interrupted"
+    assert capsys.readouterr().err.count("Go on with: python runner.py run=x") == 1
+
+
+def test_a_terminal_that_knows_few_letters(toy):
+    done = toy("prompt=Häuser 介绍", "run=x", f"output_dir={toy.output_dir / 'ü介'}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("\\xfc\\u4ecb/x/image.png")
 
 
 def test_a_failing_stage_shows_its_log_and_keeps_the_rest(toy):
