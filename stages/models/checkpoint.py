@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from stages.models.single_file import SingleFile
 
+LARGE_INTEGER = 10**20  # transformers' own: a length of this many tokens or more is none
+_VOCABULARY = ("vocab.json", "merges.txt")
+
 __all__ = ["Checkpoint", "CheckpointError", "Component"]
 
 
@@ -127,8 +130,9 @@ class Checkpoint:
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def config(self, name: str) -> dict[str, Any]:
-        """The config of component ``name``."""
-        return _json(self.folder / name / "config.json")
+        """The config of component ``name``, without what says how it is run."""
+        found = _json(self.folder / name / "config.json")
+        return plain(found) if "encoder" in name else found
 
     def component(self, name: str) -> Component:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
@@ -189,15 +193,37 @@ class Checkpoint:
         return config.get("_class_name") or class_in_index(self.folder, "scheduler") or "", config
 
     def tokenizer(self, name: str = "tokenizer") -> CLIPTokenizer:
-        """The CLIP tokenizer; a single file's is in ``config`` or the hub's cache. CheckpointError if it is nowhere."""
+        """The CLIP tokenizer; a single file's is in ``config`` or the hub's cache.
+
+        Raises:
+            CheckpointError: it is nowhere, has no vocabulary, or makes more tokens than its text encoder takes.
+        """
         with light_imports("transformers"):
             from transformers import CLIPTokenizer
 
-        if (self.folder / name).is_dir():
-            return CLIPTokenizer.from_pretrained(self.folder / name)
-        if self._single is not None:
-            return self._single.tokenizer()
-        raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
+        folder = self.folder / name
+        if not folder.is_dir():
+            if self._single is not None:
+                return self._single.tokenizer()
+            raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
+        if not ((folder / "tokenizer.json").is_file() or all((folder / file).is_file() for file in _VOCABULARY)):
+            raise CheckpointError(
+                f"{folder}: no vocabulary in it (every prompt would be the same); expected {' and '.join(_VOCABULARY)} "
+                f"or tokenizer.json, got {', '.join(sorted(p.name for p in folder.iterdir())) or 'an empty folder'}. "
+                "Download the checkpoint again."
+            )
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise CheckpointError(f"{folder}: its vocabulary is empty. Download the checkpoint again.")
+        positions = self.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings", 77)
+        if tokenizer.model_max_length >= LARGE_INTEGER:  # what transformers takes where the files do not say
+            tokenizer.model_max_length = positions
+        if tokenizer.model_max_length > positions:
+            raise CheckpointError(
+                f"{folder}: got a model_max_length of {tokenizer.model_max_length} tokens, expected at most the "
+                f"{positions} positions of the text encoder: set it in tokenizer_config.json."
+            )
+        return tokenizer
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -232,7 +258,7 @@ def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
             return model_class.from_config(config)
     from transformers.initialization import no_init_weights
 
-    described = model_class.config_class.from_dict(plain(config))
+    described = model_class.config_class.from_dict(config)
     with init_empty_weights(), no_init_weights():  # random numbers for a meta tensor would import torch._dynamo
         return model_class(described)
 

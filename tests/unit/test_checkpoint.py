@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import random_checkpoint
+from stages.config import ROOT
 from stages.families.schedules import make_scheduler
 from stages.memory.tensors import read_tensor
 from stages.models import locate
@@ -296,3 +297,44 @@ def test_no_attention_comes_from_the_hub(folder: Path, key: str) -> None:
     edit(folder / "text_encoder" / "config.json", **{key: "kernels-community/anything"})
     model = Checkpoint.open(str(folder)).component("text_encoder").build()
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.fixture
+def worded(folder: Path) -> Path:
+    """With the tokenizer of the embedded model, as slow tokenizers are saved."""
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    shutil.copytree(ROOT / "models" / "embedded" / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(worded: Path) -> None:
+    assert Checkpoint.open(str(worded)).tokenizer()("a lighthouse").input_ids
+    for file in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (worded / "tokenizer" / file).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"tokenizer: no vocabulary in it .* got .*tokenizer_config\.json"):
+        Checkpoint.open(str(worded)).tokenizer()
+    (worded / "tokenizer" / "vocab.json").write_text("{}")
+    (worded / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(CheckpointError, match="its vocabulary is empty"):
+        Checkpoint.open(str(worded)).tokenizer()
+
+
+def test_as_many_tokens_as_the_text_encoder_has_positions(worded: Path) -> None:
+    file = worded / "tokenizer" / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in told.items() if key != "model_max_length"}))
+    assert Checkpoint.open(str(worded)).tokenizer().model_max_length == 77
+    edit(worded / "text_encoder" / "config.json", max_position_embeddings=32)
+    assert Checkpoint.open(str(worded)).tokenizer().model_max_length == 32
+    edit(file, model_max_length=1024)
+    with pytest.raises(CheckpointError, match="1024 tokens, expected at most the 32 positions"):
+        Checkpoint.open(str(worded)).tokenizer()
+
+
+def test_the_text_half_of_a_whole_clip_config(folder: Path) -> None:
+    file = folder / "text_encoder" / "config.json"
+    told = json.loads(file.read_text())
+    whole = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": told, "vision_config": {}}
+    file.write_text(json.dumps(whole))
+    component = Checkpoint.open(str(folder)).component("text_encoder")
+    assert component.build().config.hidden_size == told["hidden_size"]
