@@ -16,7 +16,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "BOOL": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+}
 MAX_HEADER = 16 << 20  # bytes: a hundred thousand tensors; the format allows 100 MB, which would take a gigabyte
 _FOREIGN = {
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself: git lfs pull",
@@ -29,7 +45,10 @@ _FOREIGN = {
 
 
 class Entry(NamedTuple):
-    """One tensor: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major, ``dtype`` as in the file."""
+    """One tensor: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major, ``dtype`` as in the file.
+
+    Of a dtype that is not in ``ITEM_BYTES`` only the place is known: there may be such a tensor that nothing uses.
+    """
 
     offset: int
     nbytes: int
@@ -75,11 +94,9 @@ def _not_whole(path: Path, size: int, head: bytes) -> str:
 
 def _entry(path: Path, name: str, entry: Any, base: int, size: int) -> Entry:
     kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in ITEM_BYTES:
-        raise ValueError(f"{path}: tensor {name} has dtype {kind}, expected one of {', '.join(ITEM_BYTES)}.")
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{path}: tensor {name} of shape {shape} at {start} to {end}: expected whole numbers from 0.")
-    nbytes = math.prod(shape) * ITEM_BYTES[kind]
+    nbytes = math.prod(shape) * ITEM_BYTES[kind] if kind in ITEM_BYTES else max(0, end - start)
     if end - start != nbytes or base + end > size:
         raise ValueError(f"{path}: torn: tensor {name} of shape {shape} at {start} to {end} of {size - base} bytes.")
     return Entry(base + start, nbytes, kind, tuple(shape))

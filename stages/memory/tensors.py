@@ -18,8 +18,15 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -43,12 +50,17 @@ class TensorRef(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """The tensors of a safetensors file, from its header alone. ValueError for a torn or foreign file."""
+    """The tensors of a safetensors file, from its header alone, without those of dtypes that torch does not have.
+
+    Raises:
+        ValueError: a torn or foreign file.
+    """
     try:
         entries = read_entries(path)
     except ValueError as error:
         raise ValueError(f"{error} If it is a file of a checkpoint, download it again.") from error
-    return {name: TensorRef(path, one.offset, DTYPES[one.dtype], one.shape) for name, one in entries.items()}
+    known = {name: one for name, one in entries.items() if one.dtype in DTYPES}
+    return {name: TensorRef(path, one.offset, DTYPES[one.dtype], one.shape) for name, one in known.items()}
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LARGE_INTEGER = 10**20  # transformers' own: a length of this many tokens or more is none
 _VOCABULARY = ("vocab.json", "merges.txt")
+_CLIP_OTHERS = ("text_projection", "logit_scale", "vision_model.", "visual_projection.")
 
 __all__ = ["Checkpoint", "CheckpointError", "Component"]
 
@@ -277,13 +278,13 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
     """Names of older files to those of the installed classes, as the libraries themselves do when they load.
 
     diffusers: VAE attention ``query/key/value/proj_attn``. transformers: the ``text_model.`` prefix, which came and
-    went, and ``position_ids``, once saved and now made.
+    went, and ``position_ids``, once saved and now made. Of a whole CLIP, what is not the text encoder's is left out.
     """
     names = model.state_dict().keys()
     prefix = "text_model."
     renamed: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
-        if name.endswith("position_ids") and name not in names:
+        if name not in names and (name.endswith("position_ids") or name.startswith(_CLIP_OTHERS)):
             continue
         others = (name, name.removeprefix(prefix), prefix + name)
         renamed[next((other for other in others if other in names), name)] = ref

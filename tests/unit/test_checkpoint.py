@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import random_checkpoint
 from stages.config import ROOT
 from stages.families.schedules import make_scheduler
+from stages.memory.layout import Layout
+from stages.memory.source import CheckpointSource
 from stages.memory.tensors import read_tensor
 from stages.models import locate
 from stages.models.checkpoint import Checkpoint, CheckpointError
@@ -338,3 +340,27 @@ def test_the_text_half_of_a_whole_clip_config(folder: Path) -> None:
     file.write_text(json.dumps(whole))
     component = Checkpoint.open(str(folder)).component("text_encoder")
     assert component.build().config.hidden_size == told["hidden_size"]
+
+
+def test_a_whole_clip_is_a_text_encoder(folder: Path) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    others = {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(2, 2)}
+    others |= {"vision_model.embeddings.class_embedding": torch.ones(3), "visual_projection.weight": torch.ones(2)}
+    save_file(load_file(path) | others, path)
+    model = Checkpoint.open(str(folder)).component("text_encoder").build()
+    assert not any(name.startswith(tuple(others)) for name in model.state_dict())
+
+
+def test_weights_in_float8_are_read(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"] = weights["conv_in.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, path)
+    component = Checkpoint.open(str(folder)).component("unet")
+    component.build()
+    layout = Layout(component.build(), torch.bfloat16, channels_last=True)
+    source, slot = CheckpointSource(component.tensors, layout), layout.slots["conv_in.weight"]
+    packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    source.read([slot], 0, packed)
+    source.close()
+    assert torch.equal(slot.view(packed, 0, torch.bfloat16), weights["conv_in.weight"].to(torch.bfloat16))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stages.memory.raw import MAX_HEADER
-from stages.memory.tensors import pread_into, read_header, read_tensors, write_tensors
+from stages.memory.raw import ITEM_BYTES, MAX_HEADER
+from stages.memory.tensors import DTYPES, pread_into, read_header, read_tensors, write_tensors
 
 TENSORS = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -71,7 +71,12 @@ def one(start: int, end: int) -> dict[str, object]:
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}) + bytes(8), "whole numbers"),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}) + bytes(8), "torn: tensor a"),
         (struct.pack("<Q", 200_000) + b"[" * 200_000, "not a safetensors file .*Recursion"),
-        (header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}), "dtype F4"),
+        (header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}), "torn: tensor a"),
+        (header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [8, 0]}}) + bytes(8), "torn: tensor a"),
+        (
+            header({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}, "b": one(0, 4)}) + bytes(4),
+            "share bytes",
+        ),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + b"1234567", "torn: tensor a"),
         (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}) + b"12345678", "torn: tensor a"),
     ],
@@ -96,3 +101,19 @@ def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
             pread_into(descriptor, 1, memoryview(bytearray(7)))
     finally:
         os.close(descriptor)
+
+
+def test_a_dtype_that_nothing_knows_is_passed_over(tmp_path: Path) -> None:
+    odd = {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}
+    (tmp_path / "file").write_bytes(header({"odd": odd, "a": one(4, 12)}) + bytes(12))
+    assert list(read_header(tmp_path / "file")) == ["a"]
+
+
+def test_every_dtype_of_the_file_is_one_of_torch(tmp_path: Path) -> None:
+    assert set(DTYPES) == set(ITEM_BYTES)
+    assert all(dtype.itemsize == ITEM_BYTES[name] for name, dtype in DTYPES.items())
+    tensors = {name: torch.arange(4).to(dtype) for name, dtype in DTYPES.items()}
+    save_file(tensors, tmp_path / "file")
+    assert all(
+        torch.equal(read.float(), tensors[name].float()) for name, read in read_tensors(tmp_path / "file").items()
+    )
