@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from benchmarks._measure import RESULTS, finish, runner, table
-from stages.config import ROOT, load
+from stages.config import ROOT
+from stages.documents import load
 from stages.files import atomic_path
 from stages.picture import seams
 from stages.tiles import latent_grid

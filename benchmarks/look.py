@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stages.config import load
+from stages.documents import load
 from stages.files import atomic_path
 from stages.picture.tile_strips import TileStrips
 from stages.tiles import latent_grid

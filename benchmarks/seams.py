@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stages.config import load
+from stages.documents import load
 from stages.files import atomic_path, write_json
 from stages.picture import seam_map, seams
 from stages.picture.tile_strips import TileStrips

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from stages import PROFILE
-from stages.config import ConfigError, load, on_gpu
+from stages.config import ConfigError, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
+from stages.documents import load
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_json
 from stages.job import Job

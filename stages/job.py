@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from stages import Stage
-from stages.config import escape_all, parse_bytes, resolve_dtype
+from stages.config import parse_bytes, resolve_dtype
+from stages.documents import escape_all
 from stages.regions.config import Regions, from_config
 from stages.regions.scale import lowres_regions, scaled
 from stages.tiles import Size

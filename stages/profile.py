@@ -77,7 +77,7 @@ def process(config: DictConfig, regions: Regions) -> tuple[int, int, Looking]:
     """(peak of importing, RES before the first weight, the run's checkpoint): nothing has been computed yet."""
     with light_imports():
         from accelerate import init_empty_weights  # noqa: F401
-        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+        from diffusers import AutoencoderKL  # noqa: F401
     checkpoint = open_checkpoint(config, facts_of(config).opened, lambda _: None)
     looking = Looking(config=config, regions=regions, checkpoint=checkpoint)
     held = (

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ROOT, Config, escape_all, resolve
+from stages.config import ROOT, Config, resolve
+from stages.documents import escape_all
 
 # as stage processes have it: with other work on the machine, threads that spin make small layers 50 times slower
 assert "torch" not in sys.modules, "torch's threads would not see the next line"

@@ -65,6 +65,9 @@ FACTS: Mapping[str, Facts] = {
 }
 
 
+DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FACTS.values()))  # what checkpoints call them
+
+
 def facts_of(config: DictConfig) -> Facts:
     """Of the config's model.
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError, escape
-from stages.families.facts import FACTS, family_of_classes
+from stages.config import ConfigError
+from stages.documents import escape
+from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
 from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
 from stages.workflow.identity import snapshot
@@ -39,8 +40,9 @@ def check_path(config: DictConfig) -> None:
     if not (path.is_dir() or is_weights_file(path)):
         hint = "Use model=embedded, or model.path=FOLDER with a diffusers checkpoint, or a hub id such as org/name."
         raise ConfigError("model.path", str(path), expected, hint)
-    if path.is_dir() and not any((path / name / "config.json").is_file() for name in ("unet", "transformer")):
-        raise ConfigError("model.path", str(path), "a diffusers folder (it has no unet/config.json)")
+    if path.is_dir() and not any((path / name / "config.json").is_file() for name in DENOISERS):
+        wanted = " or ".join(f"{name}/config.json" for name in DENOISERS)
+        raise ConfigError("model.path", str(path), f"a diffusers folder (it has no {wanted})")
 
 
 def recognise(config: DictConfig, said: Collection[str]) -> None:
@@ -115,7 +117,7 @@ def _read(option: str) -> dict[str, Any]:
 
 def _native(folder: Path | None, config: DictConfig) -> int | None:
     """Pixels a side that the denoiser's config says it was trained at."""
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         own = read_json(folder / name / "config.json") if folder else None
         side = own.get("sample_size") if isinstance(own, dict) else None
         if isinstance(side, int) and 0 < side <= 1024:

@@ -9,7 +9,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.config import ROOT, Config, ConfigError, close_match, escape
+from stages.config import ROOT, Config, ConfigError, close_match
+from stages.documents import escape
 from stages.files import read_json, write_json
 from stages.paths import anchored
 

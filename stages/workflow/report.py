@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.config import save_text
+from stages.documents import save_text
 from stages.files import read_json, write_json, write_text
 from stages.job import Job
 from stages.memory.monitor import Sample, own_peak_rss

@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from stages.config import ConfigError, save_text
+from stages.config import ConfigError
+from stages.documents import save_text
 from stages.events import Event
 from stages.files import atomic_path, read_json, write_json, write_text
 from stages.job import Job

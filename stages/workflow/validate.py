@@ -20,10 +20,10 @@ from stages.config import (
     ConfigError,
     SchedulerConfig,
     close_match,
-    escape_all,
     parse_bytes,
     resolve,
 )
+from stages.documents import escape_all
 from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.files import overrides

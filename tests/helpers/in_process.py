@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from stages import PIPELINE, PROFILE, __main__
-from stages.config import Config, escape_all, resolve, save_text
+from stages.config import Config, resolve
 from stages.context import Progress
+from stages.documents import escape_all, save_text
 from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.job import Job

@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from stages import PIPELINE
-from stages.config import ConfigError, load, parse_bytes, resolve_dtype, save_text
+from stages.config import ConfigError, parse_bytes, resolve_dtype
+from stages.documents import load, save_text
 from stages.files import write_text
 from stages.job import Job
 from stages.regions.scale import lowres_side

@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 from omegaconf.errors import ReadonlyConfigError
 
-from stages.config import ConfigError, load, save_text
+from stages.config import ConfigError
+from stages.documents import load, save_text
 from stages.files import write_text
 from stages.job import Job
 from stages.tiles import Size

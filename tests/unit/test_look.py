@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from benchmarks.look import look
-from stages.config import save_text
+from stages.documents import save_text
 from stages.tiles import latent_grid
 
 
