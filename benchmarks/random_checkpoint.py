@@ -1,7 +1,8 @@
-"""Write a checkpoint of random weights with the shapes of Stable Diffusion 1.5 or 2.1, for benchmarks and tests.
+"""Write a checkpoint of random weights with the shapes of Stable Diffusion 1.5, 2.1 or SDXL, for benchmarks and tests.
 
     python benchmarks/random_checkpoint.py sd15 DIR                       # a diffusers folder, fp16, full size (2.1 GB)
     python benchmarks/random_checkpoint.py sd21 DIR --layout both         # and the same weights as DIR/sd21.safetensors
+    python benchmarks/random_checkpoint.py sdxl DIR                       # 6.9 GB
     python benchmarks/random_checkpoint.py sd15 DIR --small --dtype fp32  # tiny channel counts, for tests
 
 Tensors are drawn and written one piece at a time, so the memory needed does not grow with the model. The weights of a
@@ -32,7 +33,7 @@ from stages.models.single_file import CONFIGS
 
 DTYPES = {"fp16": (torch.float16, "F16"), "fp32": (torch.float32, "F32")}
 PIECE = 1 << 22  # numbers drawn at a time: 16 MB
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+KINDS = ("sd15", "sd21", "sdxl")
 # the last layer of a residual branch: small, so that the sum over many blocks stays near its start
 RESIDUAL = re.compile(r"(conv2|to_out\.0|net\.2|proj_out|out_proj|fc2)\.weight$")
 SMALL: dict[str, dict[str, Any]] = {
@@ -49,6 +50,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "vocab_size": 1024,
         "projection_dim": 16,
+    },
+}
+SMALL["text_encoder_2"] = SMALL["text_encoder"]
+SMALL_KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd21": {"unet": {"attention_head_dim": [2, 4, 4, 4]}},
+    "sdxl": {
+        "unet": {
+            "block_out_channels": [16, 32, 32],
+            "attention_head_dim": [2, 4, 4],
+            "transformer_layers_per_block": [1, 1, 2],
+            "cross_attention_dim": 64,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64,
+        }
     },
 }
 
@@ -76,13 +91,13 @@ def scale(spec: Spec) -> float:
 
 def configs(kind: str, small: bool) -> dict[str, dict[str, Any]]:
     """The configs of the components (a folder with several keeps them apart by their names)."""
-    found = {name: json.loads((CONFIGS / kind / name / "config.json").read_text()) for name in WEIGHTS}
+    paths = sorted((CONFIGS / kind).glob("*/config.json"))
+    found = {path.parent.name: json.loads(path.read_text()) for path in paths}
     if small:
-        for name, changes in SMALL.items():
-            found[name] |= changes
-        found["text_encoder"]["num_hidden_layers"] = 3
-        if kind == "sd21":
-            found["unet"]["attention_head_dim"] = [2, 4, 4, 4]
+        for name, config in found.items():
+            config |= SMALL[name] | SMALL_KINDS.get(kind, {}).get(name, {})
+            if "encoder" in name:
+                config["num_hidden_layers"] = 3
     return found
 
 
@@ -127,31 +142,39 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_small_files(folder: Path, kind: str, found: dict[str, dict[str, Any]]) -> None:
-    """model_index.json, scheduler, configs, and a byte-level tokenizer whose ids the text encoder knows."""
-    classes = {
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", ""],
-    }
+    """model_index.json, scheduler, configs, and byte-level tokenizers whose ids the text encoders know."""
     scheduler = json.loads((CONFIGS / kind / "scheduler" / "scheduler_config.json").read_text())
-    classes["scheduler"][1] = scheduler["_class_name"]
-    nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-    index = {"_class_name": "StableDiffusionPipeline", **classes, **nothing, "requires_safety_checker": False}
-    write_json(folder / "model_index.json", index)
+    classes = {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    for name, config in found.items():
+        if "encoder" in name:
+            classes[name] = ["transformers", config["architectures"][0]]
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            classes[tokenizer] = ["transformers", "CLIPTokenizer"]
+            pad = "!" if kind == "sd21" or name.endswith("2") else "<|endoftext|>"
+            write_tokenizer(folder / tokenizer, config["vocab_size"], pad)
+        else:
+            classes[name] = ["diffusers", config["_class_name"]]
+    if kind == "sdxl":
+        more: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+        nothing = ("feature_extractor", "image_encoder")
+    else:
+        more = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+        nothing = ("safety_checker", "feature_extractor", "image_encoder")
+    write_json(folder / "model_index.json", {**more, **classes, **{name: [None, None] for name in nothing}})
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for name, config in found.items():
         write_json(folder / name / "config.json", config)
+
+
+def write_tokenizer(folder: Path, size: int, pad: str) -> None:
+    """A byte-level CLIP tokenizer of ``size`` ids."""
     alphabet = _byte_alphabet()
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet + [s + "</w>" for s in alphabet])}
-    size = found["text_encoder"]["vocab_size"]
     vocabulary |= {"<|startoftext|>": size - 2, "<|endoftext|>": size - 1}  # the last ids, as in CLIP's
-    write_json(folder / "tokenizer" / "vocab.json", vocabulary)
-    pad = "!" if kind == "sd21" else "<|endoftext|>"
+    write_json(folder / "vocab.json", vocabulary)
     options = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
-    write_json(folder / "tokenizer" / "tokenizer_config.json", options)
-    with atomic_path(folder / "tokenizer" / "merges.txt") as temporary:
+    write_json(folder / "tokenizer_config.json", options)
+    with atomic_path(folder / "merges.txt") as temporary:
         temporary.write_text("#version: 0.2\n")
 
 
@@ -163,7 +186,7 @@ def _byte_alphabet() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("kind", choices=("sd15", "sd21"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("dir", type=Path, metavar="DIR", help="where the diffusers folder is written")
     parser.add_argument("--layout", choices=("folder", "single", "both"), default="folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
@@ -171,11 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variant", default="", help="in the folder's file names, as in fp16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.kind not in ("sd15", "sd21") and options.layout != "folder":
+        parser.error(f"--layout {options.layout}: got {options.kind}, which is written as a folder only.")
     found = configs(options.kind, options.small)
     every = {name: specs(name, config) for name, config in found.items()}
     write_small_files(options.dir, options.kind, found)  # a single file needs its configs and its tokenizer too
     if options.layout != "single":
-        for name, base in WEIGHTS.items():
+        for name in found:
+            base = "model" if "encoder" in name else "diffusion_pytorch_model"
             entries = [Entry(spec.name.partition("/")[2], spec.shape, (spec,)) for spec in every[name]]
             variant = f".{options.variant}" if options.variant else ""
             write_safetensors(options.dir / name / f"{base}{variant}.safetensors", entries, options.dtype, options.seed)

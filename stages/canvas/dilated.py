@@ -59,10 +59,11 @@ def laid_out(views: list[View], scale: int, small: Size) -> list[View]:
     found = []
     for place in range(scale * scale):
         down, across = place // scale * small.height, place % scale * small.width
+        picture = Tile(0, 0, down, across, down + small.height, across + small.width)
         for view in views:
             row, col, top, left, bottom, right = view.tile
             tile = Tile(row, col, top + down, left + across, bottom + down, right + across)
-            found.append(view._replace(tile=tile))
+            found.append(view._replace(tile=tile, picture=picture))
     return found
 
 

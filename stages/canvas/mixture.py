@@ -19,7 +19,8 @@ class View(NamedTuple):
 
     ``prompt_row`` is the row of the embeddings; with a ``guidance_scale`` of 1 or less, as in diffusers, there is no
     unconditional pass, nor where the model takes the scale itself (``embedded``). Over all views of a canvas the
-    weights add up to 1 at every latent.
+    weights add up to 1 at every latent. ``picture`` is the part of the canvas that is a picture of its own, where
+    several lie side by side.
     """
 
     tile: Tile
@@ -27,6 +28,7 @@ class View(NamedTuple):
     prompt_row: int = 0
     guidance_scale: float = 1.0
     embedded: bool = False
+    picture: Tile | None = None
 
     @property
     def passes(self) -> int:
@@ -39,8 +41,8 @@ class TileBatch:
     """A group of crops for the denoiser, one row a sample; the two samples of a guided view lie next to each other.
 
     ``samples [N, C, h, w]`` float32; ``prompt_rows``, ``unconditional`` (take the negative embedding of that row),
-    ``tiles`` and ``guidance_scales`` have N entries. Any even micro-batch of a guided group is whole pairs:
-    u0 c0 u1 c1 ...
+    ``tiles``, ``guidance_scales`` and ``pictures`` (of the views) have N entries. Any even micro-batch of a guided
+    group is whole pairs: u0 c0 u1 c1 ...
     """
 
     samples: Tensor
@@ -48,6 +50,7 @@ class TileBatch:
     unconditional: tuple[bool, ...]
     tiles: tuple[Tile, ...]
     guidance_scales: tuple[float, ...] = ()
+    pictures: tuple[Tile | None, ...] = ()
 
 
 Denoise = Callable[[TileBatch], Tensor]
@@ -86,6 +89,7 @@ def batch(latents: Window, group: Sequence[View]) -> TileBatch:
         unconditional=(True, False) * len(group) if passes == 2 else (False,) * len(group),
         tiles=tuple(view.tile for view in group for _ in range(passes)),
         guidance_scales=tuple(view.guidance_scale for view in group for _ in range(passes)),
+        pictures=tuple(view.picture for view in group for _ in range(passes)),
     )
 
 

@@ -18,6 +18,7 @@ class Facts:
     ``components``: stage -> what it opens of a checkpoint. ``denoiser`` names the network that denoises, ``classes``
     the stock classes by which the family is recognised, ``vae`` that of its VAE. Sides are multiples of
     ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt.
+    ``overflows``: components that do in fp16, and compute in bf16 instead.
     ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this family gets first. ``module``:
     its file in ``stages/families``.
     """
@@ -33,6 +34,7 @@ class Facts:
     patch: int = 1
     guidance: Literal["cfg", "embedded", "none"]
     embeds: tuple[str, ...]
+    overflows: tuple[str, ...] = ()
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -61,6 +63,25 @@ FACTS: Mapping[str, Facts] = {
         vae_scale_factor=8,
         guidance="cfg",
         embeds=("prompt_embeds", "negative_prompt_embeds"),
+    ),
+    "sdxl": Facts(
+        module="sdxl",
+        models=("sdxl", "sdxl_turbo"),
+        classes={
+            "unet": "UNet2DConditionModel",
+            "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+        },
+        components=_components(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), "unet"),
+        denoiser="unet",
+        latent_channels=4,
+        vae_scale_factor=8,
+        guidance="cfg",
+        embeds=(
+            *("prompt_embeds", "negative_prompt_embeds"),
+            *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+        ),
+        overflows=("vae",),
     ),
 }
 

@@ -103,13 +103,18 @@ def relocate(
         if ref is None or not view.is_contiguous() or view.dtype != ref.dtype:
             raise CheckpointError(
                 f"{path}: {name} is not a contiguous piece of one tensor of the file, so it cannot be read in place. "
-                "Convert the file to a diffusers folder: "
-                'python -c "from diffusers import StableDiffusionPipeline as P; '
-                f"P.from_single_file({str(path)!r}).save_pretrained('converted')\"  and then model.path=converted"
+                f"{_convert(path, 'StableDiffusionPipeline')}"
             )
         offset = ref.offset + int(view.storage_offset()) * ref.dtype.itemsize
         placed[name] = TensorRef(ref.file, offset, ref.dtype, tuple(view.shape))
     return placed
+
+
+def _convert(path: Path, pipeline: str) -> str:
+    return (
+        f'Convert the file to a diffusers folder: python -c "from diffusers import {pipeline} as P; '
+        f"P.from_single_file({str(path)!r}).save_pretrained('converted')\"  and then model.path=converted"
+    )
 
 
 def _family(path: Path, refs: dict[str, TensorRef]) -> str:
@@ -118,7 +123,9 @@ def _family(path: Path, refs: dict[str, TensorRef]) -> str:
 
     expected = "expected a checkpoint of Stable Diffusion 1.x or 2.x with UNet, VAE and text encoder in it"
     if has("conditioner.embedders."):
-        raise CheckpointError(f"{path}: got the layout of SDXL, {expected}. Give SDXL as a diffusers folder.")
+        raise CheckpointError(
+            f"{path}: got the layout of SDXL, {expected}. {_convert(path, 'StableDiffusionXLPipeline')}"
+        )
     parts = {"UNet": has(UNET), "VAE": has(*VAE), "text encoder": has(CLIP, OPEN_CLIP)}
     if not all(parts.values()):
         missing = ", ".join(part for part, there in parts.items() if not there)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from stages.config import resolve_dtype
+from stages.families.facts import facts_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,9 +17,13 @@ TORCH = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def dtype_name(config: DictConfig, component: str) -> str:
-    """fp32 | bf16 | fp16: the dtype that ``component`` computes in, without torch."""
+    """fp32 | bf16 | fp16: the dtype that ``component`` computes in, without torch.
+
+    What overflows in fp16 computes in bf16, unless the config says fp16 of that very component.
+    """
     own = config.technique.component_dtype.get(component)
-    return resolve_dtype(config, own) if own else resolve_dtype(config)
+    found = resolve_dtype(config, own) if own else resolve_dtype(config)
+    return "bf16" if found == "fp16" and not own and component in facts_of(config).overflows else found
 
 
 def dtype_names(config: DictConfig, components: Iterable[str]) -> str | dict[str, str]:
