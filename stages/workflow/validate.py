@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
@@ -26,6 +25,7 @@ from stages.config import (
 from stages.documents import escape_all
 from stages.job import Job
 from stages.paths import anchored, is_hub_id
+from stages.regions.document import read_document
 from stages.regions.files import overrides
 from stages.workflow import model
 from stages.workflow.identity import is_remembered
@@ -85,11 +85,9 @@ def _read_prompt(config: DictConfig) -> None:
 
 def _read_regions(config: DictConfig) -> None:
     path = anchored(config.regions, near=True)
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("regions", str(path), f"a YAML or JSON file of regions ({error})") from None
-    for region in found.get("regions") or () if isinstance(found, dict) else ():
+    found = read_document(path)
+    listed = found.get("regions") if isinstance(found, dict) else None
+    for region in listed if isinstance(listed, list) else ():
         if isinstance(region, dict) and isinstance(region.get("ref_img"), str):
             beside = path.parent / region["ref_img"]
             region["ref_img"] = str(beside) if beside.is_file() else region["ref_img"]
