@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from stages.context import StageContext
@@ -12,7 +11,7 @@ from stages.families.opening import ENCODER, open_vae
 from stages.files import atomic_path
 from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows
-from stages.memory.tensors import read_header, write_tensors
+from stages.memory.tensors import read_checked, write_tensors
 from stages.models.loading import Streamer
 from stages.tiles import Size, Tile, latent_grid
 from stages.vae.exact_scratch import open_scratch
@@ -27,7 +26,7 @@ def run(context: StageContext) -> None:
     factor = config.model.vae_scale_factor
     tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
     folder = context.output / "tiles"
-    missing = [tile for tile in tiles if not _done(folder / f"{tile.name}.safetensors", tile.scaled(factor).size)]
+    missing = [tile for tile in tiles if not _done(context, tile, tile.scaled(factor).size)]
     if len(missing) < len(tiles):
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
     if config.decode.mode != "exact":
@@ -43,15 +42,19 @@ def run(context: StageContext) -> None:
             statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
         for tile, pixels in decoded_tiles(vae, canvas, missing, halo, statistics):
             with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
-                write_tensors(temporary, {"pixels": to_uint8(pixels)})
+                write_tensors(temporary, {"pixels": to_uint8(pixels)}, checked=True)
             progress.advance()
 
 
-def _done(file: Path, size: Size) -> bool:
-    """True where an earlier try left a whole tile."""
+def _done(context: StageContext, tile: Tile, size: Size) -> bool:
+    """True where an earlier try left a whole tile; one that is damaged is named."""
+    file = context.output / "tiles" / f"{tile.name}.safetensors"
     try:
-        return read_header(file)["pixels"].shape == (3, *size)
-    except (OSError, ValueError, KeyError):  # not there, torn, foreign: it is decoded (again)
+        return read_checked(file)["pixels"].shape == (3, *size)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError) as error:
+        context.progress.note(f"warning: {file.name} cannot be used ({error}); it is decoded again")
         return False
 
 
@@ -82,7 +85,7 @@ def _exact(context: StageContext, streamer: Streamer, canvas: Rows, missing: lis
     for tile in missing:
         box = tile.scaled(context.config.model.vae_scale_factor)
         with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
-            write_tensors(temporary, {"pixels": pixels.box(*box[2:])[0].contiguous()})
+            write_tensors(temporary, {"pixels": pixels.box(*box[2:])[0]}, checked=True)
     pixels.remove()
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stages.families.opening import DECODER, ENCODER, open_vae
 from stages.files import atomic_path, read_json, write_json
 from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
+from stages.memory.tensors import digest_of
 from stages.models.loading import Streamer
 from stages.picture.opening import look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
@@ -32,7 +34,7 @@ from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import Direction, exact_decode, exact_encode
 from stages.vae.tiled import HALO, decode_tiled, encode_tiled, encoder_statistics, factor, guide_tiles
-from stages.workflow.store import CHECKPOINT
+from stages.workflow.store import CHECKPOINT, digest
 
 
 def run(context: StageContext) -> None:
@@ -86,7 +88,8 @@ def _preview(context: StageContext, picture: Picture) -> None:
 
 def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path) -> Picture:
     """The picture to enlarge; in tiles if it is larger than one."""
-    if not file.is_file():  # else an earlier try was stopped later
+    mark = file.with_suffix(".json")
+    if not _whole(context, file, mark):  # else an earlier try was stopped later
         f = factor(streamer.model)
         with atomic_path(file) as temporary:
             picture = Picture.create(temporary, latents.width * f, latents.height * f)
@@ -95,7 +98,17 @@ def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path
             else:
                 shared, side = context.config.guide.vae_mode == "shared", context.config.guide.tile_size // f
                 decode_tiled(streamer.model, latents, side, picture.pixels.write, shared=shared)
+        write_json(mark, {"sha256": digest(file)})
     return Picture(Rows.open(file, "pixels"))
+
+
+def _whole(context: StageContext, file: Path, mark: Path) -> bool:
+    """Whether an earlier try left the picture, and every byte of it is as it was; one that is damaged is named."""
+    if file.is_file() and read_json(mark) == {"sha256": digest(file)}:
+        return True
+    if file.exists() and mark.exists():
+        context.progress.note(f"warning: {file.name} is damaged; it is decoded again")
+    return False
 
 
 def _decode_exactly(context: StageContext, streamer: Streamer, latents: Rows, picture: Picture) -> None:
@@ -150,7 +163,9 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
         scale = limit / max(extent)
         extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
     file, mark = folder / "latents.safetensors", folder / "rows.json"
-    first = (read_json(mark) or {}).get("rows", 0) if file.is_file() else 0
+    tops = [0, *(tile.top for tile in tiles if tile.row and not tile.col)]
+    digests = _kept(context, file, mark, shape, tops)
+    first = len(digests)
     if first:
         guide = Rows.open(file)
         progress.resumed(f"row {first} of {tiles[-1].row + 1}")
@@ -160,7 +175,9 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
 
     def keep(row: int) -> None:
         guide.sync()
-        write_json(mark, {"rows": row})
+        if row > len(digests):  # the row before the first one is encoded again
+            digests.append(_digest(guide, tops[row - 1], tops[row]))
+        write_json(mark, {"rows": row, "sha256": digests})
 
     progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
     shared = config.guide.vae_mode == "shared"
@@ -168,6 +185,30 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
     with statistics.applied(vae) if statistics else nullcontext():
         encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance, first=first, kept=keep)
     return guide
+
+
+def _digest(guide: Rows, top: int, bottom: int) -> str:
+    return digest_of({"rows": guide.read(top, bottom)})
+
+
+def _kept(context: StageContext, file: Path, mark: Path, shape: tuple[int, int, int], tops: list[int]) -> list[str]:
+    """Digests of the rows of tiles that an earlier try finished, those that are still what they were."""
+    state = read_json(mark)
+    kept = state.get("sha256") if isinstance(state, dict) else None
+    if not isinstance(kept, list) or len(kept) >= len(tops) or not file.is_file():
+        return []
+    try:
+        guide = Rows.open(file)
+        if guide.shape != (1, *shape):
+            raise ValueError(f"its shape is {guide.shape}")
+        found = [_digest(guide, top, bottom) for top, bottom in pairwise(tops[: len(kept) + 1])]
+    except (OSError, ValueError, KeyError) as error:
+        context.progress.note(f"warning: {file.name} cannot be used ({error}); the guide is made from the start")
+        return []
+    same = list(takewhile(lambda pair: pair[0] == pair[1], zip(found, kept, strict=True)))
+    if len(same) < len(kept):
+        context.progress.note(f"warning: row {len(same)} of {file.name} is damaged; it is encoded again")
+    return kept[: len(same)]
 
 
 def _encode_exactly(

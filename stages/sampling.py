@@ -67,6 +67,8 @@ def sample(
     try:
         if sampler.resume():
             progress.resumed(f"step {sampler.step} of {len(sampler.timesteps)}")
+        if sampler.damaged:
+            progress.note(f"warning: {sampler.damaged}; goes on from step {sampler.step}")
     except ValueError as error:
         progress.note(f"warning: the checkpoint cannot be used ({error}); starts from the first step")
     progress.start(len(sampler.timesteps), "steps", sampler.step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.files import atomic_path
-from stages.memory.tensors import read_header, read_tensor, read_tensors, write_tensors
+from stages.memory.tensors import read_checked, read_tensors, write_tensors
 
 _PLAIN = (int, float, str, bool, type(None))
 _STATE = "state"  # name of the byte tensor that holds everything that is no tensor
@@ -60,6 +60,7 @@ class BandStates:
 
     def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
         self.folder, self._shapes = folder, shapes
+        self.damaged = ""  # why the newer of two sets cannot be used, where ``last_step`` found the older one
 
     def _file(self, step: int, band: int) -> Path:
         return self.folder / f"{'even' if step % 2 == 0 else 'odd'}_{band:03d}.safetensors"
@@ -72,7 +73,7 @@ class BandStates:
             plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
         tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
         with atomic_path(self._file(state.step, band)) as temporary:
-            write_tensors(temporary, tensors)
+            write_tensors(temporary, tensors, checked=True)
 
     def read(self, step: int, band: int) -> BandState:
         """The state after ``step`` steps. ValueError if the file is no such state, OSError if there is none."""
@@ -90,7 +91,7 @@ class BandStates:
         return state
 
     def last_step(self) -> int:
-        """The last step that is whole, 0 if none is.
+        """The last step that is whole, 0 if none is; every byte of it is checked.
 
         Raises:
             ValueError: there are files of a step, but none that is whole and of this canvas.
@@ -107,14 +108,15 @@ class BandStates:
                 reason = str(error)
         if reason and not found:
             raise ValueError(reason)
+        self.damaged = reason
         return max(found, default=0)
 
     def _step_of(self, parity: int, band: int) -> int:
         file = self._file(parity, band)
         try:
-            refs = read_header(file)
-            plain = json.loads(bytes(read_tensor(refs[_STATE]).numpy()))
-            step, shape = plain["step"], refs["latents"].shape
+            tensors = read_checked(file)
+            plain = json.loads(bytes(tensors[_STATE].numpy()))
+            step, shape = plain["step"], tuple(tensors["latents"].shape)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file.name} is not a checkpoint of this canvas ({error!r})") from error
         if not isinstance(step, int) or step < 1 or step % 2 != parity or shape != self._shapes[band]:

@@ -114,6 +114,11 @@ class Sampler:
         return step > 0
 
     @property
+    def damaged(self) -> str:
+        """Why ``resume`` went back a step further than the last one, if it did."""
+        return self._states.damaged
+
+    @property
     def finished(self) -> bool:
         return self.step == len(self.timesteps)
 

@@ -57,7 +57,12 @@ class Entry(NamedTuple):
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, from its header alone; nothing in it is trusted.
+    """The tensors of a safetensors file, from its header alone. ValueError as for ``read_described``."""
+    return read_described(path)[0]
+
+
+def read_described(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The tensors of a safetensors file and its metadata, from its header alone; nothing in it is trusted.
 
     Raises:
         ValueError: a torn or foreign file, a header that is too long, tensors that share bytes.
@@ -73,7 +78,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         text = file.read(length)
     try:
         header = json.loads(text.decode())
-        header.pop("__metadata__", None)
+        described = header.pop("__metadata__", None)
         found = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -82,7 +87,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     for (_, end, one), (start, _, other) in pairwise(placed):
         if start < end:
             raise ValueError(f"{path}: tensors {one} and {other} share bytes.")
-    return found
+    return found, described if isinstance(described, dict) else {}
 
 
 def _not_whole(path: Path, size: int, head: bytes) -> str:

@@ -5,13 +5,15 @@ A memory-mapped page counts in RES, so weights are read with ``pread`` into buff
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from stages.memory.raw import pread_into, read_entries
+from stages.memory.raw import pread_into, read_described, read_entries
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,6 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_DIGEST = "sha256"  # of the data, in the metadata of a file
 
 
 class TensorRef(NamedTuple):
@@ -80,8 +83,30 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(ref) for name, ref in read_header(path).items()}
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file under ``path``, which is a temporary name of ``files.atomic_path``."""
+def read_checked(path: Path) -> dict[str, torch.Tensor]:
+    """What ``write_tensors`` wrote with ``checked``. ValueError for anything else, and for a byte that has changed."""
+    tensors, described = read_tensors(path), read_described(path)[1]
+    if described.get(_DIGEST) != digest_of(tensors):
+        raise ValueError(f"{path.name} is damaged: its bytes are not those that were written")
+    return tensors
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of tensors with their names, types and shapes."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, checked: bool = False) -> None:
+    """Write a safetensors file under ``path``, which is a temporary name of ``files.atomic_path``.
+
+    ``checked``: with a digest, for work that is read back to go on with it (``read_checked``).
+    """
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, {_DIGEST: digest_of(whole)} if checked else None)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stages.files import atomic_path
-from stages.memory.tensors import read_tensors
+from stages.memory.tensors import read_checked, write_tensors
 from stages.vae.groupnorm import group_var_mean, normalise
 
 _NORM, _ATTENTION = ("var", "mean"), ("key", "value")
@@ -111,18 +110,18 @@ class SharedStatistics:
     def save(self, path: Path) -> None:
         """To a safetensors file (through ``atomic_path``), so that a resumed decode goes on with the same numbers."""
         tensors = {
-            f"{name}.{part}": tensor.contiguous()
+            f"{name}.{part}": tensor
             for parts, pairs in ((_NORM, self.norms), (_ATTENTION, self.attentions))
             for name, pair in pairs.items()
             for part, tensor in zip(parts, pair, strict=True)
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
+            write_tensors(temporary, tensors, checked=True)
 
     @classmethod
     def load(cls, path: Path) -> SharedStatistics:
-        """What ``save`` wrote. OSError without a file, ValueError for a torn one."""
-        tensors = read_tensors(path)
+        """What ``save`` wrote. OSError without a file, ValueError for a torn or damaged one."""
+        tensors = read_checked(path)
 
         def pairs(parts: tuple[str, str]) -> dict[str, Pair]:
             names = sorted({name for name, _, part in (key.rpartition(".") for key in tensors) if part == parts[0]})

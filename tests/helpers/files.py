@@ -24,3 +24,10 @@ def rows_of(tensor: Tensor) -> Rows:
 def all_of(rows: Rows) -> Tensor:
     """The whole of it."""
     return rows.read(0, rows.height)
+
+
+def flip(file: Path, where: float = 1.0) -> None:
+    """One bit of a file, near its end or at a share of its length."""
+    content = bytearray(file.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    file.write_bytes(content)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from files import flip
 from in_process import Work
 from PIL import Image
 
@@ -82,6 +83,31 @@ def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, 
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
     folder = second.states(second.config({**QUICK, **values}))["decode"].entry.path
     assert not list(folder.glob("checkpoint*"))
+
+
+def test_damaged_files_of_an_earlier_try_are_named_and_made_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, original, calls = tiles(work, {}), stages.vae.tiled.decode_tile, 0
+    second = Work(work.output_dir.with_name("second"), work.checkpoint)
+
+    def fails(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise RuntimeError("pulled the plug")
+        return original(*arguments)
+
+    monkeypatch.setattr(stages.vae.tiled, "decode_tile", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        tiles(second, {})
+    monkeypatch.setattr(stages.vae.tiled, "decode_tile", original)
+    folder = second.states(second.config(QUICK))["decode"].entry.path
+    flip(folder / "tiles" / "r00_c01.safetensors")
+    flip(folder / "checkpoint_statistics.safetensors")
+    got = tiles(second, {})
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    notes = " ".join(second.notes)
+    assert "r00_c01.safetensors cannot be used" in notes and "damaged" in notes and "r00_c00" not in notes
+    assert "checkpoint_statistics.safetensors cannot be used" in notes
 
 
 def test_torn_files_of_an_earlier_try_are_made_again(work: Work) -> None:

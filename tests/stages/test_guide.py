@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from files import flip
 from in_process import Work, look
 from opening import opened_vae
 from PIL import Image
@@ -204,6 +205,43 @@ def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pyt
     assert second.status == ("resumed" if rows else "ran")
     assert done + 1000 == len(latent_grid(264, 256, 64, 16, 8)) - max(0, rows - 1) * across
     assert not list(folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("damage", ["a row", "torn", "the picture", "the mark"])
+def test_a_damaged_guide_is_named_and_made_again(work: Work, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    values = {"width": 264, "height": 256, "guide.phases": []}
+    _, expected = guide(work, **values)
+    second, done, original = Work(work.output_dir.with_name("second"), work.checkpoint), 0, vae.encode_tile
+
+    def fails(*arguments: Any) -> Tensor:
+        nonlocal done
+        done += 1
+        if done > 17:
+            raise RuntimeError("pulled the plug")
+        return original(*arguments)
+
+    monkeypatch.setattr(vae, "encode_tile", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        guide(second, **values)
+    monkeypatch.setattr(vae, "encode_tile", original)
+    folder = second.states(second.config(values))["guide"].entry.path / "checkpoint"
+    latents = folder / "latents.safetensors"
+    if damage == "a row":
+        flip(latents, 0.01)
+    elif damage == "torn":
+        latents.write_bytes(latents.read_bytes()[:1000])
+    elif damage == "the mark":
+        (folder / "rows.json").write_text("[1")
+    else:
+        flip(folder / "picture.safetensors")
+    assert torch.equal(guide(second, **values)[1], expected)
+    said = {
+        "a row": "row 0 of latents.safetensors is damaged",
+        "torn": "latents.safetensors cannot be used",
+        "the picture": "picture.safetensors is damaged; it is decoded again",
+        "the mark": "",
+    }[damage]
+    assert said in " ".join(second.notes)
 
 
 def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

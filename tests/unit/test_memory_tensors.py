@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from stages.memory.raw import ITEM_BYTES, MAX_HEADER
-from stages.memory.tensors import DTYPES, pread_into, read_header, read_tensors, write_tensors
+from stages.memory.tensors import DTYPES, pread_into, read_checked, read_header, read_tensors, write_tensors
 
 TENSORS = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -91,6 +91,21 @@ def test_a_header_of_a_million_tensors_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(struct.pack("<Q", MAX_HEADER + 1) + bytes(MAX_HEADER + 1))
     with pytest.raises(ValueError, match=f"expected at most {MAX_HEADER}: too many tensors"):
         read_header(tmp_path / "file")
+
+
+def test_every_changed_byte_of_checked_tensors_is_seen(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS, checked=True)
+    assert all(torch.equal(read, TENSORS[name]) for name, read in read_checked(tmp_path / "file").items())
+    whole = (tmp_path / "file").read_bytes()
+    for where in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[where] ^= 4
+        (tmp_path / "file").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"damaged|safetensors|tensor"):
+            read_checked(tmp_path / "file")
+    save_file(TENSORS, tmp_path / "file")  # as an older version wrote it
+    with pytest.raises(ValueError, match="damaged"):
+        read_checked(tmp_path / "file")
 
 
 def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers.schedulers import scheduling_lms_discrete
-from files import all_of, rows_of
+from files import all_of, flip, rows_of
 from torch import Tensor
 
 from stages.canvas.band_state import BandStates
@@ -185,6 +185,22 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path, broken: str) -> No
     with pytest.raises(ValueError, match=r"odd_000\.safetensors"):
         fresh.resume()
     assert fresh.step == 0 and not file.exists()
+    assert torch.equal(finish(fresh), expected)
+
+
+@pytest.mark.parametrize("damaged", [("odd",), ("odd", "even")])
+def test_a_damaged_step_is_named_and_done_again(tmp_path: Path, damaged: tuple[str, ...]) -> None:
+    expected = finish(sampler("dpmpp_2m"))
+    finish(sampler("dpmpp_2m", folder=tmp_path), 3)
+    for name in damaged:
+        flip(tmp_path / f"{name}_000.safetensors", 0.9)
+    fresh = sampler("dpmpp_2m", folder=tmp_path)
+    if len(damaged) == 2:
+        with pytest.raises(ValueError, match=r"even_000.safetensors is damaged|odd_000.safetensors is damaged"):
+            fresh.resume()
+    else:
+        assert fresh.resume() and fresh.step == 2
+        assert "odd_000.safetensors is damaged" in fresh.damaged
     assert torch.equal(finish(fresh), expected)
 
 
