@@ -57,7 +57,7 @@ def main() -> int:
     signals.listen()
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know every letter of a prompt
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    traceback_wanted = "1" in (os.environ.get("HIGHRES_TRACEBACK"), os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HIGHRES_TRACEBACK"] = str(int(traceback_wanted))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we say them in one message
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

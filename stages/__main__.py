@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import gc
 import importlib
 import mmap
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import PROFILE
-from stages.config import ConfigError, on_gpu
+from stages.config import ROOT, ConfigError, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.documents import load
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
@@ -26,6 +27,7 @@ from stages.job import Job
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
 from stages.workflow import signals
+from stages.workflow.errors import disk_full, system
 from stages.workflow.graph import StageState, build, seen, state_of
 from stages.workflow.store import Store
 
@@ -166,14 +168,25 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
 
 def said(error: Exception, run_dir: Path) -> tuple[str, bool]:
     """What a person is told, and whether that is all there is to say (no traceback)."""
+    wanted = os.environ.get("HIGHRES_TRACEBACK") == "1"
     if isinstance(error, ConfigError):
-        return str(error), True
+        return str(error), not wanted
+    if disk_full(error):
+        return system(OSError(errno.ENOSPC, "", getattr(error, "filename", None) or str(run_dir.parent))), not wanted
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         budget = load(run_dir / "config.yaml").memory.device_budget
         limit = f"memory.device_budget: got {budget}, which was not enough" if budget else "the GPU's memory is full"
         detail = str(error).split(". ")[0]
         return f"{limit} ({detail}). Give it more, or use a smaller denoise.tile_size or decode.tile_size.", True
+    if isinstance(error, ValueError) and _own(error):
+        return str(error), not wanted
     return f"{type(error).__name__}: {error}", False
+
+
+def _own(error: Exception) -> bool:
+    """Whether this program raised it, in its own words; what a library raises needs its traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(ROOT / "stages")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         message, expected = said(error, arguments.run_dir)
         if not expected:
             traceback.print_exc()
-        events(Error(message, expected, getattr(error, "errno", None)))
+        events(Error(message, expected, errno.ENOSPC if disk_full(error) else getattr(error, "errno", None)))
         return 1
     events(Done(status, own_peak_rss(), peak_vram()))
     return 0

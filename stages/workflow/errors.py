@@ -7,7 +7,7 @@ import re
 
 
 def explain(error: BaseException) -> str:
-    """One message without a traceback; HYDRA_FULL_ERROR=1 shows where it came from."""
+    """One message without a traceback; HIGHRES_TRACEBACK=1 shows where it came from."""
     chain = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -30,17 +30,31 @@ def explain(error: BaseException) -> str:
         return f"{missing[1] or missing[2]}: {str(error).splitlines()[0]}"
     said = next((str(link) for link in chain if str(link).strip()), "")
     lines = [line for line in said.splitlines() if line.strip()]
-    return "\n".join(lines[:6]) or f"{type(error).__name__} (HYDRA_FULL_ERROR=1 shows more)"
+    return "\n".join(lines[:6]) or f"{type(error).__name__} (HIGHRES_TRACEBACK=1 shows more)"
 
 
 _WRONG = r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)"
 _A = {"Integer": "an integer", "Float": "a number", "bool": "true or false", "String": "a text"}
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether it, or what it came from, is a disk without room; libraries say so in their own ways."""
+    current: BaseException | None = error
+    for _ in range(10):
+        if current is None:
+            break
+        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "os error 28" in str(current) or "No space left on device" in str(current):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
 def system(error: OSError) -> str:
     """What the system refused, and what helps."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{where}: free some space and give the same command again; finished work stays"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"not writable{where}: choose another folder with output_dir=FOLDER"

@@ -293,15 +293,12 @@ def test_a_torn_line_is_the_end_and_a_strange_one_an_error():
         listen(io.StringIO('{"event": "Don"}\n'), heard.append)
 
 
-def test_a_full_disk_is_said_as_such(tmp_path):
+def test_a_failure_names_the_module_and_the_end_of_its_log(tmp_path):
     log = tmp_path / "denoise.log"
     log.write_text("a\nb\n")
-    last = Error("OSError: [Errno 28] No space left", False, 28)
-    text = failure("denoise", 1, last, log, "unet.mid")
-    assert text.startswith("denoise: the disk is full")
-    assert "free some space" in text
-    assert "(last module: unet.mid)" in text
-    assert text.endswith("| b")
+    text = failure("denoise", 1, Error("KeyError: 'x'", False), log, "unet.mid")
+    assert text.startswith("denoise: KeyError: 'x' (last module: unet.mid)") and text.endswith("| b")
+    assert failure("denoise", 1, Error("seed: got -1", True), log, "unet.mid") == "denoise: seed: got -1"
     assert "choose another folder" in explain(PermissionError(13, "Permission denied", "/x"))
     assert "free some space" in explain(OSError(28, "No space left on device", "/x"))
 

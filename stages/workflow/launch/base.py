@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +78,6 @@ def failure(stage: str, code: int, last: Done | Error | None, log: Path, module:
         if last.expected:
             return f"{stage}: {last.message}"
         cause = last.message
-        if last.errno == errno.ENOSPC:
-            cause = f"the disk is full ({cause}): free some space; finished work stays"
     elif code < 0:
         cause = f"ended by signal {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
