@@ -70,6 +70,9 @@ def _importing(error: BaseException) -> bool:
     return error.__cause__ is not None and _importing(error.__cause__)  # lazy imports wrap what went wrong
 
 
+_lightly: set[str] = set()  # libraries that were imported here first
+
+
 @contextmanager
 def light_imports(*needed: str) -> Iterator[None]:
     """Import classes of diffusers, or of ``needed`` (transformers), inside; what is loaded already stays as it is.
@@ -91,7 +94,9 @@ def light_imports(*needed: str) -> Iterator[None]:
         compiler = _CompilerStandIn("torch._dynamo")
         stand_ins = {compiler.__name__: compiler, wrapped.__name__: wrapped}
         torch._dynamo = compiler  # type: ignore[attr-defined]
-    hidden = [name for name in _OPTIONAL if name not in needed and name not in sys.modules]
+    # of a diffusers that was imported whole, what is still to come asks for what it saw then
+    whole = "diffusers" in sys.modules and "diffusers" not in _lightly
+    hidden = [] if whole else [name for name in _OPTIONAL if name not in needed and name not in sys.modules]
     sys.modules |= {**stand_ins, **dict.fromkeys(hidden)}  # type: ignore[arg-type]
     try:
         with patch.object(torch.distributed, "is_available", lambda: False):
@@ -103,6 +108,8 @@ def light_imports(*needed: str) -> Iterator[None]:
             raise
         raise LightImportError(f"{type(error).__name__}: {error}. {_HINT}") from error
     finally:
+        if "diffusers" in sys.modules and not whole:
+            _lightly.add("diffusers")
         for name in (*hidden, *stand_ins):
             del sys.modules[name]
         if stand_ins:
