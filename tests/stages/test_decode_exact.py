@@ -117,11 +117,11 @@ def test_killed_in_a_layer_and_between_tiles(context, checkpoint, monkeypatch):
 
     written, write = [], decode.write_tensors
 
-    def fail_third(path, tensors):
+    def fail_third(path, tensors, **options):
         if len(written) == 2:
             raise Killed
         written.append(path)
-        write(path, tensors)
+        write(path, tensors, **options)
 
     monkeypatch.setattr(decode, "write_tensors", fail_third)
     with pytest.raises(Killed):
