@@ -26,6 +26,8 @@ def machine(config: DictConfig) -> dict[str, Any]:
         "flags": [flag for flag in _FLAGS if flag in flags],
         "threads": config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or _processors(),
         "libraries": {name: _version(name) for name in LIBRARIES},
+        # as ``memory.imports`` reads it, which the runner does not import: what libraries take hangs on it
+        "light_imports": os.environ.get("HIGHRES_LIGHT_IMPORTS", "1") != "0",
     }
     if on_gpu(config):
         found["gpu"] = gpus()

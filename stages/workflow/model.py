@@ -46,7 +46,7 @@ def check_path(config: DictConfig) -> None:
 
 
 def recognise(config: DictConfig, said: Collection[str]) -> None:
-    """Find the family of ``model.path``; with ``model=auto`` also give it the defaults of its model.
+    """Find the family of ``model.path``, whatever ``model=NAME`` gave; with ``model=auto`` also its model's defaults.
 
     Args:
         said: the keys of the command line, which are left as they are.
@@ -65,6 +65,8 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
         hint = f"Its components are: {got}."
         raise ConfigError("model.path", config.model.path, f"a checkpoint of one of these families: {there}", hint)
     if config.model.name != AUTO:
+        if classes and "model.family" not in said:
+            config.model.family = family
         return
     option, native = _option(str(config.model.path), FACTS[family].models), _native(folder, config)
     defaults = {key: value for key, value in _read(option).items() if key not in _NOT_DEFAULTS}

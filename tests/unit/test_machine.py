@@ -66,3 +66,10 @@ def test_libraries_are_asked_without_importing_them(make_config) -> None:
     assert all(found["libraries"].values()) and set(found["libraries"]) == {"torch", "diffusers", "transformers"}
     assert found["cpu"] and found["threads"] >= 1
     assert config.cpu_field("no such field") == ""
+
+
+def test_libraries_imported_whole_take_more(look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HIGHRES_LIGHT_IMPORTS", raising=False)
+    before = look()
+    monkeypatch.setenv("HIGHRES_LIGHT_IMPORTS", "0")
+    assert look().fingerprint != before.fingerprint

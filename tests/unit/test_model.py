@@ -14,6 +14,7 @@ from stages.workflow.validate import complete
 
 SD = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 SDXL = {**SD, "text_encoder_2": "CLIPTextModelWithProjection"}
+HUNYUAN = {"transformer": "HunyuanDiT2DModel", "text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"}
 FLUX = {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
 
 
@@ -65,13 +66,19 @@ def test_the_model_that_ships_is_recognised_by_its_folder(make_config) -> None:
     assert {key: config.model[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("classes", [SDXL, FLUX], ids=["SDXL", "FLUX"])
+@pytest.mark.parametrize("model", ["auto", "sd15"])
+def test_the_checkpoint_says_its_family_whatever_the_defaults(make_config, tmp_path: Path, model: str) -> None:
+    folder = made(tmp_path / "m", SDXL)
+    said = make_config({"model.path": str(folder), "model.name": model, "model.family": "sd"}, derive=False)
+    assert complete(said).config.model.family == "sdxl"
+
+
+@pytest.mark.parametrize("classes", [HUNYUAN, FLUX], ids=["HUNYUAN", "FLUX"])
 @pytest.mark.parametrize("model", ["auto", "sd15"])
 def test_a_family_that_is_not_there_is_refused_before_work(make_config, tmp_path: Path, classes, model: str) -> None:
     folder = made(tmp_path / "m", classes)
-    with pytest.raises(
-        ConfigError, match=r"a checkpoint of one of these families: sd \(sd15, sd21, embedded\)"
-    ) as caught:
+    known = r"a checkpoint of one of these families: sd \(sd15, sd21, embedded\), sdxl \("
+    with pytest.raises(ConfigError, match=known) as caught:
         complete(make_config({"model.path": str(folder), "model.name": model, "model.family": "sd"}, derive=False))
     assert f"text_encoder_2 {classes['text_encoder_2']}" in str(caught.value)
 
