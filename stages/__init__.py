@@ -41,7 +41,7 @@ def _denoise_needs(config: DictConfig) -> tuple[str, ...]:
     return ("text_encode",) if config.guide.mode == "none" else ("text_encode", "guide")
 
 
-_LATENTS = ("model.vae_scale_factor", "model.latent_channels")
+_LATENTS = ("model.vae_scale_factor", "model.latent_channels", "model.patch")
 _SCHEDULER = ("scheduler.class_name", "scheduler.options", "model.prediction_type")
 
 PIPELINE: tuple[Stage, ...] = (
@@ -123,7 +123,7 @@ def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[
     for stage in pipeline:
         if stage.name == "guide" and config.guide.phases and "denoise" in by_name:
             for long_side in config.guide.phases:
-                size = phase_size(config.width, config.height, long_side, config.model.vae_scale_factor)
+                size = phase_size(config.width, config.height, long_side, multiple(config))
                 guide, denoise = f"guide_{long_side}", f"denoise_{long_side}"
                 needs = previous or stage.needs(config)
                 found.append(stage._replace(name=guide, of="guide", phase=size, needs=lambda _, n=needs: n))
@@ -138,7 +138,12 @@ def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[
     return tuple(found)
 
 
-def phase_size(width: int, height: int, long_side: int, factor: int) -> tuple[int, int]:
-    """(width, height) of a smaller canvas of the same shape, in whole latents."""
+def multiple(config: DictConfig) -> int:
+    """Pixels of which the sides of a canvas are multiples: of a token of the denoiser."""
+    return config.model.vae_scale_factor * config.model.patch
+
+
+def phase_size(width: int, height: int, long_side: int, unit: int) -> tuple[int, int]:
+    """(width, height) of a smaller canvas of the same shape, multiples of ``unit`` pixels."""
     scale = long_side / max(width, height)
-    return max(factor, round(width * scale / factor) * factor), max(factor, round(height * scale / factor) * factor)
+    return max(unit, round(width * scale / unit) * unit), max(unit, round(height * scale / unit) * unit)

@@ -46,6 +46,7 @@ class ModelConfig:
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
     vae_scale_factor: int = 8
     latent_channels: int = 4
+    patch: int = 1  # latents a side that the denoiser joins to a token: sides are multiples of vae_scale_factor * patch
     size_multiple: int = 8  # low-res sides are rounded to this many pixels
     phase_growth: float = 4.0  # how much larger one upscaling phase may make the picture
     guidance_scale: float = 7.5  # default of lowres.guidance_scale
@@ -224,6 +225,7 @@ def resolve(config: DictConfig) -> DictConfig:
     assert isinstance(c, dict)
     native, factor = c["model"]["native_size"], c["model"]["vae_scale_factor"]
     denoise, decode, guide, lowres = c["denoise"], c["decode"], c["guide"], c["lowres"]
+    token = factor * c["model"]["patch"]
     if lowres["width"] is None or lowres["height"] is None:
         size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"], bool(c["regions"]))
         lowres["width"], lowres["height"] = lowres["width"] or size[0], lowres["height"] or size[1]
@@ -243,7 +245,7 @@ def resolve(config: DictConfig) -> DictConfig:
     if denoise["tile_size"] is None:
         denoise["tile_size"] = native
     if denoise["overlap"] is None:
-        denoise["overlap"] = denoise["tile_size"] // 4 // factor * factor
+        denoise["overlap"] = denoise["tile_size"] // 4 // token * token
     # 32 + 2*2 latents of tile and overlap and an 8-latent halo: the decoder sees 52x52 latents
     if decode["tile_size"] is None:
         decode["tile_size"] = 36 * factor
@@ -254,12 +256,6 @@ def resolve(config: DictConfig) -> DictConfig:
     if guide["tile_size"] is None:
         guide["tile_size"] = 32 * factor
     return OmegaConf.merge(config, c)  # type: ignore[return-value]
-
-
-def running_steps(config: DictConfig) -> int:
-    """Steps of ``denoise`` that run: with a guide its ``strength`` of them."""
-    steps = config.denoise.num_inference_steps
-    return steps if config.guide.mode == "none" else int(steps * config.denoise.strength)
 
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*$", re.IGNORECASE)

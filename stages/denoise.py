@@ -30,6 +30,7 @@ def canvas_of(config: DictConfig, plan: Regions) -> Canvas:
         overlap=denoise.overlap // factor,
         blend=denoise.blend,
         guidance_scale=denoise.guidance_scale,
+        step=config.model.patch,
     )
     return Canvas(size, views, plan.rerolls)
 
@@ -37,8 +38,10 @@ def canvas_of(config: DictConfig, plan: Regions) -> Canvas:
 def run(context: StageContext) -> None:
     """Write ``canvas.safetensors`` (``latents [1, C, H/f, W/f]`` float32) and one file per latent tile."""
     config = context.config
-    factor = config.model.vae_scale_factor
-    tiles = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, factor)
+    factor, denoise = config.model.vae_scale_factor, config.denoise
+    tiles = latent_grid(
+        config.width, config.height, denoise.tile_size, denoise.overlap, factor, step=config.model.patch
+    )
     guide: dict[str, Any] = {}
     if config.guide.mode != "none":
         guide |= {

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from stages import phase_size
+from stages import multiple, phase_size
 from stages.context import StageContext
 from stages.families.autoencoder import decode_call, encode_call, exact_look, keys_bytes
 from stages.families.looking import Looking, StageLook
@@ -286,7 +286,7 @@ def _source_size(config: DictConfig) -> Size:
     """Latents of the picture that the last guide enlarges."""
     f, (width, height) = config.model.vae_scale_factor, (config.lowres.width, config.lowres.height)
     if config.guide.phases:
-        width, height = phase_size(config.width, config.height, config.guide.phases[-1], f)
+        width, height = phase_size(config.width, config.height, config.guide.phases[-1], multiple(config))
     return Size(height // f, width // f)
 
 

@@ -22,7 +22,9 @@ def canvas_of(config: DictConfig, plan: Regions) -> Canvas:
     factor = config.model.vae_scale_factor
     size, side = Size(config.lowres.height // factor, config.lowres.width // factor), lowres_side(config, plan)
     overlap, guidance = min(side) // 4, config.lowres.guidance_scale
-    views = region_views(plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance)
+    views = region_views(
+        plan, size, side=side, overlap=overlap, blend="gaussian", guidance_scale=guidance, step=config.model.patch
+    )
     return Canvas(size, views, plan.rerolls)
 
 

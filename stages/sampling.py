@@ -55,7 +55,7 @@ def sample(
     noise, generator = canvas_noise(path, canvas.size, config.model.latent_channels, config.seed, canvas.rerolls)
     views = family.asks(canvas.views, network_config)
     sampler = Sampler(
-        schedule=family.schedule(scheduler),
+        schedule=family.schedule(scheduler, views[0].tile.size, checkpoint),
         mixture=Mixture(views),
         num_inference_steps=num_inference_steps,
         noise=noise,

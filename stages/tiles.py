@@ -80,11 +80,19 @@ class Tile(NamedTuple):
         )
 
 
-def spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+def spread(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
     """(start, end) of the tiles along one axis: all of one length, evenly spread, at least ``overlap`` shared.
 
-    An axis shorter than a tile gets one tile of its own length. ValueError when the tile or the overlap cannot work.
+    An axis shorter than a tile gets one tile of its own length. All edges are multiples of ``step``. ValueError when
+    the tile or the overlap cannot work, or a length that is no multiple of the step.
     """
+    if step > 1:
+        if length % step or (tile < length and tile % step):
+            raise ValueError(f"canvas and tile sides must be multiples of {step}, got {length} and {tile}.")
+        if 0 <= overlap < tile:
+            sides = length // step, -(-tile // step)
+            found = spread(*sides, min(-(-overlap // step), sides[1] - 1))
+            return [(start * step, end * step) for start, end in found]
     if length < 1 or tile < 1:
         raise ValueError(f"canvas and tile sides must be positive, got {length} and {tile}.")
     if not 0 <= overlap < tile:
@@ -96,19 +104,21 @@ def spread(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + tile) for start in starts]
 
 
-def grid(size: Size, tile: Size, overlap: int) -> list[Tile]:
+def grid(size: Size, tile: Size, overlap: int, step: int = 1) -> list[Tile]:
     """Full-size tiles that cover ``size``, row-major; neighbours share at least ``overlap``.
 
     Args:
         size: of the canvas.
         tile: of one tile; a side longer than the canvas is cut to the canvas.
         overlap: what neighbours share at least, in both directions, in the unit of the sizes.
+        step: of which all edges are multiples.
 
     Raises:
-        ValueError: sizes that are not positive, or an overlap that is not smaller than the tile.
+        ValueError: sizes that are not positive or no multiples of the step, or an overlap that is not smaller than the
+            tile.
     """
-    rows = spread(size.height, tile.height, overlap)
-    cols = spread(size.width, tile.width, overlap)
+    rows = spread(size.height, tile.height, overlap, step)
+    cols = spread(size.width, tile.width, overlap, step)
     return [
         Tile(row, col, top, left, bottom, right)
         for row, (top, bottom) in enumerate(rows)
@@ -116,10 +126,10 @@ def grid(size: Size, tile: Size, overlap: int) -> list[Tile]:
     ]
 
 
-def latent_grid(width: int, height: int, tile_size: int, overlap: int, factor: int) -> list[Tile]:
+def latent_grid(width: int, height: int, tile_size: int, overlap: int, factor: int, step: int = 1) -> list[Tile]:
     """The grid in latents of a picture, tile and overlap given in pixels, ``factor`` pixels to a latent.
 
-    Tiles lie on whole latents; ``tile.scaled(factor)`` gives the same grid in pixels.
+    Tiles lie on whole latents, multiples of ``step``; ``tile.scaled(factor)`` gives the same grid in pixels.
 
     Raises:
         ValueError: a number of pixels that is no multiple of ``factor``; never rounded.
@@ -128,7 +138,7 @@ def latent_grid(width: int, height: int, tile_size: int, overlap: int, factor: i
         if value % factor:
             raise ValueError(f"{name}: got {value} pixels, expected a multiple of {factor}.")
     side = tile_size // factor
-    return grid(Size(height // factor, width // factor), Size(side, side), overlap // factor)
+    return grid(Size(height // factor, width // factor), Size(side, side), overlap // factor, step)
 
 
 def needed(tiles: Iterable[Tile], box: Tile) -> list[Tile]:

@@ -40,7 +40,8 @@ def dilated_views(config: DictConfig, regions: Regions) -> tuple[int, Size, list
     denoise, factor = config.denoise, config.model.vae_scale_factor
     size, side = Size(config.height // factor, config.width // factor), denoise.tile_size // factor
     scale = dilation(size, side)
-    small = Size(-(-size.height // scale), -(-size.width // scale))
+    step = config.model.patch
+    small = Size(*(-(-side // (scale * step)) * step for side in size))
     if not denoise.dilated.enabled or scale == 1:
         return 1, size, []
     views = region_views(
@@ -50,6 +51,7 @@ def dilated_views(config: DictConfig, regions: Regions) -> tuple[int, Size, list
         overlap=denoise.overlap // factor,
         blend=denoise.blend,
         guidance_scale=denoise.guidance_scale,
+        step=step,
     )
     return scale, small, laid_out(views, scale, small)
 

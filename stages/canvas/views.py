@@ -54,31 +54,33 @@ def region_mask(region: Region, box: Tile, feather: float, size: Size) -> Mask:
     return Mask(region.weight * density, *(profile(region.mask_type, side) for side in box.size))
 
 
-def _grown(start: int, end: int, tile: int, length: int) -> tuple[int, int]:
-    """The span, or a tile's length around it where it is shorter, inside the canvas."""
+def _grown(start: int, end: int, tile: int, length: int, step: int) -> tuple[int, int]:
+    """The span, or a tile's length around it where it is shorter, inside the canvas, on multiples of ``step``."""
+    start, end = start // step * step, -(-end // step) * step
     if end - start >= tile:
         return start, end
-    start = min(max(0, (start + end - tile) // 2), length - tile)
+    start = min(max(0, (start + end - tile) // 2 // step * step), length - tile)
     return start, start + tile
 
 
-def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str) -> Iterator[tuple[Tile, Weight]]:
+def _crops(box: Tile, size: Size, side: Size, overlap: int, blend: str, step: int) -> Iterator[tuple[Tile, Weight]]:
     """Full-size tiles over a box, and each one's share of the part of the box that it decides.
 
-    A box smaller than a tile is seen with what surrounds it: the denoiser knows its native size best.
+    A box smaller than a tile is seen with what surrounds it: the denoiser knows its native size best. Crops lie on
+    multiples of ``step``, around the box.
     """
     extent = Size(min(side.height, size.height), min(side.width, size.width))
-    top, bottom = _grown(box.top, box.bottom, extent.height, size.height)
-    left, right = _grown(box.left, box.right, extent.width, size.width)
+    top, bottom = _grown(box.top, box.bottom, extent.height, size.height, step)
+    left, right = _grown(box.left, box.right, extent.width, size.width, step)
     box = Tile(0, 0, top, left, bottom, right)
-    tiles = grid(box.size, extent, min(overlap, min(extent) - 1))  # a canvas may be shorter than the overlap
+    tiles = grid(box.size, extent, min(overlap, min(extent) - 1), step)  # a canvas may be shorter than the overlap
     for tile, weight in zip(tiles, grid_weights(tiles, box.size, blend), strict=True):
         place = Tile(0, 0, tile.top + box.top, tile.left + box.left, tile.bottom + box.top, tile.right + box.left)
         yield place, weight
 
 
 def region_views(
-    plan: Regions, size: Size, *, side: Size, overlap: int, blend: str, guidance_scale: float
+    plan: Regions, size: Size, *, side: Size, overlap: int, blend: str, guidance_scale: float, step: int = 1
 ) -> list[View]:
     """All views of a canvas of ``size`` latents: at every latent their weights add up to 1.
 
@@ -89,12 +91,13 @@ def region_views(
         overlap: of tiles inside one region, in latents.
         blend: weight of tiles inside one region.
         guidance_scale: of the main prompt, and of regions that do not say theirs.
+        step: tiles lie on multiples of it: latents that the denoiser joins to a token.
     """
     if not plan.regions:
-        return grid_views(grid(size, side, overlap), size, blend=blend, guidance_scale=guidance_scale)
+        return grid_views(grid(size, side, overlap, step), size, blend=blend, guidance_scale=guidance_scale)
     shares, views = RegionShares(plan, size), []
     for row, region, box in shares.from_above():
-        for tile, share in _crops(box, size, side, overlap, blend):
+        for tile, share in _crops(box, size, side, overlap, blend, step):
             weight = TileSay(shares, row, tile, share)
             if bool((weight() > 0).any()):
                 rows, cols = (torch.ones(length, dtype=torch.float64) for length in tile.size)

@@ -146,8 +146,8 @@ class Family(ABC):
         device only, never on the budget: the same samples meet the same kernels, and so the picture is the same."""
 
     @abstractmethod
-    def schedule(self, scheduler: Any) -> Schedule:
-        """The diffusers scheduler as the sampler drives it."""
+    def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:
+        """The diffusers scheduler as the sampler drives it, for tiles of so many latents."""
 
     def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
         """Why those of a checkpoint cannot be used: a trait of a config that is not understood here."""

@@ -20,7 +20,7 @@ class Facts:
     ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt.
     ``overflows``: components that do in fp16, and compute in bf16 instead.
     ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this family gets first. ``module``:
-    its file in ``stages/families``.
+    its file in ``stages/families``. ``flow``: it matches flows (:mod:`stages.families.flow`).
     """
 
     module: str
@@ -33,6 +33,7 @@ class Facts:
     vae_scale_factor: int
     patch: int = 1
     guidance: Literal["cfg", "embedded", "none"]
+    flow: bool = False
     embeds: tuple[str, ...]
     overflows: tuple[str, ...] = ()
 
@@ -105,6 +106,22 @@ def known_classes(component: str) -> tuple[str, ...]:
     """Stock classes that some family opens as ``component``: no other is made, whatever a checkpoint's files name."""
     found = [facts.vae if component == "vae" else facts.classes.get(component) for facts in FACTS.values()]
     return tuple(dict.fromkeys(name for name in found if name))
+
+
+def steps_by_strength(flow: bool, num_inference_steps: int, strength: float) -> int:
+    """Steps that run of a guided canvas, as diffusers' img2img pipelines count: those of flows round up."""
+    strength = min(strength, 1.0)
+    if flow:
+        return num_inference_steps - int(max(num_inference_steps - num_inference_steps * strength, 0))
+    return int(num_inference_steps * strength)
+
+
+def running_steps(config: DictConfig) -> int:
+    """Steps of ``denoise`` that run: with a guide its ``strength`` of them."""
+    steps = config.denoise.num_inference_steps
+    if config.guide.mode == "none":
+        return steps
+    return steps_by_strength(facts_of(config).flow, steps, config.denoise.strength)
 
 
 def family_of_classes(classes: Mapping[str, str]) -> str | None:

@@ -9,11 +9,12 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from stages.families.facts import steps_by_strength
 from stages.memory.imports import light_imports
 from stages.models.checkpoint import Checkpoint
 
@@ -23,6 +24,8 @@ class Schedule:
 
     ``scheduler``: fresh; what it keeps between steps are its attributes (:mod:`stages.canvas.band_state`).
     """
+
+    flow: ClassVar[bool] = False
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -51,7 +54,7 @@ class Schedule:
         self._set(num_inference_steps)
         if strength is None:
             return self.scheduler.timesteps
-        running = min(int(num_inference_steps * strength), num_inference_steps)
+        running = steps_by_strength(self.flow, num_inference_steps, strength)
         if running < 1:
             raise ValueError(
                 f"denoise.strength: {strength} of {num_inference_steps} steps is less than one step; "
@@ -76,6 +79,11 @@ class Schedule:
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """As the denoiser takes them."""
         return self.scheduler.scale_model_input(latents, timestep)
+
+    def result(self, latents: Tensor, top: int) -> Tensor:
+        """Rows from ``top`` on as they are kept when all is denoised, what pipelines give for ``output_type="latent"``;
+        guides come in the same space."""
+        return latents
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
         """The latents of the next timestep."""

@@ -76,7 +76,7 @@ class StableDiffusion(Family):
     def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
         return micro_batch(network_config, tile, device)
 
-    def schedule(self, scheduler: Any) -> Schedule:
+    def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:
         return Schedule(scheduler)
 
 

@@ -21,6 +21,7 @@ from stages.memory.tensors import TensorRef
 from stages.memory.trim import drop_clean_pages
 from stages.memory.units import Blocks, split_units
 from stages.models.checkpoint import Component
+from stages.models.large import without_large
 from stages.models.locate import CheckpointError
 from stages.plans import ModelPlan
 from stages.techniques.base import Technique
@@ -82,8 +83,9 @@ def build(
         )
     for technique in techniques:
         technique.on_model(network, component.name)
+    tensors = without_large(network, component.tensors, dtype)
     layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
-    return Built(network, layout, component.tensors, blocks)
+    return Built(network, layout, tensors, blocks)
 
 
 @contextmanager

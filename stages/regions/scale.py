@@ -52,13 +52,13 @@ def lowres_side(config: DictConfig, regions: Regions) -> Size:
 
     A region is then seen whole and on its own, so that its subject is composed for its box.
     """
-    native = config.model.native_size // config.model.vae_scale_factor
+    native, step = config.model.native_size // config.model.vae_scale_factor, config.model.patch
     if not regions.regions:
         return Size(2 * native, 2 * native)
     sides = (
         max(sides) // regions.factor for sides in zip(*(region.box.size for region in regions.regions), strict=True)
     )
-    return Size(*(min(max(side, native), 2 * native) for side in sides))
+    return Size(*(min(max(-(-side // step) * step, native), 2 * native) for side in sides))
 
 
 def parameter(regions: Regions, key: str, stage: str) -> Any:

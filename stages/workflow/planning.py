@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from stages import PROFILE, Stage
-from stages.config import on_gpu, running_steps
+from stages.config import on_gpu
+from stages.families.facts import running_steps
 from stages.files import read_json, write_json
 from stages.job import Job
 from stages.memory.disk import refusal, room

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
+from stages import multiple
 from stages.config import (
     BLENDS,
     DECODE_MODES,
@@ -23,6 +24,7 @@ from stages.config import (
     resolve,
 )
 from stages.documents import escape_all
+from stages.families.facts import facts_of
 from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
@@ -115,7 +117,7 @@ def _apply_regions(config: DictConfig, said: set[str]) -> None:
 
 def _check_sizes_known(config: DictConfig) -> None:
     """What ``resolve`` computes with has to be sound before it computes."""
-    for key in ("width", "height", "model.native_size", "model.vae_scale_factor", "model.size_multiple"):
+    for key in ("width", "height", "model.native_size", "model.vae_scale_factor", "model.patch", "model.size_multiple"):
         _at_least(config, key, 1)
     for key in ("denoise.tile_size", "decode.tile_size"):
         if OmegaConf.select(config, key) is not None:
@@ -137,12 +139,12 @@ def _one_of(config: DictConfig, key: str, allowed: Iterable[str]) -> None:
 
 def _check_phases(config: DictConfig) -> None:
     sides, longest = config.guide.phases, max(config.width, config.height)
-    expected = f"a list of growing numbers of pixels, multiples of {config.model.vae_scale_factor}, under {longest}"
+    expected = f"a list of growing numbers of pixels, multiples of {multiple(config)}, under {longest}"
     plain = OmegaConf.to_container(sides) if OmegaConf.is_config(sides) else sides
     if not isinstance(plain, list) or not all(isinstance(side, int) for side in plain):
         raise ConfigError("guide.phases", plain, expected)
     grows = all(a < b for a, b in zip(plain, [*plain[1:], longest], strict=True)) if plain else True
-    if not grows or any(side < 1 or side % config.model.vae_scale_factor for side in plain):
+    if not grows or any(side < 1 or side % multiple(config) for side in plain):
         raise ConfigError("guide.phases", plain, expected)
 
 
@@ -170,22 +172,25 @@ def validate(config: DictConfig) -> None:
     device, _, index = str(config.device).partition(":")
     if device not in ("cpu", "cuda") or not (index or "0").isdigit():
         raise ConfigError("device", config.device, "cpu or cuda", close_match(device, ["cpu", "cuda"]))
+    _family(config)
     _scheduler(config)
     _memory(config)
     _files(config)
 
 
 def _geometry(config: DictConfig) -> None:
-    factor = config.model.vae_scale_factor
-    for key in ("width", "height", "lowres.width", "lowres.height"):
-        size = _at_least(config, key, factor)
+    factor, token = config.model.vae_scale_factor, multiple(config)
+    for key in ("width", "height", "lowres.width", "lowres.height", "model.native_size"):
+        size = _at_least(config, key, token)
         if size > LARGEST:
             raise ConfigError(key, size, f"at most {LARGEST} pixels")
-        if size % factor:
-            below = size // factor * factor
-            raise ConfigError(key, size, f"a multiple of {factor}", f"The nearest are {below} and {below + factor}.")
+        if size % token:
+            below = size // token * token
+            raise ConfigError(key, size, f"a multiple of {token}", f"The nearest are {below} and {below + token}.")
     for key in ("denoise.tile_size", "denoise.overlap", "decode.tile_size", "decode.overlap", "decode.halo"):
         size = _at_least(config, key, factor if key.endswith("tile_size") else 0)
+        if key.startswith("denoise") and size % token:
+            raise ConfigError(key, size, f"a multiple of {token} pixels, a token of the denoiser")
         if size % factor:
             raise ConfigError(key, size, f"a multiple of {factor} pixels, the VAE's factor")
     for node in ("denoise", "decode"):
@@ -225,8 +230,19 @@ def _numbers(config: DictConfig) -> None:
         raise ConfigError("launch.sample_seconds", config.launch.sample_seconds, "0.001 to 10 seconds")
 
 
+def _family(config: DictConfig) -> None:
+    facts = facts_of(config)
+    for key in ("latent_channels", "vae_scale_factor", "patch"):
+        if config.model[key] != getattr(facts, key):
+            expected = f"{getattr(facts, key)}, as the family {config.model.family} has it"
+            raise ConfigError(f"model.{key}", config.model[key], expected)
+
+
 def _scheduler(config: DictConfig) -> None:
     name = config.scheduler.class_name
+    if name is not None and facts_of(config).flow and not name.startswith("FlowMatch"):
+        hint = "Use scheduler=checkpoint."
+        raise ConfigError("scheduler.class_name", name, "a scheduler for flow matching, FlowMatch...", hint)
     if name is not None and not (name.isidentifier() and name.endswith("Scheduler")):
         options = ", ".join(sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml")))
         raise ConfigError("scheduler.class_name", name, "a scheduler class of diffusers", f"Or scheduler={options}")

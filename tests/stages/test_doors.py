@@ -26,7 +26,7 @@ from stages.families.facts import Facts, family_of_classes
 from stages.families.schedules import Schedule
 from stages.memory.tensors import read_tensors
 from stages.memory.units import Blocks
-from stages.models.checkpoint import CheckpointError
+from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.base import Technique
 from stages.tiles import Size
@@ -86,7 +86,7 @@ class Toy(Family):
     def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
         return 2
 
-    def schedule(self, scheduler: Any) -> Schedule:
+    def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:
         return Schedule(scheduler)
 
 

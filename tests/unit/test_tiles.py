@@ -83,3 +83,16 @@ def test_pixels_between_latents_are_refused(bad):
 def test_axes_that_cannot_work_are_refused(bad):
     with pytest.raises(ValueError, match="got"):
         spread(*bad)
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap", "step"), [(96, 64, 16, 2), (250, 64, 15, 2), (40, 64, 16, 4)])
+def test_edges_on_a_step(length: int, tile: int, overlap: int, step: int) -> None:
+    found = spread(length, tile, overlap, step)
+    assert all(start % step == end % step == 0 for start, end in found)
+    assert found[0][0] == 0 and found[-1][1] == length
+    assert all(a[1] - b[0] >= overlap for a, b in itertools.pairwise(found))
+
+
+def test_sides_that_are_no_multiple_of_the_step() -> None:
+    with pytest.raises(ValueError, match="multiples of 2, got 95 and 64"):
+        spread(95, 64, 16, 2)
