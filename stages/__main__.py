@@ -22,7 +22,7 @@ from stages.config import ROOT, ConfigError, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.documents import load
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
-from stages.files import read_json
+from stages.files import read_object
 from stages.job import Job
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
@@ -159,7 +159,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
         run_dir=run_dir,
         output=state.entry.path,
         inputs={states[name].stage.module: states[name].entry.path for name in state.needs},
-        plan=stage_plans(read_json(run_dir / "plan.json")).get(stage, StagePlan()),
+        plan=stage_plans(read_object(run_dir / "plan.json")).get(stage, StagePlan()),
         progress=progress,
         layout=job.regions_of(state.stage) if "regions" in state.stage.parameters else None,
     )

@@ -23,7 +23,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         FileNotFoundError: nothing was written under the temporary name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    if path.is_dir():
+        set_aside(path)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
     try:
         yield temporary
@@ -32,6 +34,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder; a file that stands in its place, or in that of a folder above it, is set aside."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        set_aside(next(one for one in (path, *path.parents) if os.path.lexists(one) and not one.is_dir()))
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what stands in the way (``image.kept-1.png``): it may be somebody's. Returns the new name."""
+    names = (path.with_name(f"{path.stem}.kept-{number}{path.suffix}") for number in count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    os.replace(path, kept)
+    return kept
 
 
 def _sync(path: Path) -> None:
@@ -58,5 +77,11 @@ def read_json(path: Path) -> Any:
     """The JSON in ``path``, or None where there is no file or no valid JSON in it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; {} where there is none, or something else."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}

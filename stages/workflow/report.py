@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.documents import save_text
-from stages.files import read_json, write_json, write_text
+from stages.files import read_object, write_json, write_text
 from stages.job import Job
 from stages.memory.monitor import Sample, own_peak_rss
 from stages.plans import StagePlan
@@ -110,7 +110,7 @@ def render(
 
 def _seams(run_dir: Path) -> list[dict[str, Any]]:
     """What ``stitch`` measured at the borders of the tiles: a grid's name, ratios, most visible borders, map."""
-    found = read_json(run_dir / "stitch" / "seams.json") or {}
+    found = read_object(run_dir / "stitch" / "seams.json")
     return [
         {**one, "name": name, "borders": one["borders"][:_BORDERS], "map": f"stitch/seams_{name}.png"}
         for name, one in found.items()

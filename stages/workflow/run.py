@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from stages.config import ConfigError
 from stages.documents import save_text
 from stages.events import Event
-from stages.files import atomic_path, read_json, write_json, write_text
+from stages.files import atomic_path, make_folder, read_object, set_aside, write_json, write_text
 from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
@@ -81,9 +81,9 @@ def _execute(
     store, declared = Store(output_dir / ".store"), importlib.import_module(pipeline).PIPELINE
     job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
     config, run_dir = job.config, output_dir / str(job.run)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     with _folder_lock(run_dir, shown):
-        states = build(job, store, pipeline=declared, previous=read_json(run_dir / PAYLOADS))
+        states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config.prompt)
         link_results(run_dir, states)
@@ -115,7 +115,7 @@ def _predict(
     opens = any(state.stage.opens_model and state.status in ("run", "resume") for state in states)
     asked = job.config.stage == "plan"
     if pipeline != "stages" or not (opens or asked):
-        return stage_plans(read_json(run_dir / "plan.json"))
+        return stage_plans(read_object(run_dir / "plan.json"))
     try:
         return planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
     except (KeyboardInterrupt, launch.StageFailed) as error:
@@ -135,7 +135,7 @@ def _run_stages(
     shown: Silent,
 ) -> dict[str, Any]:
     results: list[launch.StageResult] = []
-    payloads = read_json(run_dir / PAYLOADS) or {}
+    payloads = read_object(run_dir / PAYLOADS)
     error = ""
     try:
         for state in states:
@@ -224,6 +224,8 @@ def _link(link: Path, target: str | None) -> None:
     if link.is_symlink() and (target is None or os.readlink(link) != target):
         link.unlink()
     if target is not None and not link.is_symlink():
+        if os.path.lexists(link):  # somebody's own
+            set_aside(link)
         link.symlink_to(target)
 
 

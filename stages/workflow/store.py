@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.files import TEMPORARY, read_json, write_json
+from stages.files import TEMPORARY, make_folder, read_json, read_object, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -61,12 +62,14 @@ class Entry:
             return Check(None, f"{self.stage}/{MANIFEST} is not readable" if torn else "no result yet")
         if not isinstance(manifest, dict) or manifest.get("fingerprint") != self.fingerprint:
             return Check(None, f"{self.stage}/{MANIFEST} belongs to another result")
-        intact, reason = set(), ""
-        for name, file in manifest.get("files", {}).items():
+        intact, reason, files = set(), "", manifest.get("files")
+        if not isinstance(files, dict) or not files or not all(isinstance(file, dict) for file in files.values()):
+            return Check(None, f"{self.stage}/{MANIFEST} names no files")
+        for name, file in files.items():
             path = self.path / name
             if not path.is_file():
                 reason = reason or f"{self.stage}/{name} is missing on disk"
-            elif path.stat().st_size != file["bytes"] or digest(path) != file["sha256"]:
+            elif path.stat().st_size != file.get("bytes") or digest(path) != file.get("sha256"):
                 reason = reason or f"{self.stage}/{name} changed on disk"
             else:
                 intact.add(name)
@@ -90,7 +93,7 @@ class Entry:
         """The lock that a process holds while it computes this result; it falls with the process."""
         from filelock import FileLock
 
-        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._lock_path.parent)
         return FileLock(self._lock_path, thread_local=False)
 
     def prepare(self, *, force: bool = False) -> None:
@@ -98,22 +101,24 @@ class Entry:
 
         Files that a manifest names with another digest go, as do temporary files of killed processes.
         """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            self.path.unlink()
         if force and self.path.exists():
             shutil.rmtree(self.path)
         elif (self.path / MANIFEST).exists():
             intact = self._check().intact
-            (self.path / MANIFEST).unlink()
+            _remove(self.path / MANIFEST)
             for path in list(self.path.rglob("*")):
                 if path.is_file() and path.relative_to(self.path).as_posix() not in intact:
                     path.unlink()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         for path in list(self.path.rglob(f"{TEMPORARY}*")):
-            path.unlink()
+            _remove(path)
 
     def commit(self, info: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Declare the result done: checkpoints go, every other file's digest enters the manifest, written last."""
         for path in list(self.path.rglob(f"{CHECKPOINT}*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove(path)
         files = {
             path.relative_to(self.path).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
             for path in sorted(self.path.rglob("*"))
@@ -131,11 +136,15 @@ class Entry:
 
     def stats(self) -> dict[str, Any]:
         """Seconds and peaks measured when the result was computed; {} if nobody measured."""
-        return read_json(self._stats_path) or {}
+        return read_object(self._stats_path)
 
     def write_stats(self, stats: Mapping[str, Any]) -> None:
         """Remember what the computation took; it is not part of the result."""
         write_json(self._stats_path, dict(stats))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 class Store:

@@ -58,18 +58,17 @@ class StageProcess(Protocol):
 def reused(state: StageState) -> StageResult:
     """The result of a stage that did not have to run: no time now, the peak that was measured when it ran."""
     stats = state.entry.stats()
-    return StageResult(
-        name=state.name,
-        status="reused",
-        reason=state.reason,
-        seconds=0.0,
-        peak_rss_bytes=stats.get("peak_rss_bytes", 0),
-        peak_vram_bytes=stats.get("peak_vram_bytes", 0),
-        fingerprint=state.fingerprint,
-        peak_module=stats.get("peak_module", ""),
-        heaviest=tuple((name, size) for name, size in stats.get("heaviest", [])),
-        timeline=tuple(Sample(*sample) for sample in stats.get("timeline", [])),
-    )
+    result = StageResult(state.name, "reused", state.reason, 0.0, 0, 0, state.fingerprint)
+    try:
+        return result._replace(
+            peak_rss_bytes=int(stats.get("peak_rss_bytes", 0)),
+            peak_vram_bytes=int(stats.get("peak_vram_bytes", 0)),
+            peak_module=str(stats.get("peak_module", "")),
+            heaviest=tuple((str(name), int(size)) for name, size in stats.get("heaviest", [])),
+            timeline=tuple(Sample(*sample) for sample in stats.get("timeline", [])),
+        )
+    except (TypeError, ValueError):  # not as we wrote it: they are figures only
+        return result
 
 
 def failure(stage: str, code: int, last: Done | Error | None, log: Path, module: str) -> str:

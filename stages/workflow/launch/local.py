@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from stages.config import ROOT, on_gpu
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.events import Done, Error, Event, Resumed, from_line
+from stages.files import make_folder, set_aside
 from stages.job import Job
 from stages.memory.monitor import Monitor, usage
 from stages.workflow import device, enforce
@@ -157,7 +158,9 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
         OSError: the process could not be started.
     """
     log = run_dir / "logs" / f"{state.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
+    if log.is_dir():
+        set_aside(log)
     process = LocalProcess(state, job, log)
     command = [sys.executable, "-m", "stages", state.name, str(run_dir), "--pipeline", pipeline]
     try:
