@@ -11,6 +11,7 @@ from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, View
 from stages.canvas.noise import Reroll, canvas_noise
 from stages.canvas.sampler import Sampler
+from stages.config import ConfigError
 from stages.context import StageContext
 from stages.families import family_of
 from stages.families.looking import Looking, StageLook
@@ -101,6 +102,11 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     network_config, size = looking.network_config(name), canvas.size
     views, more = family.asks(canvas.views, network_config), family.asks(more, network_config)
     tile = views[0].tile.size
+    if (most := family.largest_tile(network_config)) and max(max(view.tile.size) for view in (*views, *more)) > most:
+        key, factor = "denoise.tile_size" if stage == "denoise" else "lowres.width", config.model.vae_scale_factor
+        raise ConfigError(
+            key, max(tile) * factor, f"tiles of at most {most * factor} pixels, as the model has positions"
+        )
     batch, dtype = family.micro_batch(network_config, tile, config.device), dtype_of(config, name)
 
     def call(network: Any, samples: int) -> Any:

@@ -41,9 +41,7 @@ def look(looking: Looking) -> StageLook:
     """Each text encoder, a prompt and its negative at a time, whatever the number of regions."""
     family, count = looking.family, len(looking.regions.texts)
     models = []
-    for component in family.facts.components["text_encode"]:
-        if "encoder" not in component:
-            continue
+    for component in family.encoders(looking.checkpoint):
         call, samples = family.text_call(component, looking.network_config(component))
         weights, found = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
         profile = ModelProfile(

@@ -119,6 +119,14 @@ class Family(ABC):
     def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
         """(``call(network)`` on meta, samples of one): what ``encode`` does with a text encoder, for the look."""
 
+    def encoders(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The text encoders that are opened, one after the other."""
+        return tuple(name for name in self.facts.components["text_encode"] if "encoder" in name)
+
+    def largest_tile(self, network_config: Mapping[str, Any]) -> int | None:
+        """Latents a side that the denoiser has positions for; None: any."""
+        return None
+
     @abstractmethod
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         """Its denoiser; ``options`` are those of ``Denoiser``."""

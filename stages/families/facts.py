@@ -53,6 +53,8 @@ def _components(text: tuple[str, ...], denoiser: str) -> dict[str, tuple[str, ..
     }
 
 
+POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
 FACTS: Mapping[str, Facts] = {
     "sd": Facts(
         module="sd",
@@ -78,11 +80,33 @@ FACTS: Mapping[str, Facts] = {
         latent_channels=4,
         vae_scale_factor=8,
         guidance="cfg",
-        embeds=(
-            *("prompt_embeds", "negative_prompt_embeds"),
-            *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
-        ),
+        embeds=POOLED,
         overflows=("vae",),
+    ),
+    "sd3": Facts(
+        module="sd3",
+        models=("sd3",),
+        classes={
+            "transformer": "SD3Transformer2DModel",
+            "text_encoder": "CLIPTextModelWithProjection",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+            "text_encoder_3": "T5EncoderModel",
+        },
+        components=_components(
+            (
+                *("tokenizer", "tokenizer_2", "tokenizer_3"),
+                *("text_encoder", "text_encoder_2", "text_encoder_3"),
+            ),
+            "transformer",
+        ),
+        denoiser="transformer",
+        latent_channels=16,
+        vae_scale_factor=8,
+        patch=2,
+        guidance="cfg",
+        flow=True,
+        embeds=POOLED,
+        overflows=("text_encoder_3",),
     ),
 }
 

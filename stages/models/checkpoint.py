@@ -19,6 +19,7 @@ from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.copies import skip_copies
 from stages.models.locate import CheckpointError, choose_weights, class_in_index, fetch, names_in, refuse_pickle
+from stages.models.positions import CROPPED, keep_in_file
 from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ class Component:
                 "of a stock size, give a diffusers folder with its configs (weights are not needed): model.config=DIR."
             )
         for name, buffer in model.named_buffers():  # persistent ones (few and small) come from the file
-            if name in self.tensors:
+            if name in self.tensors and not buffer.is_meta:
                 buffer.copy_(read_tensor(self.tensors[name]))
+        if self.class_name in CROPPED:
+            keep_in_file(model, self.tensors)
         return skip_copies(model.eval().requires_grad_(False))
 
 
@@ -134,6 +137,10 @@ class Checkpoint:
         """The config of component ``name``, without what says how it is run."""
         found = _json(self.folder / name / "config.json")
         return plain(found) if "encoder" in name else found
+
+    def has_config(self, name: str) -> bool:
+        """Whether there is a component ``name``."""
+        return (self.folder / name / "config.json").is_file()
 
     def component(self, name: str) -> Component:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
@@ -255,7 +262,7 @@ def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
     if model_class is None:
         raise CheckpointError(f"{library} has no class {class_name}, which the checkpoint's config names.")
     if library == "diffusers":
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=class_name in CROPPED):
             return model_class.from_config(config)
     from transformers.initialization import no_init_weights
 
@@ -288,6 +295,11 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
             continue
         others = (name, name.removeprefix(prefix), prefix + name)
         renamed[next((other for other in others if other in names), name)] = ref
+    tied = getattr(model, "_tied_weights_keys", None)
+    for pair in tied.items() if isinstance(tied, dict) else ():
+        for name, other in (pair, pair[::-1]):
+            if name in names and name not in renamed and other in renamed:
+                renamed[name] = renamed[other]
     fix = getattr(model, "_fix_state_dict_keys_on_load", None)
     if fix is not None:  # moves keys only, so it works on references as on tensors
         fix(renamed)

@@ -1,0 +1,69 @@
+"""Position tables that stay in their file: Stable Diffusion 3.5's has a row for each place of a picture of 6144x6144
+pixels, 906 MB, and a pass takes the middle of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.memory.raw import pread_into
+from stages.memory.tensors import TensorRef
+
+CROPPED = frozenset({"SD3Transformer2DModel"})  # stock classes that have one: no buffer of theirs is made
+
+
+class CroppedPositions:
+    """``PatchEmbed.cropped_pos_embed`` with the table in its file; a crop is read once for each size.
+
+    Args:
+        ref: ``[1, side * side, D]``.
+        patch: latents a side of a place.
+    """
+
+    def __init__(self, ref: TensorRef, side: int, patch: int) -> None:
+        self._ref, self._side, self._patch = ref, side, patch
+        self._like, self._known = torch.empty(0), {}
+
+    def before(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Take note of where and in which dtype the crop is needed."""
+        self._like = inputs[0][:0]
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        """``[1, h * w, D]``, the middle of the table, for ``height`` x ``width`` latents."""
+        h, w, like = height // self._patch, width // self._patch, self._like
+        if max(h, w) > self._side:
+            raise ValueError(f"{h}x{w} places, expected at most {self._side} a side.")
+        if like.is_meta:
+            return torch.empty((1, h * w, self._ref.shape[-1]), dtype=like.dtype, device="meta")
+        key = (h, w, like.dtype, like.device)
+        if key not in self._known:
+            self._known[key] = self._read(h, w).to(like.device, like.dtype)
+        return self._known[key]
+
+    def _read(self, h: int, w: int) -> Tensor:
+        top, left, depth = (self._side - h) // 2, (self._side - w) // 2, self._ref.shape[-1]
+        found = torch.empty((1, h * w, depth), dtype=self._ref.dtype)
+        descriptor = os.open(self._ref.file, os.O_RDONLY)
+        try:
+            for y, row in enumerate(found.view(h, w * depth).view(torch.uint8)):
+                first = (top + y) * self._side + left
+                pread_into(descriptor, self._ref.offset + first * len(row) // w, memoryview(row.numpy()))
+        finally:
+            os.close(descriptor)
+        return found
+
+
+def keep_in_file(model: nn.Module, tensors: Mapping[str, TensorRef]) -> None:
+    """Let ``model``'s position tables, on meta, be read from their file."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PatchEmbed":
+            embed: Any = module
+            ref = tensors[f"{name}.pos_embed"]
+            crops = CroppedPositions(ref, embed.pos_embed_max_size, embed.patch_size)
+            del embed.pos_embed
+            embed.pos_embed, embed.cropped_pos_embed = ref, crops  # what is there is not None: it has positions
+            embed.register_forward_pre_hook(crops.before)
