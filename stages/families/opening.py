@@ -50,6 +50,7 @@ def open_component(
         plan=context.plan.model(name),
         micro_batch=micro_batch,
         mark=context.progress.mark,
+        note=context.progress.note,
         drop=drop,
         device=config.device,
     ) as streamer:

@@ -1,4 +1,6 @@
-"""Where packed weights come from: the checkpoint's own files (converted on the way), or a prepared copy of them."""
+"""Where packed weights come from: the checkpoint's own files (converted on the way), or a prepared copy of them
+(:mod:`stages.memory.prepared`).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def keep_cached() -> bool:
     return os.environ.get("HIGHRES_PAGE_CACHE") != "drop"
 
 
-def _advise(fd: int, offset: int, length: int, advice: str) -> None:
+def advise(fd: int, offset: int, length: int, advice: str) -> None:
     """Tell the kernel about the page cache, where it listens (Linux)."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, getattr(os, advice))
@@ -74,53 +76,10 @@ class CheckpointSource:
                 part = raw.view(ref.dtype).view(count, *ref.shape[1:])
                 (target[row : row + count] if ref.shape else target.view(1)).copy_(part)
                 if not self._keep_cached:
-                    _advise(fd, offset, len(raw), "POSIX_FADV_DONTNEED")
+                    advise(fd, offset, len(raw), "POSIX_FADV_DONTNEED")
 
     def close(self) -> None:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
         self._staging = torch.empty(0, dtype=torch.uint8)
-
-
-class PreparedSource:
-    """Reads a prepared copy: exactly the layout's bytes, so that a unit is one read with nothing to convert."""
-
-    divisible = True  # any bytes can be read, whatever slots they belong to
-
-    def __init__(self, path: Path, layout: Layout, *, keep_cached: bool = True) -> None:
-        size = path.stat().st_size
-        if size != layout.nbytes:
-            raise ValueError(f"{path}: {size} bytes, expected {layout.nbytes}. Delete it; it is made again.")
-        self._fd, self._keep_cached = os.open(path, os.O_RDONLY), keep_cached
-
-    def read(self, slots: Sequence[Slot], start: int, packed: torch.Tensor) -> None:
-        pread_into(self._fd, start, memoryview(packed.numpy()))
-        if not self._keep_cached:
-            _advise(self._fd, start, len(packed), "POSIX_FADV_DONTNEED")
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-
-
-def write_prepared(file: Path, source: WeightSource, layout: Layout, *, chunk: int = 32 << 20) -> None:
-    """Write the prepared copy of ``source`` to ``file``, holding about ``chunk`` bytes at a time."""
-    slots = list(layout.slots.values())
-    ends = [slot.offset for slot in slots[1:]] + [layout.nbytes]
-    buffer = torch.empty(0, dtype=torch.uint8)
-    with file.open("wb") as out:
-        begin = 0
-        while begin < len(slots):
-            last = begin
-            while last + 1 < len(slots) and ends[last + 1] - slots[begin].offset <= chunk:
-                last += 1
-            size = ends[last] - slots[begin].offset
-            if len(buffer) < size:
-                buffer = torch.empty(size, dtype=torch.uint8)
-            packed = buffer[:size]
-            packed.zero_()
-            source.read(slots[begin : last + 1], slots[begin].offset, packed)
-            out.write(packed.numpy())
-            begin = last + 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +15,8 @@ from torch import nn
 from stages.files import atomic_path
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout
-from stages.memory.source import CheckpointSource, PreparedSource, WeightSource, keep_cached, write_prepared
+from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
+from stages.memory.source import CheckpointSource, WeightSource, keep_cached
 from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.tensors import TensorRef
@@ -98,6 +100,7 @@ def open_model(
     plan: ModelPlan = ModelPlan(),  # noqa: B008 - frozen
     micro_batch: int = 0,
     mark: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
     drop: Sequence[str] = (),
     device: str = "cpu",
 ) -> Iterator[Streamer]:
@@ -116,7 +119,7 @@ def open_model(
     common: dict[str, Any] = {
         "layout": layout,
         "units": units,
-        "source": source(built, techniques, plan.prepared),
+        "source": source(built, techniques, plan.prepared, note),
         "resident": resident,
         "ring_bytes": plan.ring_bytes,
         "micro_batch": micro_batch,
@@ -142,22 +145,29 @@ def limit_device(device: str, nbytes: int | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), torch.device(device).index)
 
 
-def source(built: Built, techniques: Iterable[Technique], file: str | None = None) -> WeightSource:
+def source(
+    built: Built,
+    techniques: Sequence[Technique],
+    file: str | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> WeightSource:
     """Where the packed weights come from: the prepared copy at ``file``, made now if it is not there, or the
-    checkpoint's own files, through what the techniques make of them."""
+    checkpoint's own files, through what the techniques make of them. ``note``: told of a damaged copy."""
     if file is not None:
-        return PreparedSource(prepared(built, techniques, Path(file)), built.layout, keep_cached=keep_cached())
+        copy = prepared(built, techniques, Path(file))
+        again = partial(source, built, techniques)
+        return PreparedSource(copy, built.layout, keep_cached=keep_cached(), again=again, note=note)
     found: WeightSource = CheckpointSource(built.tensors, built.layout)
     for technique in techniques:
         found = technique.on_source(found, built.layout)
     return found
 
 
-def prepared(built: Built, techniques: Iterable[Technique], file: Path) -> Path:
+def prepared(built: Built, techniques: Sequence[Technique], file: Path) -> Path:
     """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
-        if not file.is_file() or file.stat().st_size != built.layout.nbytes:
+        if not file.is_file() or file.stat().st_size != prepared_bytes(built.layout):
             raw = source(built, techniques)
             try:
                 with atomic_path(file) as temporary:

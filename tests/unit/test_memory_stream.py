@@ -19,7 +19,8 @@ from torch import Tensor
 
 from stages.memory.layout import Layout
 from stages.memory.micro import micro_batched
-from stages.memory.source import CheckpointSource, PreparedSource
+from stages.memory.prepared import PreparedSource
+from stages.memory.source import CheckpointSource
 from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import write_tensors
 from stages.memory.units import split_units
@@ -293,6 +294,33 @@ def test_a_prepared_copy_that_is_torn_is_made_again(folder: Path, tmp_path: Path
     with pytest.raises(ValueError, match="Delete it"):
         PreparedSource(file, layout)
     assert prepared(made, (), file).read_bytes() == whole
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("piece", [1 << 20, 4096])
+def test_a_flipped_bit_in_a_prepared_copy_is_seen_and_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: float, piece: int
+) -> None:
+    monkeypatch.setattr("stages.memory.prepared.PIECE", piece)
+    component = Checkpoint.open(str(folder)).component("unet")
+    samples, embeds = seeded(4, 4, 8, 8), seeded(4, 77, 32, seed=1)
+    limit, nbytes = sizes(component, OTHER, "block", "pair")
+    with opened(component, OTHER, {}) as streamer:
+        expected = predict(streamer.model, samples, embeds, 2)
+    file, said = tmp_path / "unet.bin", []
+    plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes, "prepared": str(file)}
+    with opened(component, OTHER, plan, note=said.append):
+        pass
+    whole = bytearray(file.read_bytes())
+    whole[int(place * built(component, OTHER).layout.nbytes)] ^= 0x40
+    file.write_bytes(whole)
+    with opened(component, OTHER, plan, note=said.append) as streamer:
+        for _ in range(2):
+            assert torch.equal(predict(streamer.model, samples, embeds, 2), expected)
+    assert len(said) == 1 and "unet.bin is damaged" in said[0] and not file.exists()
+    with opened(component, OTHER, plan, note=said.append) as streamer:  # made again
+        assert torch.equal(predict(streamer.model, samples, embeds, 2), expected)
+    assert len(said) == 1 and file.exists()
 
 
 def test_a_model_streamed_from_its_prepared_copy(folder: Path, tmp_path: Path) -> None:

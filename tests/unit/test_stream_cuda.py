@@ -19,7 +19,8 @@ from torch import Tensor
 from stages.memory import graphs
 from stages.memory.host import DiskWeights, Reader
 from stages.memory.places import Places
-from stages.memory.source import CheckpointSource, PreparedSource
+from stages.memory.prepared import PreparedSource
+from stages.memory.source import CheckpointSource
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.units import split_units
 from stages.models.checkpoint import Checkpoint, Component
