@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any, NamedTuple
 
 from stages.config import ROOT, Config, ConfigError, close_match
 from stages.documents import escape
-from stages.files import read_json, write_json
+from stages.files import write_json
 from stages.paths import anchored
+from stages.workflow.saved import SAVED, settings
+from stages.workflow.words import meant, sampler
 
 CONF = ROOT / "conf"
-SAVED = "overrides.json"  # of a run: what its command line said, ready for Hydra
 _TEXT = {"prompt", "negative_prompt"}
 _PATHS = {"run", "output_dir", "model.path", "guide.image", "prompt_file"}
 _DTYPE = "technique.dtype."
@@ -96,7 +99,7 @@ def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> 
                 expected = f"one of {', '.join(options[key])}"
                 raise ConfigError(key, plain, expected, close_match(plain, options[key]))
     elif key not in options and key not in known_keys():
-        near = close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
+        near = meant(key) or close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
         raise ConfigError(key, f"{key}={override.value[:40]}", "a known key", near or "See python runner.py --help")
 
 
@@ -147,6 +150,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             raise ConfigError("command line", argument, "key=value", hint)
         if _gone(override):
             continue
+        override = _understood(override, options, multirun)
         if override.key == "regions.grid":
             override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
         if override.key.startswith(_DTYPE):  # technique.dtype is a name; those of components lie beside it
@@ -156,6 +160,19 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         overrides.append(_ready(override, multirun))
     overrides = merge([], overrides)
     return [*flags, *_with_saved_run(overrides)]
+
+
+def _understood(override: Override, options: dict[str, list[str]], multirun: bool) -> Override:
+    """Samplers by their names elsewhere, and a number drawn for each seed of -1."""
+    if override.key not in ("scheduler", "seed"):
+        return override
+    found = []
+    for value in override.value.split(",") if multirun else [override.value]:
+        if override.key == "seed" and value.strip() == "-1":
+            value = str(secrets.randbelow(2**32))
+            print(f"seed=-1 draws {value}", file=sys.stderr, flush=True)
+        found.append(sampler(value, options.get("scheduler", ())) if override.key == "scheduler" else value)
+    return override._replace(value=",".join(found))
 
 
 def _gone(override: Override | None) -> bool:
@@ -203,8 +220,10 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
     name = value_of(overrides, "run")
     if name is not None:
         check_run_name(name)
-        saved = read_json(output_dir / name / SAVED) or []
-        overrides = merge((text for text in saved if not _gone(parse(text))), overrides)
+        saved = settings(output_dir / name, groups())
+        if isinstance(saved, dict):
+            saved = [_said(key, value) for key, value in saved.items() if key not in _TRANSIENT]
+        overrides = merge((text for text in saved if parse(text) and not _gone(parse(text))), overrides)
     check_output_dir(output_dir)
     keys = {override.key for text in overrides if (override := parse(text))}
     if "model.path" in keys and "model" not in keys:  # defaults of another model would be none of this one
@@ -212,6 +231,21 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
     folder = quote(str(output_dir / ".hydra"))
     clutter = [f"{key}={folder}" for key in ("hydra.run.dir", "hydra.sweep.dir") if key not in keys]
     return [*overrides, *clutter]
+
+
+def _said(key: str, value: Any) -> str:
+    """A plain value as an override."""
+    return f"{'++' if key.startswith('scheduler.options.') else ''}{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_literal(below)}" for name, below in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def save(run_dir: Path, overrides: Iterable[str], prompt: str) -> None:

@@ -84,6 +84,7 @@ def _execute(
     make_folder(run_dir)
     with _folder_lock(run_dir, shown):
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
+        before = _kept(run_dir)
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config.prompt)
         link_results(run_dir, states)
@@ -92,7 +93,12 @@ def _execute(
             check_inputs(states, command)
         try:
             if predictions is None:
-                predictions = _predict(states, job, store, run_dir, pipeline, shown)
+                try:
+                    predictions = _predict(states, job, store, run_dir, pipeline, shown)
+                except (ConfigError, planning.DoesNotFit, launch.StageFailed) as error:
+                    if getattr(error, "refused", True):
+                        _restore(run_dir, before)  # values that cannot work are not the run's
+                    raise
             if config.stage == "plan":
                 _show_plan(states, predictions, shown)
                 _draw_regions(job.regions, run_dir, shown)
@@ -106,6 +112,17 @@ def _execute(
             print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
             vars(stop)["said"] = True
             raise
+
+
+def _kept(run_dir: Path) -> dict[Path, str | None]:
+    """The run's settings as they are; None for a file that is not there."""
+    paths = (run_dir / "config.yaml", run_dir / overrides.SAVED)
+    return {path: path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None for path in paths}
+
+
+def _restore(run_dir: Path, before: Mapping[Path, str | None]) -> None:
+    for path, text in before.items():
+        path.unlink(missing_ok=True) if text is None else write_text(path, text)
 
 
 def _predict(
@@ -154,6 +171,8 @@ def _run_stages(
         raise
     except launch.StageFailed as failure:
         error = str(failure)
+        if failure.refused:
+            raise
         raise launch.StageFailed(f"{failure}\nGo on with: {command}") from None
     finally:
         shown.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.files import atomic_path, make_folder, read_json, read_object, set_aside, write_text
+from stages.workflow import run
 from stages.workflow.store import Store
 
 PRINT = "f" * 64
@@ -48,7 +49,6 @@ IN_THE_WAY = [
     "x/image.png",
     "x/tiles",
     "x/logs",
-    "x/report.html",
     ".store/tiles",
     ".store/.locks",
     ".store/.stats",
@@ -99,3 +99,32 @@ def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
     with atomic_path(tmp_path / "f.json") as temporary:
         temporary.write_text("[]")
     assert read_json(tmp_path / "f.json") == [] and read_object(tmp_path / "f.json") == {}
+
+
+@pytest.mark.parametrize("torn", ["", "[", "1", "{}", "[1]", None])
+def test_torn_overrides_do_not_change_the_run(toy, torn: str | None) -> None:
+    options = ["width=512", "height=256", "scheduler=ddim", "seed=3", "reroll=[{box: [0, 0, 8, 8], seed: 1}]"]
+    assert toy("run=x", "prompt=it's, {a} ${b} \\\\", "stage=plan", *options).returncode == 0
+    folder = toy.output_dir / "x"
+    config = (folder / "config.yaml").read_text()
+    (folder / "overrides.json").unlink() if torn is None else (folder / "overrides.json").write_text(torn)
+    done = toy("run=x", "stage=plan")
+    assert done.returncode == 0, done.stderr
+    assert "its values are those of config.yaml" in done.stderr
+    assert (folder / "config.yaml").read_text() == config
+
+
+def test_refused_values_are_not_kept(make_config, monkeypatch, tmp_path: Path) -> None:
+    def refuses(*args, **options):
+        raise run.planning.DoesNotFit("too small")
+
+    monkeypatch.setattr(run.planning, "plan", refuses)
+    folder = tmp_path / "outputs" / "x"
+    for before in (None, "seed: 7\n"):
+        if before:
+            write_text(folder / "config.yaml", before)
+        with pytest.raises(run.Reported):
+            run.execute(make_config({"run": "x", "device": "cuda"}, derive=False), ["prompt=a", "device=cuda"])
+        assert not (folder / "overrides.json").exists()
+        assert (folder / "config.yaml").exists() == bool(before)
+    assert (folder / "config.yaml").read_text() == "seed: 7\n"

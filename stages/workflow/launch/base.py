@@ -17,7 +17,12 @@ _TAIL = 20  # lines of a failed stage's log that are shown
 
 
 class StageFailed(RuntimeError):
-    """A stage process ended without a result; the message names stage, cause and remedy."""
+    """A stage process ended without a result; the message names stage, cause and remedy.
+
+    ``refused``: its values cannot work, and going on with them cannot.
+    """
+
+    refused = False
 
 
 class StageResult(NamedTuple):

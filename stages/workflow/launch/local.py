@@ -111,7 +111,9 @@ class LocalProcess:
         if self._enforcer.blind and code != 0:
             raise StageFailed(_unwatched(state.name, self._enforcer))
         if code != 0 or not isinstance(last, Done):
-            raise StageFailed(failure(state.name, code, last, self._log, module))
+            failed = StageFailed(failure(state.name, code, last, self._log, module))
+            failed.refused = isinstance(last, Error) and last.expected and last.errno is None
+            raise failed
         return StageResult(
             name=state.name,
             status=last.status,
