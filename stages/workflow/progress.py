@@ -102,14 +102,14 @@ class Bars(Plain):
 
         columns = [progress.TextColumn("{task.description:12}"), progress.BarColumn(bar_width=30)]
         columns += [progress.TextColumn("{task.fields[count]}"), progress.TimeElapsedColumn()]
-        columns += [progress.TextColumn("left"), progress.TimeRemainingColumn(compact=True)]
+        columns += [progress.TextColumn("{task.fields[left]}")]
         super().__init__()
         self.bars = progress.Progress(*columns, refresh_per_second=5)
         self.task: Any = None
 
     def begin(self, stage: str, reason: str) -> None:
         super().begin(stage, reason)
-        self.task = self.bars.add_task(stage, total=None, count="starts")
+        self.task = self.bars.add_task(stage, total=None, count="starts", left="")
         self.bars.start()
 
     def event(self, stage: str, event: Event) -> None:
@@ -124,7 +124,9 @@ class Bars(Plain):
                 self.bars.advance(self.task, n)
                 self.done += n
                 speed = (self.done - self.first) / max(now - self.began, 1e-9)
-                self.bars.update(self.task, count=f"{self.done}/{self.total} {self.unit} {speed:.2f}/s")
+                left = f"{duration((self.total - self.done) / speed)} left" if speed and self.done < self.total else ""
+                count = f"{self.done}/{self.total} {self.unit} {speed:.2f}/s"
+                self.bars.update(self.task, count=count, left=left)
             case _:
                 super().event(stage, event)
 

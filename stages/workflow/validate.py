@@ -35,6 +35,7 @@ from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
 LARGEST = 65536  # pixels a side
+LONGEST_PROMPT = 1_000_000  # bytes
 LEAST_BUDGET = 280_000_000  # bytes: python, torch and a model class, before the first weight
 _EXAMPLE = 'python runner.py prompt="a lighthouse on a cliff at sunset"'
 
@@ -76,7 +77,12 @@ def _read_prompt(config: DictConfig) -> None:
     if config.prompt is not None:
         raise ConfigError("prompt_file", config.prompt_file, "either prompt or prompt_file", "Leave one of them out.")
     path = anchored(config.prompt_file, near=True)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ConfigError("prompt_file", str(path), "a text file")
     try:
+        if path.stat().st_size > LONGEST_PROMPT:
+            expected = f"a text of at most {LONGEST_PROMPT:,} bytes"
+            raise ConfigError("prompt_file", f"{path} of {path.stat().st_size:,} bytes", expected)
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError("prompt_file", str(path), f"UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -107,4 +107,5 @@ def test_on_a_terminal_there_are_bars(toy):
     assert "━".encode() in shown
     assert b"5/5 tiles" in shown or b"4/5 tiles" in shown
     assert b"joins 5 tiles" in shown
+    assert b" left" in shown and b"starts 0:00:00 left" not in shown
     assert sys.platform != "win32"

@@ -84,6 +84,13 @@ def test_prompt_file(make_config, tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         complete(make_config(values))
+    file.write_text("x" * 1_000_001)
+    with pytest.raises(ConfigError, match=r"of 1,000,001 bytes', expected a text of at most 1,000,000 bytes"):
+        complete(make_config(values))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="expected a text file"):
+        complete(make_config(values))
     file.unlink()
     with pytest.raises(ConfigError, match="can be read"):
         complete(make_config(values))
