@@ -201,8 +201,8 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
 
 def test_dilated_sampling_is_planned(work: Work) -> None:
     values = {"width": 192, "height": 128, "guide.mode": "none"}
-    off = look(work.config(values))["denoise"]
-    on = look(work.config({**values, "denoise.dilated.enabled": True}))["denoise"]
+    off = look(work.config(values), "denoise")["denoise"]
+    on = look(work.config({**values, "denoise.dilated.enabled": True}), "denoise")["denoise"]
     # 4 x 3 tiles, and two in each of 2 x 2 sub-canvases of 12 x 8 latents: pairs in micro-batches of 16
     assert (off.models[0].micro_batch, off.models[0].micro_batches, on.models[0].micro_batches) == (16, 2, 3)
     assert on.extra > off.extra

@@ -168,9 +168,9 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
     file = tmp_path / "p.png"
     values = {"guide.image": str(file)}
     Image.new("RGB", (3000, 2000)).save(file)
-    plain = look(work.config(values))["guide"].extra
+    plain = look(work.config(values), "guide")["guide"].extra
     Image.new("RGBA", (3000, 2000)).save(file)
-    assert look(work.config(values))["guide"].extra > plain
+    assert look(work.config(values), "guide")["guide"].extra > plain
     if what == "words":
         file.write_text("not a picture")
     else:

@@ -139,7 +139,7 @@ def known(stage: StageProfile) -> StageProfile:
 def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[str], Path], tmp_path: Path) -> None:
     def profile(side: int) -> StageProfile:
         values = {"decode.mode": "exact", "guide.mode": "none", "width": side, "height": side}
-        return known(look(small_config(small("sd15"), tmp_path, values))["decode"])
+        return known(look(small_config(small("sd15"), tmp_path, values), "decode")["decode"])
 
     less, more = profile(512), profile(2048)
     assert more.disk == 16 * less.disk > 0
@@ -152,7 +152,7 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
         (),
         (),
     ]  # read once: streaming costs nothing
-    assert not any(one.disk for one in look(small_config(small("sd15"), tmp_path)).values())
+    assert not any(one.disk for one in look(small_config(small("sd15"), tmp_path), "guide", "decode").values())
 
 
 def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str],
 @pytest.mark.parametrize("upscale", ["lanczos", "latent"])
 def test_an_exact_guide_is_planned_too(small: Callable[[str], Path], tmp_path: Path, upscale: str) -> None:
     values = {"guide.vae_mode": "exact", "guide.upscale": upscale, "width": 1024, "height": 512}
-    found = known(look(small_config(small("sd15"), tmp_path, values))["guide"])
+    found = known(look(small_config(small("sd15"), tmp_path, values), "guide")["guide"])
     names = {name.partition(".")[0] for name in found.models[0].cuts[0].order}
     assert names == ({"encoder", "decoder"} if upscale == "lanczos" else {"decoder"})
     assert found.disk > 0 and plan_run([found], 10**9, 0)["guide"].choices["vae"].model.resident == ()
