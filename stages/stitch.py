@@ -20,6 +20,7 @@ from stages.picture.tile_strips import TileStrips
 from stages.techniques import TECHNIQUES
 from stages.tiles import Size, latent_grid
 
+OF_THE_MODEL = ("model.native_size", "model.vae_scale_factor", "model.latent_channels", "model.patch")  # it says so
 PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
 
 
@@ -33,7 +34,7 @@ def settings(config: DictConfig) -> dict[str, Any]:
         waiting += stage.needs(config)
     chosen = OmegaConf.create({})
     keys = {key for stage in found.values() for key in stage.parameters}
-    keys = keys.union(*(technique.keys for technique in TECHNIQUES)) - {*PATHS}
+    keys = keys.union(*(technique.keys for technique in TECHNIQUES)) - {*PATHS, *OF_THE_MODEL}
     for key in sorted(keys if config.guide.image else keys - {"guide.fit"}):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
