@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,9 +126,13 @@ def facts_of(config: DictConfig) -> Facts:
     return FACTS[family]
 
 
-def known_classes(component: str) -> tuple[str, ...]:
-    """Stock classes that some family opens as ``component``: no other is made, whatever a checkpoint's files name."""
-    found = [facts.vae if component == "vae" else facts.classes.get(component) for facts in FACTS.values()]
+def known_classes(component: str, beside: Collection[str] | None = None) -> tuple[str, ...]:
+    """Stock classes that some family opens as ``component``: no other is made, whatever a checkpoint's files name.
+
+    ``beside``: only of families whose components are all among these.
+    """
+    fitting = [facts for facts in FACTS.values() if beside is None or set(facts.classes) <= set(beside)]
+    found = [facts.vae if component == "vae" else facts.classes.get(component) for facts in fitting]
     return tuple(dict.fromkeys(name for name in found if name))
 
 

@@ -163,10 +163,13 @@ class Checkpoint:
 
     def _class(self, name: str, config: dict[str, Any]) -> str:
         """The stock class of component ``name``: as ``model_index.json`` says, which stock pipelines go by, else its
-        config; where neither does, the only one that is known for it."""
+        config; where neither does, the only one that is known for it beside the components that are there."""
         known, own = known_classes(name), config.get("architectures")
         said = class_in_index(self.folder, name) or config.get("_class_name")
-        said = said or (own[0] if isinstance(own, list) and own else known[0] if len(known) == 1 else None)
+        said = said or (own[0] if isinstance(own, list) and own else None)
+        if said is None:
+            here = known_classes(name, [path.name for path in self.folder.iterdir()])
+            said = here[0] if len(here) == 1 else None
         if not isinstance(said, str) or said not in known:
             raise CheckpointError(
                 f"{self.folder / name}: got a {said!r:.80}, expected {' or '.join(known) or 'another component'}: no "
