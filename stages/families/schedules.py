@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stages.config import ConfigError, close_match
 from stages.families.facts import steps_by_strength
 from stages.memory.imports import light_imports
 from stages.models.checkpoint import Checkpoint
@@ -51,7 +52,14 @@ class Schedule:
         Raises:
             ValueError: not one step is left.
         """
-        self._set(num_inference_steps)
+        try:
+            self._set(num_inference_steps)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            said = str(error).strip().splitlines()
+            raise ValueError(
+                f"{self.name} cannot make {num_inference_steps} steps of {self.num_train_timesteps}: "
+                f"{said[0] if said else type(error).__name__}. Use another number of steps, or another scheduler."
+            ) from error
         if strength is None:
             return self.scheduler.timesteps
         running = steps_by_strength(self.flow, num_inference_steps, strength)
@@ -67,6 +75,8 @@ class Schedule:
 
     def _set(self, num_inference_steps: int) -> None:
         self.scheduler.set_timesteps(num_inference_steps)
+        if (first := float(self.scheduler.timesteps.max())) > self.num_train_timesteps - 1:
+            raise ValueError(f"the first timestep would be {first:.0f}")
 
     def begin(self, noise: Tensor) -> Tensor:
         """The latents of pure noise."""
@@ -96,6 +106,7 @@ def make_scheduler(checkpoint: Checkpoint, class_name: str | None, options: Mapp
 
     Raises:
         ValueError: diffusers has no scheduler of that name.
+        ConfigError: an option that means nothing to it.
     """
     default, config = checkpoint.scheduler_config()
     name = class_name or default
@@ -107,8 +118,18 @@ def make_scheduler(checkpoint: Checkpoint, class_name: str | None, options: Mapp
         if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, schedulers.SchedulerMixin)):
             hint = "" if name else " The checkpoint does not name one: scheduler=NAME chooses."
             raise ValueError(f"scheduler.class_name: got {name!r}, expected a scheduler class of diffusers.{hint}")
+        _check_options(scheduler_class, options)
         # PNDM's flag is in most published scheduler configs and means nothing to the others
         return scheduler_class.from_config(config, **options)
+
+
+def _check_options(scheduler_class: type, options: Mapping[str, Any]) -> None:
+    """diffusers keeps options that a scheduler does not have, and does without them in silence."""
+    known = [name for name in inspect.signature(scheduler_class.__init__).parameters if name not in ("self", "kwargs")]
+    for name in options:
+        if name not in known:
+            expected = f"one of {scheduler_class.__name__}'s: {', '.join(known)}"
+            raise ConfigError(f"scheduler.options.{name}", options[name], expected, close_match(str(name), known))
 
 
 def _import_scipy() -> None:

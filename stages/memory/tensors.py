@@ -97,7 +97,10 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.view(-1).view(torch.uint8).numpy())
+        flat = tensor.view(-1)
+        if flat.numel() == 1:  # its stride may be anything
+            flat = torch.full((1,), flat.item(), dtype=flat.dtype)
+        sha.update(flat.view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

@@ -24,7 +24,7 @@ from stages.config import (
     resolve,
 )
 from stages.documents import escape_all
-from stages.families.facts import facts_of
+from stages.families.facts import facts_of, running_steps
 from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
@@ -216,6 +216,11 @@ def _numbers(config: DictConfig) -> None:
     _check_phases(config)
     if not 0 < config.denoise.strength <= 1:
         raise ConfigError("denoise.strength", config.denoise.strength, "more than 0, at most 1")
+    if config.guide.mode != "none" and running_steps(config) < 1:
+        least = (
+            f"at least {1 / config.denoise.num_inference_steps:.3g}: one of {config.denoise.num_inference_steps} steps"
+        )
+        raise ConfigError("denoise.strength", config.denoise.strength, least)
     for key in ("lowres.guidance_scale", "denoise.guidance_scale"):
         if not 0 <= OmegaConf.select(config, key) <= 100:
             raise ConfigError(key, OmegaConf.select(config, key), "0 to 100 (1: no unconditional pass)")

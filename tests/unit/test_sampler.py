@@ -19,7 +19,7 @@ from stages.canvas.dilated import Dilated, laid_out
 from stages.canvas.mixture import Mixture, TileBatch, grid_views
 from stages.canvas.noise import canvas_noise, draw
 from stages.canvas.sampler import Sampler
-from stages.config import ROOT
+from stages.config import ROOT, ConfigError
 from stages.families.schedules import Schedule, make_scheduler, quad
 from stages.memory.rows import BAND, bands
 from stages.memory.tensors import read_tensors, write_tensors
@@ -277,3 +277,23 @@ def test_quadrature_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = finish(sampler("lms"))
     monkeypatch.setattr(scheduling_lms_discrete, "integrate", SimpleNamespace(quad=quad))
     assert torch.allclose(finish(sampler("lms")), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("DDIMScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas: got True, expected one of DDIMScheduler's"),
+        ("DPMSolverMultistepScheduler", {"use_karas_sigmas": True}, "Did you mean use_karras_sigmas"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make_scheduler(Checkpoint(CONFIGS / "sd15"), name, options)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("LCMScheduler", 60), ("DDIMScheduler", 1000)])
+def test_steps_that_a_scheduler_cannot_make_are_refused_in_words(name: str, steps: int) -> None:
+    options = {"steps_offset": 1} if name == "DDIMScheduler" else {}
+    schedule = Schedule(make_scheduler(Checkpoint(CONFIGS / "sd15"), name, options))
+    with pytest.raises(ValueError, match=rf"{name} cannot make {steps} steps of 1000: .*another number of steps"):
+        schedule.set_timesteps(steps)
