@@ -97,9 +97,9 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.view(-1)
-        if flat.numel() == 1:  # its stride may be anything
-            flat = torch.full((1,), flat.item(), dtype=flat.dtype)
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype) if tensor.numel() < 2 else tensor.view(-1)
+        if tensor.numel() == 1:  # its stride may be anything
+            flat.copy_(tensor.view(-1))
         sha.update(flat.view(torch.uint8).numpy())
     return sha.hexdigest()
 
