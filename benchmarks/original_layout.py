@@ -25,6 +25,8 @@ class Entry(NamedTuple):
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -47,6 +49,7 @@ _OPEN_CLIP = (
     ("self_attn", "attn"),
     ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
     ("text_model.embeddings.token_embedding", "token_embedding"),
+    ("text_projection.weight", "text_projection"),
 )
 
 
@@ -57,13 +60,26 @@ def entries_of(kind: str, specs: Mapping[str, list[Spec]], configs: Mapping[str,
     levels = len(configs["vae"]["block_out_channels"])
     entries = _named(specs["unet"], "model.diffusion_model.", lambda name: unet_name(name, per_block, types))
     entries += [_as_conv(e) for e in _named(specs["vae"], "first_stage_model.", lambda name: vae_name(name, levels))]
+    if kind == "sdxl":
+        text = "conditioner.embedders.0.transformer."
+        entries += _named(specs["text_encoder"], text, lambda name: name)
+        return entries + open_clip(specs["text_encoder_2"], "conditioner.embedders.1.model.")
     if kind == "sd15":
         text = "cond_stage_model.transformer."
         entries += _named(specs["text_encoder"], text, lambda name: name)
         ids = (1, configs["text_encoder"]["max_position_embeddings"])
         position_ids = "text_model.embeddings.position_ids"
         return [*entries, Entry(text + position_ids, ids, (Spec(position_ids, ids),))]
-    return entries + open_clip(specs["text_encoder"], configs["text_encoder"])
+    config, prefix = configs["text_encoder"], "cond_stage_model.model."
+    entries += open_clip(specs["text_encoder"], prefix)
+    last = f"resblocks.{config['num_hidden_layers'] - 1}."
+    unused = [
+        entry._replace(name=entry.name.replace(last, f"resblocks.{config['num_hidden_layers']}."))
+        for entry in entries
+        if entry.name.startswith(prefix) and last in entry.name
+    ]
+    projection = Spec("text_encoder/text_projection", (config["hidden_size"], config["hidden_size"]))
+    return [*entries, *unused, Entry(prefix + "text_projection", projection.shape, (projection,))]
 
 
 def unet_name(name: str, per_block: int, up_block_types: list[str]) -> str:
@@ -104,9 +120,8 @@ def vae_name(name: str, levels: int) -> str:
     return name
 
 
-def open_clip(specs: list[Spec], config: dict[str, Any]) -> list[Entry]:
-    """OpenCLIP's names: query, key and value in one tensor, a last block that is not used, and an output projection."""
-    prefix = "cond_stage_model.model."
+def open_clip(specs: list[Spec], prefix: str) -> list[Entry]:
+    """OpenCLIP's names: query, key and value in one tensor."""
 
     def name_of(name: str) -> str:
         for ours, theirs in _OPEN_CLIP:
@@ -122,15 +137,9 @@ def open_clip(specs: list[Spec], config: dict[str, Any]) -> list[Entry]:
             fused = name_of(name).replace("q_proj.", "in_proj_")
             entries.append(Entry(prefix + fused, (3 * spec.shape[0], *spec.shape[1:]), parts))
         elif "k_proj" not in name and "v_proj" not in name:
-            entries.append(Entry(prefix + name_of(name), spec.shape, (spec,)))
-    last = f"resblocks.{config['num_hidden_layers'] - 1}."
-    unused = [
-        entry._replace(name=entry.name.replace(last, f"resblocks.{config['num_hidden_layers']}."))
-        for entry in entries
-        if last in entry.name
-    ]
-    projection = Spec("text_encoder/text_projection", (config["hidden_size"], config["hidden_size"]))
-    return [*entries, *unused, Entry(prefix + "text_projection", projection.shape, (projection,))]
+            shape = spec.shape[::-1] if "text_projection" in name else spec.shape  # which it multiplies from the right
+            entries.append(Entry(prefix + name_of(name), shape, (spec,)))
+    return entries
 
 
 def _named(specs: list[Spec], prefix: str, rename: Callable[[str], str]) -> list[Entry]:

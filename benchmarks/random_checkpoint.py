@@ -52,7 +52,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "projection_dim": 16,
     },
 }
-SMALL["text_encoder_2"] = SMALL["text_encoder"]
+SMALL["text_encoder_2"] = {**SMALL["text_encoder"], "hidden_size": 48}  # stock single files tell the two by it
 SMALL_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "sd21": {"unet": {"attention_head_dim": [2, 4, 4, 4]}},
     "sdxl": {
@@ -60,7 +60,7 @@ SMALL_KINDS: dict[str, dict[str, dict[str, Any]]] = {
             "block_out_channels": [16, 32, 32],
             "attention_head_dim": [2, 4, 4],
             "transformer_layers_per_block": [1, 1, 2],
-            "cross_attention_dim": 64,
+            "cross_attention_dim": 80,
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 64,
         }
@@ -194,8 +194,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variant", default="", help="in the folder's file names, as in fp16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.kind not in ("sd15", "sd21") and options.layout != "folder":
-        parser.error(f"--layout {options.layout}: got {options.kind}, which is written as a folder only.")
     found = configs(options.kind, options.small)
     every = {name: specs(name, config) for name, config in found.items()}
     write_small_files(options.dir, options.kind, found)  # a single file needs its configs and its tokenizer too

@@ -72,7 +72,7 @@ def cli(tmp_path: Path, checkpoint: Path) -> Command:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny random checkpoints, written once: ``small("sd15")`` is a diffusers folder of float32 weights.
 
-    ``<folder>/<kind>.safetensors`` holds the same weights in the original layout (of Stable Diffusion 1.x and 2.x).
+    ``<folder>/<kind>.safetensors`` holds the same weights in the original layout.
     """
     made: dict[str, Path] = {}
 
@@ -81,8 +81,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            layout = "both" if kind in ("sd15", "sd21") else "folder"
-            random_checkpoint.main([kind, str(made[kind]), "--layout", layout, "--small", "--dtype", "fp32"])
+            random_checkpoint.main([kind, str(made[kind]), "--layout", "both", "--small", "--dtype", "fp32"])
         return made[kind]
 
     return make

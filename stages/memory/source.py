@@ -61,8 +61,9 @@ class CheckpointSource:
         for slot in slots:
             ref = self._tensors[slot.name]
             target = slot.view(packed, start, self._layout.dtype)
+            target = target.t() if ref.transposed else target
             fd = self._fd(ref.file)
-            rows = ref.shape[0] if ref.shape else 1
+            rows = ref.file_shape[0] if ref.shape else 1
             row_bytes = ref.nbytes // max(rows, 1)
             if row_bytes > len(self._staging):
                 self._staging = torch.empty(row_bytes, dtype=torch.uint8)
@@ -73,7 +74,7 @@ class CheckpointSource:
                 offset = ref.offset + row * row_bytes
                 pread_into(fd, offset, memoryview(raw.numpy()))
                 # the staging buffer starts aligned, whatever the offset in the file
-                part = raw.view(ref.dtype).view(count, *ref.shape[1:])
+                part = raw.view(ref.dtype).view(count, *ref.file_shape[1:])
                 (target[row : row + count] if ref.shape else target.view(1)).copy_(part)
                 if not self._keep_cached:
                     advise(fd, offset, len(raw), "POSIX_FADV_DONTNEED")

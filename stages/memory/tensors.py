@@ -36,12 +36,21 @@ _DIGEST = "sha256"  # of the data, in the metadata of a file
 
 
 class TensorRef(NamedTuple):
-    """One tensor of a safetensors file: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major."""
+    """One tensor of a safetensors file: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major.
+
+    ``transposed``: of a matrix, what lies there has the reverse shape.
+    """
 
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """As it lies in the file."""
+        return self.shape[::-1] if self.transposed else self.shape
 
     @property
     def numel(self) -> int:
@@ -68,14 +77,14 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
     """The tensor, read into memory of its own."""
-    tensor = torch.empty(ref.shape, dtype=ref.dtype)
+    tensor = torch.empty(ref.file_shape, dtype=ref.dtype)
     flat = tensor.view(-1).view(torch.uint8) if ref.shape else tensor.view(1).view(torch.uint8)
     descriptor = os.open(ref.file, os.O_RDONLY)
     try:
         pread_into(descriptor, ref.offset, memoryview(flat.numpy()))
     finally:
         os.close(descriptor)
-    return tensor
+    return tensor.t().contiguous() if ref.transposed else tensor
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

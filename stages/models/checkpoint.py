@@ -215,7 +215,7 @@ class Checkpoint:
         folder = self.folder / name
         if not folder.is_dir():
             if self._single is not None:
-                return self._single.tokenizer()
+                return self._single.tokenizer(name)
             raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
         if not ((folder / "tokenizer.json").is_file() or all((folder / file).is_file() for file in _VOCABULARY)):
             raise CheckpointError(

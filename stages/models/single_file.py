@@ -1,7 +1,8 @@
-"""Single ``.safetensors`` files in the original layout of Stable Diffusion 1.x and 2.x, without loading them.
+"""Single ``.safetensors`` files in the original layout of Stable Diffusion 1.x, 2.x and SDXL, without loading them.
 
-diffusers' own converters run on ``meta`` tensors made from the file's header. They only rename, slice and reshape, so
-each tensor that they return is a view of one in the file, and its storage and offset tell where its bytes lie.
+diffusers' own converters run on ``meta`` tensors made from the file's header. They only rename, slice, reshape and
+transpose, so each tensor that they return is a view of one in the file, and its storage and offset tell where its
+bytes lie.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).parent / "configs"
 CLIP = "cond_stage_model.transformer."  # Stable Diffusion 1.x
 OPEN_CLIP = "cond_stage_model.model."  # Stable Diffusion 2.x
+SDXL_CLIPS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 UNET = "model.diffusion_model."
 VAE = ("first_stage_model.", "vae.")
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"  # of both: 2.x only pads with "!" (id 0) instead of the end token
@@ -38,14 +40,14 @@ class SingleFile:
     def __init__(self, path: Path, refs: dict[str, TensorRef], family: str, config_folder: Path) -> None:
         self.path = path
         self.refs = refs
-        self.family = family  # sd15 | sd21, by the text encoder's layout
+        self.family = family  # sd15 | sd21 | sdxl, by the text encoders' layout
         self.config_folder = config_folder
 
     @classmethod
     def open(cls, path: Path, *, config: str | None = None) -> SingleFile:
         """Read the header of ``path``. ``config``: a diffusers folder to describe it; None: the built-in one.
 
-        CheckpointError for another layout (SDXL, Flux, a lone UNet or LoRA) or an inpainting model.
+        CheckpointError for another layout (SDXL's refiner, Flux, a lone UNet or LoRA) or an inpainting model.
         """
         refs = read_header(path)
         family = _family(path, refs)
@@ -60,16 +62,18 @@ class SingleFile:
     def tensors(self, name: str, config: dict[str, Any]) -> dict[str, TensorRef]:
         """The tensors of component ``name`` under their diffusers (transformers) names, located in the file."""
         converters: dict[str, Converter] = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}
+        if self.family == "sdxl":
+            converters["text_encoder_2"] = _text_encoder_2
         if name not in converters:
             raise CheckpointError(f"{self.path}: no component {name}; it has {', '.join(converters)}.")
         return relocate(self.refs, lambda tensors: converters[name](tensors, config), self.path)
 
-    def tokenizer(self) -> CLIPTokenizer:
+    def tokenizer(self, name: str) -> CLIPTokenizer:
         """CLIP's tokenizer from the hub or its cache: a single file does not hold the vocabulary."""
         with light_imports("transformers"):
             from transformers import CLIPTokenizer
 
-        pad: dict[str, Any] = {"pad_token": "!"} if self.family == "sd21" else {}
+        pad: dict[str, Any] = {"pad_token": "!"} if self.family == "sd21" or name == "tokenizer_2" else {}
         try:
             return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, **pad)
         except (OSError, ValueError) as error:
@@ -100,33 +104,26 @@ def relocate(
     placed: dict[str, TensorRef] = {}
     for name, view in converted.items():
         ref = origin.get(view.untyped_storage()._cdata)
-        if ref is None or not view.is_contiguous() or view.dtype != ref.dtype:
+        transposed = view.dim() == 2 and not view.is_contiguous() and view.t().is_contiguous()
+        if ref is None or not (view.is_contiguous() or transposed) or view.dtype != ref.dtype:
             raise CheckpointError(
                 f"{path}: {name} is not a contiguous piece of one tensor of the file, so it cannot be read in place. "
-                f"{_convert(path, 'StableDiffusionPipeline')}"
+                "Convert the file to a diffusers folder: "
+                'python -c "from diffusers import DiffusionPipeline as P; '
+                f"P.from_single_file({str(path)!r}).save_pretrained('converted')\"  and then model.path=converted"
             )
         offset = ref.offset + int(view.storage_offset()) * ref.dtype.itemsize
-        placed[name] = TensorRef(ref.file, offset, ref.dtype, tuple(view.shape))
+        placed[name] = TensorRef(ref.file, offset, ref.dtype, tuple(view.shape), transposed)
     return placed
-
-
-def _convert(path: Path, pipeline: str) -> str:
-    return (
-        f'Convert the file to a diffusers folder: python -c "from diffusers import {pipeline} as P; '
-        f"P.from_single_file({str(path)!r}).save_pretrained('converted')\"  and then model.path=converted"
-    )
 
 
 def _family(path: Path, refs: dict[str, TensorRef]) -> str:
     def has(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in refs)
 
-    expected = "expected a checkpoint of Stable Diffusion 1.x or 2.x with UNet, VAE and text encoder in it"
-    if has("conditioner.embedders."):
-        raise CheckpointError(
-            f"{path}: got the layout of SDXL, {expected}. {_convert(path, 'StableDiffusionXLPipeline')}"
-        )
-    parts = {"UNet": has(UNET), "VAE": has(*VAE), "text encoder": has(CLIP, OPEN_CLIP)}
+    expected = "expected a checkpoint of Stable Diffusion 1.x, 2.x or SDXL with UNet, VAE and text encoders in it"
+    sdxl = all(has(prefix) for prefix in SDXL_CLIPS)
+    parts = {"UNet": has(UNET), "VAE": has(*VAE), "text encoder": sdxl or has(CLIP, OPEN_CLIP)}
     if not all(parts.values()):
         missing = ", ".join(part for part, there in parts.items() if not there)
         raise CheckpointError(f"{path}: no {missing} in it (first key: {min(refs, default='none')}); {expected}.")
@@ -136,7 +133,7 @@ def _family(path: Path, refs: dict[str, TensorRef]) -> str:
             f"{path}: its UNet takes {conv_in.shape[1]} channels (an inpainting, depth or image-variation model), "
             "expected 4: give a text-to-image checkpoint as model.path."
         )
-    return "sd15" if has(CLIP) else "sd21"
+    return "sdxl" if sdxl else "sd15" if has(CLIP) else "sd21"
 
 
 def _unet(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -154,7 +151,7 @@ def _vae(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, 
 def _text_encoder(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
-    if any(name.startswith(CLIP) for name in tensors):
+    if any(name.startswith((CLIP, SDXL_CLIPS[0])) for name in tensors):
         return convert_ldm_clip_checkpoint(tensors)
     model = SimpleNamespace(config=SimpleNamespace(**config))  # the converter only asks for its hidden size
     # Its output projection is not of a CLIPTextModel, and the last block is not used: 2.x stops one block earlier.
@@ -162,3 +159,10 @@ def _text_encoder(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> d
     converted = convert_open_clip_checkpoint(model, kept, prefix=OPEN_CLIP)
     last = f"text_model.encoder.layers.{config['num_hidden_layers']}."
     return {k: v for k, v in converted.items() if not k.startswith(last)}
+
+
+def _text_encoder_2(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    return convert_open_clip_checkpoint(model, tensors, prefix=SDXL_CLIPS[1])

@@ -12,6 +12,7 @@ from stages.config import ConfigError
 from stages.documents import escape
 from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
+from stages.memory.raw import read_entries
 from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
 from stages.workflow.identity import snapshot
 from stages.workflow.overrides import CONF
@@ -56,7 +57,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     """
     folder = _folder(config)
     classes = classes_of(folder) if folder else {}
-    family = family_of_classes(classes) if classes else next(iter(FACTS))
+    family = family_of_classes(classes) if classes else _of_file(Path(config.model.path))
     if family is None:
         there = ", ".join(f"{name} ({', '.join(facts.models)})" for name, facts in FACTS.items())
         known = {component for facts in FACTS.values() for component in facts.classes}
@@ -65,7 +66,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
         hint = f"Its components are: {got}."
         raise ConfigError("model.path", config.model.path, f"a checkpoint of one of these families: {there}", hint)
     if config.model.name != AUTO:
-        if classes and "model.family" not in said:
+        if (classes or Path(config.model.path).is_file()) and "model.family" not in said:
             config.model.family = family
         return
     option, native = _option(str(config.model.path), FACTS[family].models), _native(folder, config)
@@ -75,6 +76,12 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     for key, value in found.items():
         if f"model.{key}" not in said:
             OmegaConf.update(config, f"model.{key}", value)
+
+
+def _of_file(path: Path) -> str:
+    """Of a single file in the original layout, by its tensors' names."""
+    names = read_entries(path) if path.is_file() else {}
+    return "sdxl" if any(name.startswith("conditioner.embedders.1.") for name in names) else next(iter(FACTS))
 
 
 def classes_of(folder: Path) -> dict[str, str]:

@@ -21,13 +21,14 @@ from stages.families.facts import FACTS
 from stages.families.sdxl import FAMILY, SDXLDenoiser
 from stages.memory.layout import Layout
 from stages.memory.rows import Window
-from stages.memory.tensors import read_tensors
+from stages.memory.tensors import read_tensor, read_tensors
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import construct
+from stages.models.checkpoint import Checkpoint, construct
 from stages.models.single_file import CONFIGS
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.dtype import dtype_name
 from stages.tiles import Size, grid
+from stages.workflow.model import recognise
 
 ONE_TILE = {
     "model.family": "sdxl",
@@ -102,6 +103,25 @@ def test_an_empty_negative_prompt_is_encoded_where_the_index_says_so(folder: Pat
     assert (want - expected(stock(folder), width=128, height=64, guidance_scale=5.0)).abs().max() > 1e-2
 
 
+def test_single_file(folder: Path, tmp_path: Path) -> None:
+    """The projection of the second text encoder lies transposed in it."""
+    file = str(folder / "sdxl.safetensors")
+    pipeline = StableDiffusionXLPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    checkpoint = Checkpoint.open(file, config=str(folder))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        expected_weights = getattr(pipeline, name).state_dict()
+        tensors = checkpoint.component(name).tensors
+        assert tensors.keys() == expected_weights.keys()
+        assert all(torch.equal(read_tensor(tensors[key]), value) for key, value in expected_weights.items())
+    config = Work(tmp_path, Path(file)).config({"model.name": "auto"})
+    recognise(config, ())
+    assert config.model.family == "sdxl" and config.model.native_size == 1024
+    values = {"model.config": str(folder), "denoise.guidance_scale": 5.0, "negative_prompt": "dog"}
+    want = expected(pipeline, width=128, height=64, guidance_scale=5.0, negative_prompt="dog")
+    close(canvas(Work(tmp_path, Path(file)), values), want)
+
+
 def test_one_step_without_guidance(folder: Path, tmp_path: Path) -> None:
     """As Turbo runs: an ancestral scheduler that begins at the end of its timesteps."""
     options = {"timestep_spacing": "trailing"}
@@ -149,7 +169,7 @@ def test_a_tile_of_a_dilated_canvas_is_told_its_place_on_that(folder: Path, tmp_
     config = Work(tmp_path, folder).config(ONE_TILE)
     small = Size(8, 12)
     views = laid_out(grid_views(grid(small, Size(8, 8), 2), small, blend="constant", guidance_scale=1), 2, small)
-    embeds = {"prompt_embeds": torch.zeros((1, 77, 64))}
+    embeds = {"prompt_embeds": torch.zeros((1, 77, 80))}
     denoiser = SDXLDenoiser(torch.nn.Identity(), embeds, config, canvas=Size(16, 24), dtype=torch.float32)
     found = denoiser.time_ids(batch(Window(rows_of(torch.zeros((1, 4, 16, 24)))), views)).tolist()
     assert found == [[64, 96, 0, left, 64, 64] for left in (0, 32)] * 4
@@ -239,8 +259,6 @@ def test_the_vae_does_not_compute_in_fp16_unless_it_is_asked_to(folder: Path, tm
 
 
 def test_a_refiner_is_refused(folder: Path, tmp_path: Path) -> None:
-    from stages.models.checkpoint import Checkpoint
-
     other = tmp_path / "model"
     shutil.copytree(folder, other)
     file = other / "unet" / "config.json"
