@@ -16,16 +16,17 @@ class Facts:
     """One family.
 
     ``components``: stage -> what it opens of a checkpoint. ``denoiser`` names the network that denoises, ``classes``
-    the stock classes by which the family is recognised, ``vae`` that of its VAE. Sides are multiples of
-    ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one row a prompt.
-    ``overflows``: components that do in fp16, and compute in bf16 instead.
-    ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this family gets first. ``module``:
-    its file in ``stages/families``. ``flow``: it matches flows (:mod:`stages.families.flow`).
+    the stock classes by which the family is recognised (``optional`` ones may be missing), ``vae`` that of its VAE.
+    Sides are multiples of ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one
+    row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
+    (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
+    family gets first. ``module``: its file in ``stages/families``.
     """
 
     module: str
     models: tuple[str, ...]
     classes: Mapping[str, str]
+    optional: tuple[str, ...] = ()
     vae: str = "AutoencoderKL"
     components: Mapping[str, tuple[str, ...]]
     denoiser: str
@@ -92,6 +93,7 @@ FACTS: Mapping[str, Facts] = {
             "text_encoder_2": "CLIPTextModelWithProjection",
             "text_encoder_3": "T5EncoderModel",
         },
+        optional=("text_encoder_3",),
         components=_components(
             (
                 *("tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -158,7 +160,10 @@ def family_of_classes(classes: Mapping[str, str]) -> str | None:
     fitting = [
         (len(facts.classes), name)
         for name, facts in FACTS.items()
-        if all(classes.get(component) == wanted for component, wanted in facts.classes.items())
+        if all(
+            classes.get(component, wanted if component in facts.optional else None) == wanted
+            for component, wanted in facts.classes.items()
+        )
         and not any("encoder" in component and component not in facts.opened for component in classes)
     ]
     return max(fitting)[1] if fitting else None

@@ -5,7 +5,6 @@ Base, Turbo and few-step checkpoints (Lightning, Hyper) differ in their schedule
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from stages.families.clip import clip_call, encode_clips
 from stages.families.encoders import Encoders
 from stages.families.schedules import Schedule
 from stages.families.unet import CLIP, UNET, VAE, UNetDenoiser, micro_batch, refuse_unet, refuse_vae
+from stages.files import read_json
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -118,6 +118,5 @@ FAMILY = StableDiffusionXL()
 
 def zeros_for_empty(checkpoint: Checkpoint) -> bool:
     """Whether an empty negative prompt is zeros (the default), or what the encoders make of the empty text."""
-    index = checkpoint.folder / "model_index.json"
-    said = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    return bool(said.get("force_zeros_for_empty_prompt", True))
+    index = read_json(checkpoint.folder / "model_index.json")
+    return bool(index.get("force_zeros_for_empty_prompt", True)) if isinstance(index, dict) else True

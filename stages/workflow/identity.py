@@ -116,14 +116,21 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
         files = sorted(file for file in (root / component).rglob("*") if _counts(file))
         if files:
             hashes = {file.relative_to(root).as_posix(): file_hash(file, cache) for file in files}
-            if component == "scheduler" and (named := _named_elsewhere(root)):
-                hashes["model_index.json"] = named
+            if said := _said_elsewhere(root, component):
+                hashes["model_index.json"] = said
             found[component] = fingerprint(hashes)
     return found
 
 
-def _named_elsewhere(root: Path) -> str | None:
-    """The scheduler's class where only ``model_index.json`` names it."""
+def _said_elsewhere(root: Path, component: str) -> str | None:
+    """What only ``model_index.json`` says of a component: the scheduler's class, what stands for an empty negative
+    prompt where there are two tokenizers."""
+    if component == "tokenizer_2":
+        index = read_json(root / "model_index.json")
+        said = index.get("force_zeros_for_empty_prompt") if isinstance(index, dict) else None
+        return None if said is None else str(said)
+    if component != "scheduler":
+        return None
     config = read_json(root / "scheduler" / "scheduler_config.json")
     own = config.get("_class_name") if isinstance(config, dict) else None
     return None if own else class_in_index(root, "scheduler")

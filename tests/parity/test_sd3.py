@@ -23,7 +23,7 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 from transformers.models.clip import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stages.config import ConfigError
-from stages.families.facts import FACTS
+from stages.families.facts import FACTS, family_of_classes
 from stages.families.sd3 import FAMILY
 from stages.memory.layout import Layout
 from stages.memory.tensors import read_tensors
@@ -31,6 +31,7 @@ from stages.memory.units import rungs, split_units
 from stages.models.checkpoint import Checkpoint, construct
 from stages.models.loading import build
 from stages.plans import ModelPlan, StagePlan
+from stages.workflow.model import classes_of
 
 ONE_TILE = {
     "model.family": "sd3",
@@ -182,6 +183,7 @@ def test_without_t5_its_states_are_zeros(folder: Path, tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     want = expected(pipeline, width=128, height=64, guidance_scale=5.0)
     close(canvas(Work(tmp_path, other), {}), want)
+    assert family_of_classes(classes_of(other)) == family_of_classes(classes_of(folder)) == "sd3"
 
 
 def test_guided_canvas_is_image_to_image(folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from stages.models.single_file import CONFIGS
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.dtype import dtype_name
 from stages.tiles import Size, grid
+from stages.workflow.identity import model_identity
 from stages.workflow.model import recognise
 
 ONE_TILE = {
@@ -101,6 +102,8 @@ def test_an_empty_negative_prompt_is_encoded_where_the_index_says_so(folder: Pat
     want = expected(stock(other), width=128, height=64, guidance_scale=5.0)
     close(canvas(Work(tmp_path, other), {"denoise.guidance_scale": 5.0}), want)
     assert (want - expected(stock(folder), width=128, height=64, guidance_scale=5.0)).abs().max() > 1e-2
+    hashes = [model_identity(Work(tmp_path, of).config(ONE_TILE), ("tokenizer_2",), tmp_path) for of in (folder, other)]
+    assert hashes[0] != hashes[1]
 
 
 def test_single_file(folder: Path, tmp_path: Path) -> None:
