@@ -35,7 +35,9 @@ def settings(config: DictConfig) -> dict[str, Any]:
     chosen = OmegaConf.create({})
     keys = {key for stage in found.values() for key in stage.parameters}
     keys = keys.union(*(technique.keys for technique in TECHNIQUES)) - {*PATHS, *OF_THE_MODEL}
-    for key in sorted(keys if config.guide.image else keys - {"guide.fit"}):
+    if "guide.fit" in keys and not config.guide.image:  # says nothing of a picture that nobody gave
+        keys -= {"guide.fit"}
+    for key in sorted(keys):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
 
