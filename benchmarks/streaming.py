@@ -93,8 +93,8 @@ def main() -> int:
     folder = checkpoint(given.checkpoint)
     stage = planned(folder, given.budget)
     plan = asdict(stage.model("unet"))
-    pairs = given.pairs or stage.group_size
-    group_size = min(pairs, stage.group_size)
+    pairs = given.pairs or max(1, stage.group_size // 2)
+    group_size = min(2 * pairs, stage.group_size)
     scratch = RESULTS / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

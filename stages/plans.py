@@ -37,8 +37,8 @@ class ModelPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """``models`` by component, opened one after the other; ``group_size`` views and ``micro_batch`` samples at a time
-    (0: the stage's own choice), and what was predicted."""
+    """``models`` by component, opened one after the other; samples at a time (0: the stage's own choice),
+    ``group_size`` through the whole model, ``micro_batch`` of them through a block; and what was predicted."""
 
     models: Mapping[str, ModelPlan] = field(default_factory=dict)
     micro_batch: int = 0

@@ -88,7 +88,7 @@ def sample(
             device=config.device,
             run=streamer.graphed,
         )
-        group_size = context.plan.group_size or max(1, batch // 2)
+        group_size = context.plan.group_size or batch
         while not sampler.finished:
             sampler.advance(denoiser, group_size)
             progress.advance()

@@ -63,18 +63,18 @@ def grid_views(tiles: Sequence[Tile], size: Size, *, blend: str, guidance_scale:
 
 
 def groups(views: Sequence[View], count: int) -> Iterator[list[View]]:
-    """The views in lists of one tile size and one number of passes each: at most ``count`` guided ones.
+    """The views in lists of one tile size and one number of passes each: at most ``count`` samples, but one view.
 
-    Or twice as many without guidance, so that a group's samples are whole micro-batches either way: which samples meet
-    in one, and with them the rounding, must not depend on the group's size.
+    A count of whole micro-batches gives groups of them: which samples meet in one, and with them the rounding, must not
+    depend on the group's size.
     """
     if count < 1:
-        raise ValueError(f"a group holds at least one view, got {count}.")
+        raise ValueError(f"a group holds at least one sample, got {count}.")
     kinds: dict[tuple[Size, int], list[View]] = {}
     for view in views:
         kinds.setdefault((view.tile.size, view.passes), []).append(view)
     for kind in kinds.values():
-        most = 2 * count // kind[0].passes
+        most = max(1, count // kind[0].passes)
         for start in range(0, len(kind), most):
             yield kind[start : start + most]
 
@@ -122,7 +122,7 @@ class Mixture:
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
             total: where the prediction goes, of the same shape; what it holds is overwritten.
             denoise: gives a prediction for each sample of a ``TileBatch``.
-            group_size: guided views handed to ``denoise`` at once, half of those without guidance.
+            group_size: samples handed to ``denoise`` at once; a guided view is two, and one view at least.
         """
         if latents.shape != total.shape:
             raise ValueError(f"latents of shape {latents.shape}, expected {total.shape}.")

@@ -110,6 +110,24 @@ FACTS: Mapping[str, Facts] = {
         embeds=POOLED,
         overflows=("text_encoder_3",),
     ),
+    "flux": Facts(
+        module="flux",
+        models=("flux", "flux_schnell"),
+        classes={
+            "transformer": "FluxTransformer2DModel",
+            "text_encoder": "CLIPTextModel",
+            "text_encoder_2": "T5EncoderModel",
+        },
+        components=_components(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"), "transformer"),
+        denoiser="transformer",
+        latent_channels=16,
+        vae_scale_factor=8,
+        patch=2,
+        guidance="embedded",
+        flow=True,
+        embeds=("prompt_embeds", "pooled_prompt_embeds"),
+        overflows=("text_encoder_2",),
+    ),
 }
 
 

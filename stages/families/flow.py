@@ -14,7 +14,9 @@ import numpy
 from torch import Tensor
 
 from stages.families.schedules import Schedule
+from stages.tiles import Size
 
+MOST_TOKENS = 4096  # of an image, at a time: a tile of 1024x1024 pixels
 Shift = Callable[[Any, int, int], float]  # mu of (the scheduler's config, tokens, steps)
 
 
@@ -67,3 +69,19 @@ class FlowSchedule(Schedule):
 
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return latents
+
+
+def packed(latents: Tensor) -> Tensor:
+    """``[N, h * w, 4 C]`` of ``latents [N, C, 2 h, 2 w]``: a token is 2x2 latents."""
+    return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, size: Size) -> Tensor:
+    """The reverse of ``packed``; ``size`` in tokens."""
+    return tokens.unflatten(1, size).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def tokens_at_a_time(tile: Size, device: str) -> int:
+    """Samples of ``tile`` latents that go through a block of a transformer at a time, a token being 2x2 of them."""
+    most, samples = (MOST_TOKENS, 8) if device == "cpu" else (4 * MOST_TOKENS, 32)
+    return max(1, min(samples, most // max(1, tile.height * tile.width // 4)))

@@ -117,7 +117,7 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
     peak = {"predicted_peak_vram_bytes" if on_gpu(config) else "predicted_peak_rss_bytes": chosen.peak}
     return StagePlan(
         models=models,
-        group_size=chosen.choices[last.component].group * max(1, last.micro_batch // 2),
+        group_size=chosen.choices[last.component].group * max(1, last.micro_batch),
         predicted_seconds=chosen.seconds,
         disk_bytes=profile.disk,
         **peak,

@@ -42,7 +42,7 @@ def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, gui
             wanted = [way for way in ways if (way.model.unit_limit == block) == which.startswith("block")]
             way = (min if which.endswith("small") else max)(wanted, key=lambda one: (one.group, one.model.ring_bytes))
             file = str(tmp_path / f"{name}-{prepared}.bin") if prepared else None
-            group = way.group * max(1, model.micro_batch // 2)
+            group = way.group * max(1, model.micro_batch)
             found[name] = StagePlan(models={model.component: replace(way.model, prepared=file)}, group_size=group)
         return found
 

@@ -102,7 +102,7 @@ def test_guide_modes_run_and_differ(work: Work) -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_after_a_step(work: Work, monkeypatch: pytest.MonkeyPatch, scheduler: str, stop: int) -> None:
     values = {**QUICK, "denoise.num_inference_steps": 3, "scheduler.class_name": scheduler}
-    plan = {"denoise": StagePlan(micro_batch=4, group_size=2)}  # three groups a step
+    plan = {"denoise": StagePlan(micro_batch=4, group_size=4)}  # three groups a step
     expected = canvas(work.run(values, until="denoise", plan=plan)["denoise"])
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     calls = 0
@@ -175,7 +175,7 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
     work: Work, monkeypatch: pytest.MonkeyPatch, samples: list[int], size: tuple[int, int]
 ) -> None:
     values = {"width": size[0], "height": size[1], "denoise.num_inference_steps": 3, "denoise.strength": 1.0}
-    plan = {"denoise": StagePlan(micro_batch=4, group_size=2)}
+    plan = {"denoise": StagePlan(micro_batch=4, group_size=4)}
     on = {**values, "denoise.dilated.enabled": True}
     for mode in ("sdedit", "skip_residual", "none"):
         plain = canvas(work.run({**values, "guide.mode": mode}, until="denoise", plan=plan)["denoise"])

@@ -66,10 +66,10 @@ def test_groups_are_of_one_tile_size():
     small, large = Tile(0, 0, 0, 0, 8, 8), Tile(0, 0, 0, 0, 16, 8)
     weight = grid_weights([whole(Size(8, 8))], Size(8, 8), "constant")[0]
     views = [View(t, weight) for t in (small, large, small, large, small)]
-    assert [[v.tile for v in g] for g in groups(views, 1)] == [[small] * 2, [small], [large] * 2]
+    assert [[v.tile for v in g] for g in groups(views, 2)] == [[small] * 2, [small], [large] * 2]
     guided = [view._replace(guidance_scale=2.0) for view in views]
-    assert [[v.tile for v in g] for g in groups(guided, 2)] == [[small] * 2, [small], [large] * 2]
-    with pytest.raises(ValueError, match="at least one view"):
+    assert [[v.tile for v in g] for g in groups(guided, 4)] == [[small] * 2, [small], [large] * 2]
+    with pytest.raises(ValueError, match="at least one sample"):
         list(groups(views, 0))
 
 

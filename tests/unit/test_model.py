@@ -15,7 +15,7 @@ from stages.workflow.validate import complete
 SD = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 SDXL = {**SD, "text_encoder_2": "CLIPTextModelWithProjection"}
 HUNYUAN = {"transformer": "HunyuanDiT2DModel", "text_encoder": "BertModel", "text_encoder_2": "T5EncoderModel"}
-FLUX = {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+LUMINA = {"transformer": "LuminaNextDiT2DModel", "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
 
 
 def made(folder: Path, classes: dict[str, str], *, index: bool = True, sample_size: int = 64) -> Path:
@@ -73,7 +73,7 @@ def test_the_checkpoint_says_its_family_whatever_the_defaults(make_config, tmp_p
     assert complete(said).config.model.family == "sdxl"
 
 
-@pytest.mark.parametrize("classes", [HUNYUAN, FLUX], ids=["HUNYUAN", "FLUX"])
+@pytest.mark.parametrize("classes", [HUNYUAN, LUMINA], ids=["HUNYUAN", "LUMINA"])
 @pytest.mark.parametrize("model", ["auto", "sd15"])
 def test_a_family_that_is_not_there_is_refused_before_work(make_config, tmp_path: Path, classes, model: str) -> None:
     folder = made(tmp_path / "m", classes)
@@ -98,6 +98,6 @@ def test_auto_without_a_path_says_what_is_missing(make_config) -> None:
 
 
 def test_the_whole_command_line(cli, tmp_path: Path) -> None:
-    folder = made(tmp_path / "other", FLUX)
+    folder = made(tmp_path / "other", LUMINA)
     done = cli("run=x", "prompt=a", f"model.path={folder}", "stage=plan")
     assert done.returncode == 1 and "families: sd (" in done.stderr and "Traceback" not in done.stderr
