@@ -15,6 +15,7 @@ from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
 
+EXACT_FILES = 8_000_000  # bytes: what strips take on their way to and from files, measured (tests/integration)
 Call = Callable[[Any, int], Any]
 
 
@@ -56,4 +57,4 @@ def exact_look(looking: Looking, stage: str, passes: Sequence[tuple[Direction, S
         cuts=(joined(cuts),),
         ordered=False,
     )
-    return StageLook((profile,), disk=disk)
+    return StageLook((profile,), extra=EXACT_FILES, disk=disk)

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError
+from stages.config import ConfigError, SchedulerConfig
 from stages.documents import escape
 from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
@@ -48,6 +48,7 @@ def check_path(config: DictConfig) -> None:
 
 def recognise(config: DictConfig, said: Collection[str]) -> None:
     """Find the family of ``model.path``, whatever ``model=NAME`` gave; with ``model=auto`` also its model's defaults.
+    A family of flows gets its checkpoint's own scheduler where none was asked for.
 
     Args:
         said: the keys of the command line, which are left as they are.
@@ -68,6 +69,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     if config.model.name != AUTO:
         if (classes or Path(config.model.path).is_file()) and "model.family" not in said:
             config.model.family = family
+        _schedule(config, said)
         return
     option, native = _option(str(config.model.path), FACTS[family].models), _native(folder, config)
     defaults = {key: value for key, value in _read(option).items() if key not in _NOT_DEFAULTS}
@@ -76,6 +78,15 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     for key, value in found.items():
         if f"model.{key}" not in said:
             OmegaConf.update(config, f"model.{key}", value)
+    _schedule(config, said)
+
+
+def _schedule(config: DictConfig, said: Collection[str]) -> None:
+    """The usual scheduler is of noise that is predicted, which flows have none of."""
+    facts = FACTS.get(str(config.model.family))
+    if facts is not None and facts.flow and not any(key.partition(".")[0] == "scheduler" for key in said):
+        own = OmegaConf.load(CONF / "scheduler" / "checkpoint.yaml")
+        config.scheduler = OmegaConf.merge(SchedulerConfig(), own)
 
 
 def _of_file(path: Path) -> str:

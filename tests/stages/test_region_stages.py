@@ -111,7 +111,7 @@ def test_the_whole_pipeline_with_upscaling_phases_and_guidance_one(work: Work) -
 
 def test_the_profile_counts_the_regions_tiles(work: Work) -> None:
     def counted(values: dict[str, Any]) -> tuple[int, int, int]:
-        found = look(work.config({**QUICK, "guide.mode": "sdedit", **values}))
+        found = look(work.config({**QUICK, "guide.mode": "sdedit", "denoise.strength": 1.0, **values}))
         return tuple(found[name].models[0].micro_batches for name in ("text_encode", "lowres", "denoise"))  # type: ignore[return-value]
 
     text, _, tiles = counted({})

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from stages.config import ROOT, ConfigError
-from stages.workflow.model import classes_of
+from stages.workflow.model import classes_of, recognise
 from stages.workflow.overrides import groups, prepare
 from stages.workflow.validate import complete
 
@@ -101,3 +101,14 @@ def test_the_whole_command_line(cli, tmp_path: Path) -> None:
     folder = made(tmp_path / "other", LUMINA)
     done = cli("run=x", "prompt=a", f"model.path={folder}", "stage=plan")
     assert done.returncode == 1 and "families: sd (" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_flows_get_the_scheduler_of_their_checkpoint_unless_one_is_asked_for(make_config, tmp_path: Path) -> None:
+    folder = made(
+        tmp_path / "flux",
+        {"transformer": "FluxTransformer2DModel", "text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+    )
+    for said, expected in ((), ("checkpoint", None)), (("scheduler.class_name",), ("ddim", "DDIMScheduler")):
+        config = make_config({"model.name": "flux", "model.path": str(folder)}, derive=False)
+        recognise(config, said)
+        assert (config.model.family, config.scheduler.name, config.scheduler.class_name) == ("flux", *expected)
