@@ -8,6 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 TESTS ?= tests
+# processes that test side by side; 0: one alone
+WORKERS ?= 2
 
 # The prompt is text: it goes through the environment as it was typed, past make's and the shell's own grammar.
 override PROMPT := $(value PROMPT)
@@ -23,7 +25,7 @@ run: $(VENV)/.run ## a picture: make run PROMPT="a lighthouse on a cliff" ARGS="
 	@$(PY) runner.py stage=all $${PROMPT:+"prompt=$$PROMPT"} $(ARGS)
 
 test: $(VENV)/.dev ## the tests, without the slow ones (but with the headline): make test TESTS=tests/unit
-	@$(PY) -m pytest -m "not slow or ci_slow" $(TESTS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not slow or ci_slow" $(TESTS)
 
 test-fast: $(VENV)/.dev ## the tests that need no torch, in half a minute
 	@$(PY) -m pytest -m fast $(TESTS)
