@@ -25,6 +25,7 @@ def make_config(width, height, **changes):
     config = OmegaConf.structured(Config)
     model = {"name": "tiny", "family": "sd", "path": "nowhere", "native_size": 256}
     base = {"prompt": "a cat", "width": width, "height": height, "model": model, "scheduler": {"name": "euler"}}
+    base["decode"] = {"tile_size": 288}
     return resolve(OmegaConf.merge(config, base, changes))
 
 

@@ -333,3 +333,11 @@ def test_a_scheduler_that_only_the_index_names_is_part_of_the_model(
         (folder / "scheduler" / "scheduler_config.json").write_text("{}")
         found.append(model_identity(make_config({"model.path": str(folder)}), ("scheduler",), tmp_path)["scheduler"])
     assert len(set(found)) == 3
+
+
+def test_decoded_tiles_are_smaller_where_numbers_are_wider(make_config):
+    sides = {name: make_config({"technique.dtype": name}).decode.tile_size for name in ("bf16", "fp32", "float32")}
+    assert sides == {"bf16": 288, "fp32": 224, "float32": 224}
+    assert (
+        make_config({"technique.dtype": "bf16", "technique.component_dtype": {"vae": "fp32"}}).decode.tile_size == 224
+    )
