@@ -20,6 +20,7 @@ from stages.families.schedules import make_scheduler
 from stages.memory.planner import ModelProfile
 from stages.memory.rows import BAND
 from stages.memory.tensors import read_tensors
+from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.workflow.store import CHECKPOINT
@@ -86,6 +87,7 @@ def sample(
             canvas=canvas.size,
             dtype=dtype_of(config, name),
             device=config.device,
+            techniques=techniques_of(config, context.stage.module),
             run=streamer.graphed,
         )
         group_size = context.plan.group_size or batch
@@ -111,7 +113,8 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
 
     def call(network: Any, samples: int) -> Any:
         example, embeds = family.example(network_config, tile, samples)
-        denoiser = family.denoiser(network, embeds, config, canvas=size, dtype=dtype, device="meta")
+        options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques_of(config, stage)}
+        denoiser = family.denoiser(network, embeds, config, canvas=size, **options)
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile

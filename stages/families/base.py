@@ -19,7 +19,7 @@ from stages.families.facts import FACTS, Facts
 from stages.families.schedules import Schedule
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint, CheckpointError
-from stages.techniques import techniques_of
+from stages.techniques.base import Technique
 from stages.tiles import Size, Tile
 
 Embeds = Mapping[str, Tensor]  # by the names of ``Facts.embeds``, one row a prompt
@@ -40,6 +40,7 @@ class Denoiser(ABC):
         config: of the run.
         canvas: its size in latents.
         dtype, device: of the computation.
+        techniques: those that touch the stage.
         run: how a whole pass is run (``Streamer.graphed``).
     """
 
@@ -52,6 +53,7 @@ class Denoiser(ABC):
         canvas: Size,
         dtype: torch.dtype,
         device: str = "cpu",
+        techniques: Sequence[Technique] = (),
         run: Run = plainly,
     ) -> None:
         self.network, self.config, self.canvas = network, config, canvas
@@ -64,7 +66,7 @@ class Denoiser(ABC):
             for name, rows in embeds.items()
             if not name.startswith("negative_")
         }
-        self._techniques = techniques_of(config, "denoise")
+        self._techniques = tuple(techniques)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of the embeddings ``name``."""

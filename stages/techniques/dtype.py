@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from stages.config import resolve_dtype
+from stages.config import dtype_of_component
 from stages.families.facts import facts_of
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ def dtype_name(config: DictConfig, component: str) -> str:
 
     What overflows in fp16 computes in bf16, unless the config says fp16 of that very component.
     """
-    own = config.technique.component_dtype.get(component)
-    found = resolve_dtype(config, own) if own else resolve_dtype(config)
+    found, own = dtype_of_component(config, component), config.technique.component_dtype.get(component)
     return "bf16" if found == "fp16" and not own and component in facts_of(config).overflows else found
 
 

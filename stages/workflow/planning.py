@@ -104,7 +104,7 @@ def _of_stage(profile: StageProfile, stage: Stage, config: DictConfig) -> StageP
 
 
 def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: Store) -> StagePlan:
-    """What the stage reads: groups in views, and where the prepared copies of the weights lie."""
+    """What the stage reads: groups in samples, and where the prepared copies of the weights lie."""
     models, config = {}, job.config
     for model in profile.models:
         plan = chosen.choices[model.component].model

@@ -194,6 +194,13 @@ def test_a_technique_of_a_test_acts_where_it_says(work: Work, monkeypatch: pytes
     assert Tilt.seen.count("unet") >= 3, "the look builds the model as the run does"
 
 
+def test_a_technique_leaves_stages_alone_that_it_does_not_touch(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(techniques, "TECHNIQUES", (*techniques.TECHNIQUES, Tilt))
+    off = read_tensors(work.run(QUICK, until="lowres")["lowres"] / "latents.safetensors")["latents"]
+    on = work.run({**QUICK, "technique.tf32": True}, until="lowres")["lowres"]
+    assert torch.equal(read_tensors(on / "latents.safetensors")["latents"], off)
+
+
 def test_a_network_without_known_blocks_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.families import sd
 

@@ -74,7 +74,15 @@ def test_activations_of_one_pass_of_the_unet(config: Any) -> None:
     batch, embeds = family.example(Checkpoint(CONFIGS).config("unet"), side, 2)
 
     def call(network: nn.Module) -> Any:
-        denoiser = family.denoiser(network, embeds, config, canvas=side, dtype=torch.bfloat16, device="meta")
+        denoiser = family.denoiser(
+            network,
+            embeds,
+            config,
+            canvas=side,
+            dtype=torch.bfloat16,
+            device="meta",
+            techniques=techniques_of(config, "denoise"),
+        )
         return denoiser(batch, torch.empty((), device="meta"))
 
     assert peak(built, call, 2) == pytest.approx(136.86, rel=0.005)
