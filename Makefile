@@ -28,7 +28,7 @@ test: $(VENV)/.dev ## the tests, without the slow ones (but with the headline): 
 	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow or ci_slow" $(TESTS)
 
 test-fast: $(VENV)/.dev ## the tests that need no torch, in half a minute
-	@$(PY) -m pytest -m fast $(TESTS)
+	@$(PY) -m pytest -n $(WORKERS) -m fast $(TESTS)
 
 slow: $(VENV)/.dev ## the slow tests: full-size models, large canvases
 	@$(PY) -m pytest -m slow $(TESTS)
