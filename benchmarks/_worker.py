@@ -21,6 +21,8 @@ from torch import Tensor
 from stages.memory.imports import light_imports
 from stages.memory.monitor import own_peak_rss
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 Step = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 
 
@@ -36,12 +38,13 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     component = Checkpoint.open(spec["checkpoint"], components=("unet",)).component("unet")
     group = 2 * spec["group"]
     options: dict[str, Any] = {"blocks": UNET, "techniques": (ChannelsLast(),), "micro_batch": 2}
-    with open_model(component, dtype=torch.bfloat16, plan=ModelPlan.of(spec["plan"]), **options) as streamer:
+    dtype = DTYPES[spec["dtype"]]
+    with open_model(component, dtype=dtype, plan=ModelPlan.of(spec["plan"]), **options) as streamer:
 
         def step(samples: Tensor, timestep: Tensor, embeds: Tensor) -> list[Tensor]:
-            samples = samples.bfloat16()
+            samples = samples.to(dtype)
             found = []
-            for part, text in zip(samples.split(group), embeds.bfloat16().split(group), strict=True):
+            for part, text in zip(samples.split(group), embeds.to(dtype).split(group), strict=True):
                 part = part.contiguous(memory_format=torch.channels_last)
                 found += list(streamer.model(part, timestep, encoder_hidden_states=text, return_dict=False)[0])
             return found
@@ -72,7 +75,7 @@ def diffusers_fp32(spec: dict[str, Any]) -> Iterator[Step]:
 
 @contextmanager
 def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
-    """accelerate's disk dispatch, bf16: the weights lie in its folder, a module's are read when it is called."""
+    """accelerate's disk dispatch: the weights lie in its folder, a module's are read when it is called."""
     with light_imports():
         from accelerate import init_empty_weights, load_checkpoint_and_dispatch
         from diffusers import UNet2DConditionModel
@@ -83,21 +86,22 @@ def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
         weights = f"{spec['checkpoint']}/unet/diffusion_pytorch_model.safetensors"
         map_: dict[str, Any] = {name: "disk" for name, _ in unet.named_children()}
         map_["conv_norm_out"] = "cpu"  # with nothing but "disk" accelerate takes it for a device of safetensors
-        options: dict[str, Any] = {"offload_folder": folder, "dtype": torch.bfloat16, "force_hooks": True}
-        yield looped(load_checkpoint_and_dispatch(unet, weights, map_, **options), torch.bfloat16)
+        options: dict[str, Any] = {"offload_folder": folder, "dtype": DTYPES[spec["dtype"]], "force_hooks": True}
+        yield looped(load_checkpoint_and_dispatch(unet, weights, map_, **options), options["dtype"])
 
 
 @contextmanager
 def group_offload(spec: dict[str, Any]) -> Iterator[Step]:
-    """diffusers' group offload to disk at leaf level, bf16."""
+    """diffusers' group offload to disk at leaf level."""
     with light_imports():
         from diffusers import UNet2DConditionModel
         from diffusers.hooks import apply_group_offloading
-    unet = UNet2DConditionModel.from_pretrained(f"{spec['checkpoint']}/unet", torch_dtype=torch.bfloat16)
+    dtype = DTYPES[spec["dtype"]]
+    unet = UNet2DConditionModel.from_pretrained(f"{spec['checkpoint']}/unet", torch_dtype=dtype)
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory(dir=spec["scratch"]) as folder:
         apply_group_offloading(unet, cpu, cpu, offload_type="leaf_level", offload_to_disk_path=folder)
-        yield looped(unet, torch.bfloat16)
+        yield looped(unet, dtype)
 
 
 WAYS = {

@@ -75,10 +75,10 @@ class Worker:
         return {**found, "life_seconds": self.life, "peak": last["peak"], "digest": last["digest"]}
 
 
-def planned(folder: Path, budget: str) -> StagePlan:
+def planned(folder: Path, budget: str, dtype: str) -> StagePlan:
     """The plan of a 2048x2048 run's ``denoise`` at ``budget``, from ``runner.py stage=plan``."""
     output = RESULTS / "runs" / "streaming"
-    chosen = ["model=sd15", f"model.path={folder}", f"memory.budget={budget}", "technique.dtype=bf16"]
+    chosen = ["model=sd15", f"model.path={folder}", f"memory.budget={budget}", f"technique.dtype={dtype}"]
     runner(output, "run=plan", "stage=plan", "prompt=a benchmark", *chosen).check()
     return stage_plans(json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8")))["denoise"]
 
@@ -88,17 +88,18 @@ def main() -> int:
     options.add_argument("--pairs", type=int, help="tile pairs; default: as many as the plan groups")
     options.add_argument("--repeats", type=int, default=3, help="steps of streamed and resident after the first")
     options.add_argument("--budget", default="800MB")
+    options.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="fp32: a CPU without bf16")
     options.add_argument("--ways", default=",".join(WAYS))
     given = options.parse_args()
     folder = checkpoint(given.checkpoint)
-    stage = planned(folder, given.budget)
+    stage = planned(folder, given.budget, given.dtype)
     plan = asdict(stage.model("unet"))
     pairs = given.pairs or max(1, stage.group_size // 2)
     group_size = min(2 * pairs, stage.group_size)
     scratch = RESULTS / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    spec = {"checkpoint": str(folder), "pairs": pairs, "scratch": str(scratch)}
+    spec = {"checkpoint": str(folder), "pairs": pairs, "scratch": str(scratch), "dtype": given.dtype}
     turns, found = [], []
     print(f"{pairs} tile pairs in groups of {group_size}, ring {mb(plan['ring_bytes'])}, {os.cpu_count()} cores")
     for way in given.ways.split(","):
