@@ -35,6 +35,7 @@ from stages.models.measure import cuts
 from stages.workflow.device import ENVIRONMENT, for_device
 
 DEFAULT: tuple[dict[str, Any], ...] = ({"host": "pinned"}, {"host": "disk"})
+KINDS = ("resident", "offload", "ours")
 # the most that ours may take of the time of others: of the resident loop at its best micro-batch, by where our weights
 # come from, and of group offload
 MOST = {
@@ -88,7 +89,8 @@ def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any
         chosen = error.least
     choice = chosen.choices[work.component]
     changes: dict[str, Any] = {"host": job["host"], "device_budget": job["budget"] * MB}
-    changes["prepared"] = str(folder / "weights.bin")
+    if job["host"] == "disk":
+        changes["prepared"] = str(folder / "weights.bin")
     if "ring" in job:
         changes["ring_bytes"] = job["ring"] * MB
     if job.get("resident"):
@@ -115,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=int, default=800, help="MB that ours may reserve")
     parser.add_argument("--count", type=int, default=5, help="steps that are timed")
     parser.add_argument("--jobs", help="JSON list instead of the default ways of ours")
-    parser.add_argument("--only", choices=("resident", "offload", "ours"), help="one kind")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these kinds of ways")
     options = parser.parse_args(arguments)
     work = WORKS[options.work]
     checkpoint = str(_measure.checkpoint(options.checkpoint, options.work.partition("_")[0]))
@@ -131,12 +133,12 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append({"kind": job["kind"], **shown, **found})
                 print(json.dumps(results[-1]), flush=True)
 
-        if options.only in (None, "resident"):
+        if "resident" in options.only:
             go({"kind": "resident", "micros": work.micros, "keep": False, "whole": True}, {}, {})
-        if options.only in (None, "offload"):
+        if "offload" in options.only:
             for level in work.offload_levels:
                 go({"kind": "offload", "count": 2, "level": level}, {}, {"level": level})
-        if options.only in (None, "ours"):
+        if "ours" in options.only:
             chosen = json.loads(options.jobs) if options.jobs else DEFAULT
             chosen = [{"host": "pinned", "micro": micro, "graphs": True, "budget": options.budget, **j} for j in chosen]
             micros = sorted({job["micro"] for job in chosen})
