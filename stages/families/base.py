@@ -125,6 +125,10 @@ class Family(ABC):
         """The text encoders that are opened, one after the other."""
         return tuple(name for name in self.facts.components["text_encode"] if "encoder" in name)
 
+    def unused(self, component: str, network_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Modules of a component that no stage calls: their weights are not read."""
+        return ()
+
     def largest_tile(self, network_config: Mapping[str, Any]) -> int | None:
         """Latents a side that the denoiser has positions for; None: any."""
         return None

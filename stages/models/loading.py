@@ -14,7 +14,7 @@ from torch import nn
 
 from stages.files import atomic_path
 from stages.memory.imports import light_imports
-from stages.memory.layout import Layout
+from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
 from stages.memory.stream import WeightStreamer
@@ -69,7 +69,7 @@ def build(
     Args:
         dtype: of weights and activations.
         blocks: where it may be cut, as its family says.
-        drop: children that are not needed (the encoder of a VAE that only decodes).
+        drop: modules that are not needed (the encoder of a VAE that only decodes).
 
     Raises:
         CheckpointError: the weights do not fit the config, or a network without known blocks.
@@ -77,7 +77,7 @@ def build(
     with light_imports():
         network = component.build(optional=tuple(f"{name}." for name in drop))
     for name in drop:
-        delattr(network, name)
+        delattr(*owner(network, name))
     if not blocks.known(network):
         raise CheckpointError(
             f"{component.name}: got a {component.class_name} without any of its family's blocks "
