@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._gpu_work import WORKS
+from benchmarks._gpu_work import DEVICE, WORKS
 from stages.memory.imports import light_imports
 
 MB = 1_000_000
@@ -58,11 +58,11 @@ def fresh() -> None:
 
 def resident(job: dict[str, Any]) -> list[dict[str, Any]]:
     """(b) a loop over tiles, ``micros`` at a time, and (a) the whole canvas in one call; weights stay there."""
-    work, network = WORKS[job["work"]], stock(job, "cuda")
+    work, network = WORKS[job["work"]], stock(job, DEVICE)
     if work.techniques:
         network = network.to(memory_format=torch.channels_last)
-    denoiser, batch = work.denoiser(network, network.config, "cuda"), work.batch(network.config, work.tiles)
-    timestep, found = torch.tensor(500.0, device="cuda"), []
+    denoiser, batch = work.denoiser(network, network.config, DEVICE), work.batch(network.config, work.tiles)
+    timestep, found = torch.tensor(500.0, device=DEVICE), []
     for micro in job["micros"]:
         fresh()
 
@@ -89,9 +89,9 @@ def group_offload(job: dict[str, Any]) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"use_stream": True, "offload_type": job["level"]}
     if job["level"] == "block_level":
         options["num_blocks_per_group"] = 1
-    apply_group_offloading(network, torch.device("cuda"), torch.device("cpu"), **options)
-    denoiser, batch = work.denoiser(network, network.config, "cuda"), work.batch(network.config, work.offloaded)
-    timestep = torch.tensor(500.0, device="cuda")
+    apply_group_offloading(network, torch.device(DEVICE), torch.device("cpu"), **options)
+    denoiser, batch = work.denoiser(network, network.config, DEVICE), work.batch(network.config, work.offloaded)
+    timestep = torch.tensor(500.0, device=DEVICE)
 
     def step() -> None:
         for start in range(work.offloaded):
@@ -112,12 +112,12 @@ def streamed(job: dict[str, Any]) -> list[dict[str, Any]]:
     blocks = work.door.blocks(work.component)
     begin = time.perf_counter()
     options: dict[str, Any] = {"dtype": work.dtype, "blocks": blocks, "techniques": work.techniques}
-    options |= {"plan": ModelPlan.of(job["plan"]), "micro_batch": work.passes * job["micro"], "device": "cuda"}
+    options |= {"plan": ModelPlan.of(job["plan"]), "micro_batch": work.passes * job["micro"], "device": DEVICE}
     with open_model(component, **options) as streamer:
         opened = time.perf_counter() - begin
         run = {"run": streamer.graphed} if job["graphs"] else {}
-        denoiser = work.denoiser(streamer.model, component.config, "cuda", **run)
-        batch, timestep = work.batch(component.config, work.tiles), torch.tensor(500.0, device="cuda")
+        denoiser = work.denoiser(streamer.model, component.config, DEVICE, **run)
+        batch, timestep = work.batch(component.config, work.tiles), torch.tensor(500.0, device=DEVICE)
 
         def step() -> Tensor:
             starts = range(0, work.tiles, job["group"])

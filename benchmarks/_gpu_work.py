@@ -18,6 +18,8 @@ from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
 from stages.tiles import Size
 
+DEVICE = "cuda"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -33,7 +35,6 @@ class Work:
     dtype: torch.dtype
     micros: tuple[int, ...]
     offloaded: int
-    offload_levels: tuple[str, ...] = ("leaf_level",)
     whole: Size | None = None
 
     @property
@@ -65,20 +66,23 @@ class Work:
 
     def micro(self, network_config: Mapping[str, Any]) -> int:
         """Tiles that go through a block at a time, as the family says."""
-        return max(1, self.door.micro_batch(network_config, self.tile, "cuda") // self.passes)
+        return max(1, self.door.micro_batch(network_config, self.tile, DEVICE) // self.passes)
 
     def batch(self, network_config: Mapping[str, Any], tiles: int, tile: Size | None = None) -> TileBatch:
         """Random samples of ``tiles`` tiles, on the GPU."""
         example, _ = self.door.example(network_config, tile or self.tile, self.passes * tiles)
-        generator = torch.Generator("cuda").manual_seed(1)
-        example.samples = torch.randn(example.samples.shape, device="cuda", generator=generator)
-        return example
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        return self._of(torch.randn(example.samples.shape, device=DEVICE, generator=generator))
 
     def part(self, batch: TileBatch, start: int, count: int) -> TileBatch:
         """``count`` tiles of a batch, from ``start`` on."""
-        samples = batch.samples[self.passes * start : self.passes * (start + count)]
+        return self._of(batch.samples[self.passes * start : self.passes * (start + count)])
+
+    def _of(self, samples: torch.Tensor) -> TileBatch:
         found = example_tiles(Size(*samples.shape[-2:]), len(samples), samples.shape[1])
         found.samples = samples
+        if self.passes == 1:
+            found.unconditional = (False,) * len(samples)
         return found
 
     def denoiser(self, network: nn.Module, network_config: Mapping[str, Any], device: str, **more: Any) -> Denoiser:
@@ -128,6 +132,5 @@ WORKS = {
         dtype=torch.bfloat16,
         micros=(1,),
         offloaded=1,
-        offload_levels=("leaf_level", "block_level"),
     ),
 }

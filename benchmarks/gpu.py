@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _measure.parser(__doc__)
     parser.add_argument("--work", choices=tuple(WORKS), default="sd15")
     parser.add_argument("--budget", type=int, default=800, help="MB that ours may reserve")
+    parser.add_argument("--level", choices=("leaf_level", "block_level"), default="leaf_level", help="of group offload")
     parser.add_argument("--count", type=int, default=5, help="steps that are timed")
     parser.add_argument("--jobs", help="JSON list instead of the default ways of ours")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these kinds of ways")
@@ -136,14 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
         if "resident" in options.only:
             go({"kind": "resident", "micros": work.micros, "keep": False, "whole": True}, {}, {})
         if "offload" in options.only:
-            for level in work.offload_levels:
-                go({"kind": "offload", "count": 2, "level": level}, {}, {"level": level})
+            go({"kind": "offload", "count": 2, "level": options.level}, {}, {"level": options.level})
         if "ours" in options.only:
             chosen = json.loads(options.jobs) if options.jobs else DEFAULT
             chosen = [{"host": "pinned", "micro": micro, "graphs": True, "budget": options.budget, **j} for j in chosen]
             micros = sorted({job["micro"] for job in chosen})
             go(
-                {"kind": "resident", "micros": micros, "keep": True, "whole": False, "count": 1},
+                {"kind": "resident", "micros": micros, "keep": True, "whole": False},
                 ENVIRONMENT,
                 {"what": "reference"},
             )
