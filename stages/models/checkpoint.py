@@ -156,7 +156,7 @@ class Checkpoint:
                 f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
                 "expected 4: give a text-to-image checkpoint as model.path."
             )
-        tensors = self._single.tensors(name, config) if self._single else self._folder_tensors(name)
+        tensors = self._single.tensors(name, config) if self._single else self.tensors(name)
         return Component(
             name=name,
             class_name=class_name,
@@ -180,7 +180,8 @@ class Checkpoint:
             )
         return said
 
-    def _folder_tensors(self, name: str) -> dict[str, TensorRef]:
+    def tensors(self, name: str) -> dict[str, TensorRef]:
+        """Where the tensors of a folder's component ``name`` lie, as its files name them."""
         weights = choose_weights(names_in(self.folder), name, self._variant)
         if not weights.main.endswith(".json"):
             return read_header(self.folder / weights.main)
