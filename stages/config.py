@@ -85,6 +85,13 @@ class GroupOffloadConfig:
 
 
 @dataclass(kw_only=True)
+class TomeConfig:
+    """Token merging, of UNets."""
+
+    ratio: float = 0.0  # share of the tokens of the finest level that are merged, at most 0.75; 0: off
+
+
+@dataclass(kw_only=True)
 class TechniqueConfig:
     """Numeric switches that can be compared."""
 
@@ -95,6 +102,7 @@ class TechniqueConfig:
     attention: str = "auto"  # auto | sdpa | math | sliced | xformers, or a name of diffusers' dispatcher
     offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
     group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
+    tome: TomeConfig = field(default_factory=TomeConfig)
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,8 @@ import torch
 from in_process import Work, look
 from torch import Tensor
 
+from stages.canvas.mixture import TileBatch
+from stages.canvas.sampler import Sampler
 from stages.config import ConfigError
 from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
@@ -23,6 +25,8 @@ from stages.memory.units import split_units
 from stages.models.loading import Built, source
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.offload import Offload
+from stages.techniques.tome import Merge, ToMe, destinations
+from stages.tiles import Tile
 
 ONE = {"guide.mode": "none", "width": 128, "height": 128, "denoise.num_inference_steps": 2, "denoise.tile_size": 128}
 TILES = {**ONE, "width": 192, "denoise.overlap": 64}
@@ -164,3 +168,97 @@ def test_offload_without_an_accelerator_is_refused(work: Work) -> None:
     refused(work, {"technique.group_offload.disk": True}, "technique.group_offload: .*nothing with")
     exact = {"technique.offload": "sequential", "device": "cuda", "decode.mode": "exact"}
     refused(work, exact, "decode.mode: got 'exact'")
+
+
+def by_hand(tokens: Tensor, to: list[int], joined: int) -> tuple[Tensor, Tensor]:
+    """(merged tokens, all of them spread out again) of one sample, by the paper: one token after the other."""
+    rest = [place for place in range(len(tokens)) if place not in to]
+    best = []
+    for place in rest:
+        alike = [float(torch.cosine_similarity(tokens[place], tokens[other], dim=0)) for other in to]
+        best.append((max(alike), place, alike.index(max(alike))))
+    best.sort(reverse=True)
+    groups: list[list[int]] = [[place] for place in to]
+    for _, place, target in best[:joined]:
+        groups[target].append(place)
+    groups = [[place] for _, place, _ in best[joined:]] + groups
+    means = torch.stack([tokens[group].mean(dim=0) for group in groups])
+    spread = torch.empty_like(tokens)
+    for group, mean in zip(groups, means, strict=True):
+        spread[group] = mean
+    return means, spread
+
+
+def test_tokens_are_merged_as_published() -> None:
+    tokens, seeds, sides = torch.randn(2, 7 * 6, 5), torch.tensor([11, 12]), (7, 6)
+    to = destinations(seeds, sides)
+    for found in to:
+        cells = {(int(place) // 6 // 2, int(place) % 6 // 2) for place in found}
+        assert cells == {(y, x) for y in range(3) for x in range(3)}, "one of every 2x2"
+    merge = Merge(tokens, seeds, sides, 0.5)
+    merged = merge.merged(tokens)
+    spread = merge.spread(merged)
+    for sample, places, small, large in zip(tokens, to.tolist(), merged, spread, strict=True):
+        means, expected = by_hand(sample, places, 21)
+        assert torch.allclose(large, expected, atol=1e-6)
+        assert torch.allclose(small, means, atol=1e-6)
+
+
+def test_draws_are_of_seed_step_and_tile(work: Work) -> None:
+    tiles = [Tile(0, 0, 0, 0, 16, 16), Tile(0, 1, 0, 8, 16, 24)]
+
+    def drawn(seed: int, step: float) -> list[int]:
+        inputs = {"sample": torch.empty(4, 4, 16, 16)}
+        batch = TileBatch(
+            samples=inputs["sample"], prompt_rows=(), unconditional=(), tiles=(*tiles[:1] * 2, *tiles[1:] * 2)
+        )
+        ToMe(work.config({"technique.tome.ratio": 0.5, "seed": seed})).before_call(batch, torch.tensor(step), inputs)
+        return inputs["tome"].tolist()
+
+    one = drawn(0, 401.0)
+    assert one[0] == one[1] != one[2] == one[3], "the same in both halves of guidance, another for each tile"
+    assert one == drawn(0, 401.0)
+    assert not set(one) & {*drawn(1, 401.0), *drawn(0, 381.0)}
+    places = destinations(torch.tensor(drawn(0, 1.0)), (64, 64))
+    kinds = (places // 64 % 2 * 2 + places % 2).flatten().bincount(minlength=4) / places.numel()
+    assert (kinds - 0.25).abs().max() < 0.05
+
+
+def test_merged_tokens_give_the_same_bytes_in_any_group_and_after_a_stop(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = {**TILES, "technique.tome.ratio": 0.5}
+    tokens: list[int] = []
+    attend = Merge.merged
+    monkeypatch.setattr(Merge, "merged", lambda self, x: tokens.append((found := attend(self, x)).shape[1]) or found)
+    found = denoised(work, on)
+    assert set(tokens) == {16 * 16 // 2}, "half of the tokens of the finest level"
+    assert (found - denoised(work, TILES)).abs().max() > 1e-3
+    assert torch.equal(denoised(work, on, models={"unet": LEAVES}, micro_batch=16, group_size=100), found)
+    advance, steps = Sampler.advance, []
+
+    def stopped(self: Sampler, *args: Any) -> None:
+        steps.append(self.step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        advance(self, *args)
+
+    monkeypatch.setattr(Sampler, "advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        denoised(work, on)
+    assert torch.equal(canvas(work.run(on, until="denoise")["denoise"]), found)
+    assert steps == [0, 1, 1]
+
+
+def test_merging_is_planned_for(work: Work) -> None:
+    def activations(ratio: float) -> int:
+        inputs = {"sample": torch.empty(2, 4, 64, 64, device="meta"), "timestep": torch.empty((), device="meta")}
+        inputs["encoder_hidden_states"] = torch.empty(2, 77, 32, device="meta")
+        inputs |= {"tome": torch.empty(2, dtype=torch.int64, device="meta")} if ratio else {}
+        return peak(made(work, {**ONE, "technique.tome.ratio": ratio}), lambda unet: unet(**inputs), 2)
+
+    assert activations(0.5) > max(activations(0), 2 * 3072 * 1024 * 4), "how alike all tokens are"
+
+
+def test_a_ratio_that_cannot_be_is_refused(work: Work) -> None:
+    refused(work, {"technique.tome.ratio": 0.8}, r"technique.tome.ratio: got 0.8, expected 0 \(off\) to 0.75")

@@ -166,6 +166,7 @@ CHANGES = {
     "technique.channels_last": (False, "lowres"),
     "technique.tf32": (True, "text_encode"),
     "technique.attention": ("math", "lowres"),
+    "technique.tome.ratio": (0.5, "lowres"),
     "device": ("cuda", "text_encode"),
 }
 IRRELEVANT = {
