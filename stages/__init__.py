@@ -25,6 +25,7 @@ class Stage(NamedTuple):
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
     records: bool = False  # whether it may read what the stages above it declare, whose fingerprints are in its own
     measures: bool = False  # whether its result holds figures of the machine it ran on
+    checks: tuple[str, ...] = ()  # keys that it may read besides to refuse their values: no result hangs on them
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
     @property
@@ -95,6 +96,19 @@ PIPELINE: tuple[Stage, ...] = (
     ),
 )
 
+# Not part of the picture: whether the schedules of a run can be (see stages.rehearsal).
+REHEARSAL = Stage(
+    name="rehearsal",
+    version=1,
+    parameters=(
+        *("lowres.num_inference_steps", "denoise.num_inference_steps", "denoise.strength", "text_encode.clip_skip"),
+        *("denoise.tile_size", "guide.mode", "guide.image", "model.native_size", *_LATENTS, *_SCHEDULER),
+    ),
+    needs=lambda config: (),
+    opens_model=True,
+    measures=True,
+)
+
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
@@ -102,14 +116,17 @@ PROFILE = Stage(
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),
-        *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS, *_SCHEDULER),
+        *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS),
+        "scheduler.options",  # some import more than others
         *("guide.mode", "guide.image", "guide.fit", "guide.upscale"),
         *("guide.vae_mode", "guide.tile_size", "guide.phases"),
     ),
     needs=lambda config: (),
     opens_model=True,
     measures=True,
+    checks=REHEARSAL.parameters,
 )
+PREPARATIONS = (REHEARSAL, PROFILE)  # what runs before the pipeline does
 
 
 def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[Stage, ...]:

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from stages import PROFILE
+from stages import PREPARATIONS
 from stages.config import ROOT, ConfigError, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
 from stages.documents import load
@@ -144,8 +144,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
     store = Store(Path(job.config.output_dir) / ".store")
     pipeline = importlib.import_module(module).PIPELINE
     states = {state.name: state for state in build(job, store, pipeline=pipeline, verify=False)}
-    if stage == PROFILE.name:
-        states[stage] = state_of(job, store, PROFILE, {})
+    states |= {one.name: state_of(job, store, one, {}) for one in PREPARATIONS if one.name == stage}
     if stage not in states:
         raise ConfigError("stage", stage, f"one of {', '.join(states)} in this run")
     state = states[stage]

@@ -158,7 +158,7 @@ def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: 
     side, folder = config.guide.tile_size // f, context.output / CHECKPOINT
     tiles = guide_tiles(Size(*shape[1:]), side)
     limit = (side + 2 * HALO) * f
-    extent = (picture.width, picture.height)
+    extent = (max(f, picture.width), max(f, picture.height))  # a pixel or two do not go through an encoder
     if max(extent) > limit:
         scale = limit / max(extent)
         extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))

@@ -28,6 +28,7 @@ from stages.memory.planner import ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.regions.types import Regions
+from stages.rehearsal import rehearse
 from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS
 from stages.workflow.graph import active
@@ -79,6 +80,7 @@ def process(config: DictConfig, regions: Regions) -> tuple[int, int, Looking]:
         from accelerate import init_empty_weights  # noqa: F401
         from diffusers import AutoencoderKL  # noqa: F401
     checkpoint = open_checkpoint(config, facts_of(config).opened, lambda _: None)
+    rehearse(config, checkpoint)
     looking = Looking(config=config, regions=regions, checkpoint=checkpoint)
     held = (
         make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),

@@ -19,6 +19,8 @@ from stages.families.facts import steps_by_strength
 from stages.memory.imports import light_imports
 from stages.models.checkpoint import Checkpoint
 
+MOST_TIMESTEPS = 100_000  # of a training
+
 
 class Schedule:
     """A DDPM-like scheduler of diffusers. All tensors are ``[1, C, h, W]`` float32: any row band of a canvas.
@@ -119,8 +121,13 @@ def make_scheduler(checkpoint: Checkpoint, class_name: str | None, options: Mapp
             hint = "" if name else " The checkpoint does not name one: scheduler=NAME chooses."
             raise ValueError(f"scheduler.class_name: got {name!r}, expected a scheduler class of diffusers.{hint}")
         _check_options(scheduler_class, options)
-        # PNDM's flag is in most published scheduler configs and means nothing to the others
-        return scheduler_class.from_config(config, **options)
+        _check_length({**config, **options})
+        try:  # PNDM's flag is in most published scheduler configs and means nothing to the others
+            return scheduler_class.from_config(config, **options)
+        except Exception as error:  # of whatever kind: the numbers in a config are anybody's
+            said = str(error).strip().partition("\n")[0]
+            hint = f"It says: {said or type(error).__name__}"
+            raise ConfigError("scheduler", name, "one that takes these options and the checkpoint's", hint) from error
 
 
 def _check_options(scheduler_class: type, options: Mapping[str, Any]) -> None:
@@ -130,6 +137,13 @@ def _check_options(scheduler_class: type, options: Mapping[str, Any]) -> None:
         if name not in known:
             expected = f"one of {scheduler_class.__name__}'s: {', '.join(known)}"
             raise ConfigError(f"scheduler.options.{name}", options[name], expected, close_match(str(name), known))
+
+
+def _check_length(config: Mapping[str, Any]) -> None:
+    """A table is made with a row for each timestep of the training."""
+    count = config.get("num_train_timesteps", 1000)
+    if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
+        raise ConfigError("scheduler.options.num_train_timesteps", count, f"1 to {MOST_TIMESTEPS}")
 
 
 def _import_scipy() -> None:

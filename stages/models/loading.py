@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from torch import nn
 
 from stages.files import atomic_path
 from stages.memory.imports import light_imports
-from stages.memory.layout import Layout, owner
+from stages.memory.layout import Layout
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
 from stages.memory.stream import WeightStreamer
@@ -70,7 +69,7 @@ def build(
     Args:
         dtype: of weights and activations.
         blocks: where it may be cut, as its family says.
-        drop: modules that are not needed (the encoder of a VAE that only decodes).
+        drop: children that are not needed (the encoder of a VAE that only decodes).
 
     Raises:
         CheckpointError: the weights do not fit the config, or a network without known blocks.
@@ -78,7 +77,7 @@ def build(
     with light_imports():
         network = component.build(optional=tuple(f"{name}." for name in drop))
     for name in drop:
-        delattr(*owner(network, name))
+        delattr(network, name)
     if not blocks.known(network):
         raise CheckpointError(
             f"{component.name}: got a {component.class_name} without any of its family's blocks "
@@ -86,10 +85,9 @@ def build(
         )
     for technique in techniques:
         technique.on_model(network, component.name)
-    whole = blocks.whole.union(*(technique.whole for technique in techniques))
     tensors = without_large(network, component.tensors, dtype)
     layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
-    return Built(network, layout, tensors, replace(blocks, whole=whole))
+    return Built(network, layout, tensors, blocks)
 
 
 @contextmanager
@@ -113,7 +111,7 @@ def open_model(
     built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
     layout = built.layout
     limit = layout.nbytes if plan.unit_limit is None else plan.unit_limit
-    units = split_units(built.network, layout, built.blocks, limit, plan.stage_limit)
+    units = split_units(built.network, layout, blocks, limit, plan.stage_limit)
     order = {name: index for index, name in enumerate(plan.order)}
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
     drop_clean_pages()  # all is imported, nothing is loaded yet
@@ -127,13 +125,10 @@ def open_model(
         "micro_batch": micro_batch,
         "mark": mark,
     }
-    if device != "cpu":
+    if device == "cpu":
+        streamer: Any = WeightStreamer(built.network, **common)
+    else:
         limit_device(device, plan.device_budget)
-    made = (technique.streamer(built.network, layout, common["source"], device) for technique in techniques)
-    streamer: Any = next((one for one in made if one is not None), None)
-    if streamer is None and device == "cpu":
-        streamer = WeightStreamer(built.network, **common)
-    elif streamer is None:
         parked = frozenset(plan.parked)
         streamer = CudaStreamer(built.network, device=device, host=plan.host, parked=parked, **common)
     try:

@@ -21,6 +21,8 @@ def explain(error: BaseException) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if wrong and key:
         return f"{key[1]}: got {wrong[1]!r}, expected {_A.get(wrong[2], wrong[2])}."
+    if said := _refused(text, key[1] if key else ""):
+        return said
     unknown = re.search(r"Key '([^']+)' (?:not in|is not in struct)", text)
     if unknown:
         where = f"{key[1]}: " if key else ""
@@ -33,6 +35,22 @@ def explain(error: BaseException) -> str:
     return "\n".join(lines[:6]) or f"{type(error).__name__} (HIGHRES_TRACEBACK=1 shows more)"
 
 
+def _refused(text: str, key: str) -> str:
+    """Of an override that Hydra or the schema does not take; "" for other errors."""
+    merged = re.search(r"Error merging override [+~]*[^=]+=(.*?)(?:\n|$)", text, re.DOTALL)
+    if key and merged:
+        expected = next(
+            (expected for sign, expected in _KINDS.items() if sign in text),
+            f"{key}.NAME=VALUE, as there are keys below it",
+        )
+        return f"{key}: got {merged[1]!r:.200}, expected {expected}."
+    several = re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'\n", text, re.DOTALL)
+    if several:
+        return f"{several[1]}: got {several[2]!r:.200}, expected one value. A list is [a,b]; -m sweeps."
+    return ""
+
+
+_KINDS = {"is not Optional": "a value", "to string": "a text"}
 _WRONG = r"Value '(.*?)'(?: of type '\w+')? (?:could not be converted to|is not a valid) (\w+)"
 _A = {"Integer": "an integer", "Float": "a number", "bool": "true or false", "String": "a text"}
 

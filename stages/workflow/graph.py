@@ -113,7 +113,7 @@ def seen(job: Job, state: StageState, states: Mapping[str, StageState]) -> DictC
     if state.stage.records:
         also |= {key for name, one in states.items() if _above(name, state, states) for key in one.stage.parameters}
         also |= {key for technique in TECHNIQUES for key in technique.keys}
-    return masked(job.of_stage(state.stage).config, state.stage, also)
+    return masked(job.of_stage(state.stage).config, state.stage, {*also, *state.stage.checks})
 
 
 def build(

@@ -31,6 +31,7 @@ _FREE = (
 )  # anything may stand below these
 _TRANSIENT = {"run", "stage", "force", "progress", "output_dir"}  # of one command, not of the run
 _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
+_OPTIONAL = {"experiment"}  # groups of which no option need be taken
 _ALTERNATIVES = {"prompt": "prompt_file", "prompt_file": "prompt"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
@@ -95,7 +96,8 @@ def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> 
         values = override.value.split(",") if multirun else [override.value]
         for value in values:
             plain = value.strip().strip("'\"")
-            if plain not in options[key] and plain != "null" and not re.search(r"[\[\](){}*]", plain):
+            nothing = plain == "null" and key in _OPTIONAL
+            if plain not in options[key] and not nothing and not re.search(r"[\[\](){}*]", plain):
                 expected = f"one of {', '.join(options[key])}"
                 raise ConfigError(key, plain, expected, close_match(plain, options[key]))
     elif key not in options and key not in known_keys():
@@ -157,7 +159,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             component = override.key.removeprefix(_DTYPE)
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
-        overrides.append(_ready(override, multirun))
+        overrides.append(_readable(_ready(override, multirun), override))
     overrides = merge([], overrides)
     return [*flags, *_with_saved_run(overrides)]
 
@@ -190,6 +192,19 @@ def _ready(override: Override, multirun: bool) -> str:
     if alone and value not in ("", "null") and value[0] not in "'\"":
         value = quote(value)
     return f"{sign}{key}{package}={value}"
+
+
+def _readable(text: str, said: Override) -> str:
+    """``text``, if Hydra's grammar takes it: its own words for what it does not take name no key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        hint = f"A text with signs in it is quoted twice: {said.key}=\"'...'\""
+        raise ConfigError(said.key, said.value[:200], "a value in Hydra's grammar", hint) from None
+    return text
 
 
 def merge(base: Iterable[str], new: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from stages import PROFILE, Stage
+from stages import PROFILE, REHEARSAL, Stage
 from stages.config import on_gpu
 from stages.families.facts import running_steps
 from stages.files import read_json, write_json
@@ -27,6 +27,7 @@ from stages.workflow.identity import model_identity
 from stages.workflow.store import Store, fingerprint
 
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known
+REHEARSED = "rehearsal.json"  # as stages/rehearsal.py writes it
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 
 
@@ -50,12 +51,16 @@ def plan(
         launch.StageFailed: the models could not be looked at.
     """
     config, budget = job.config, job.budget
-    profile = state_of(job, store, PROFILE, {})
-    if profile.entry.why_invalid():
+    profile, rehearsal = state_of(job, store, PROFILE, {}), state_of(job, store, REHEARSAL, {})
+    looks, rehearses = bool(profile.entry.why_invalid()), bool(rehearsal.entry.why_invalid())
+    if looks:
         profile.reason = "first run with this model and these sizes"
         note("looks at the models (once for these sizes)")
+    if looks or rehearses:
         enough = replace(job, budget=max(budget, LOOK))
-        launch.run_stage(profile, enough, run_dir, pipeline=pipeline, on_event=lambda event: None)
+        launch.run_stage(profile if looks else rehearsal, enough, run_dir, pipeline=pipeline)
+    if looks and rehearses:
+        _rehearsed(rehearsal)
     found = read_json(profile.entry.path / "profile.json") or {}
     running = [state for state in states if state.status in ("run", "resume", "reuse")]
     profiles = {
@@ -67,10 +72,6 @@ def plan(
     if on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, job.device_budget or 10**15
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
-    for state in running:
-        for technique in techniques_of(config, state.stage.module) if state.name in profiles else ():
-            one = profiles[state.name]
-            profiles[state.name] = replace(one, models=tuple(map(technique.planned, one.models)))
     try:
         chosen = plan_run(list(profiles.values()), budget, runner, config.memory.weights)
     except OverBudget as error:
@@ -80,6 +81,14 @@ def plan(
     plans = {name: _plan(one, profiles[name], by_name[name], job, store) for name, one in chosen.items()}
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
+
+
+def _rehearsed(state: StageState) -> None:
+    """The look has rehearsed the schedules too."""
+    with state.entry.lock():
+        state.entry.prepare()
+        write_json(state.entry.path / REHEARSED, {"refused": None})
+        state.entry.commit()
 
 
 def check_disk(states: Sequence[StageState], profiles: Iterable[StageProfile]) -> None:

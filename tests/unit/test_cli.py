@@ -27,6 +27,12 @@ REFUSALS = [
     ("nonsense", "key=value"),
     ("denoise={strenght: 1}", "strenght"),
     ("progress=perhaps", "true or false"),
+    ("progress='", "progress: got \"'\", expected a value in Hydra's grammar"),
+    ("device={a: 1}", "device: got '{a: 1}', expected a text"),
+    ("memory.enforce=null", "memory.enforce: got 'null', expected a value"),
+    ("scheduler=null", "scheduler: got 'null', expected one of checkpoint"),
+    ("seed=1,2", "seed: got '1,2', expected one value"),
+    ("denoise=3", "denoise: got '3', expected denoise.NAME=VALUE"),
 ]
 
 
