@@ -13,26 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._gpu_work import DEVICE, WORKS
 from stages.memory.imports import light_imports
 
-TILES, MB = 25, 1_000_000
+MB = 1_000_000
 
 
-def stock(folder: Path, device: str) -> Any:
-    """The UNet as diffusers loads it, fp16."""
+def stock(job: dict[str, Any], device: str) -> Any:
+    """The denoiser as diffusers loads it."""
+    work = WORKS[job["work"]]
     with light_imports():
-        from diffusers import UNet2DConditionModel
-    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float16)
-    return unet.eval().requires_grad_(False).to(device)
-
-
-def inputs(samples: int, side: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timestep and embeddings for ``samples`` samples, on the GPU."""
-    generator = torch.Generator("cuda").manual_seed(1)
-    image = torch.randn(samples, 4, side, side, device="cuda", dtype=torch.float16, generator=generator)
-    embeds = torch.randn(samples, 77, 768, device="cuda", dtype=torch.float16, generator=generator)
-    image = image.contiguous(memory_format=torch.channels_last)
-    return image, torch.tensor(500.0, device="cuda"), embeds
+        import diffusers
+    made: Any = getattr(diffusers, work.facts.classes[work.component])
+    network = made.from_pretrained(job["checkpoint"], subfolder=work.component, torch_dtype=work.dtype)
+    return network.eval().requires_grad_(False).to(device)
 
 
 def timed(step: Callable[[], Any], count: int) -> dict[str, Any]:
@@ -63,69 +57,71 @@ def fresh() -> None:
 
 
 def resident(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """(b) a loop over tiles, ``micros`` pairs at a time, and (a) the whole canvas in one call; weights stay there."""
-    unet = stock(Path(job["checkpoint"]), "cuda").to(memory_format=torch.channels_last)
-    image, timestep, embeds = inputs(2 * TILES)
-    found = []
+    """(b) a loop over tiles, ``micros`` at a time, and (a) the whole canvas in one call; weights stay there."""
+    work, network = WORKS[job["work"]], stock(job, DEVICE)
+    if work.techniques:
+        network = network.to(memory_format=torch.channels_last)
+    denoiser, batch = work.denoiser(network, network.config, DEVICE), work.batch(network.config, work.tiles)
+    timestep, found = torch.tensor(500.0, device=DEVICE), []
     for micro in job["micros"]:
         fresh()
 
-        def step(size: int = 2 * micro) -> Tensor:
-            parts = zip(image.split(size), embeds.split(size), strict=True)
-            return torch.cat([unet(part, timestep, text, return_dict=False)[0] for part, text in parts])
+        def step(size: int = micro) -> Tensor:
+            starts = range(0, work.tiles, size)
+            return torch.cat([denoiser(work.part(batch, start, size), timestep) for start in starts])
 
         found.append({"micro": micro, **timed(step, job["count"])})
         if job["keep"]:
             torch.save(step().cpu(), Path(job["folder"]) / f"resident{micro}.pt")
         print(json.dumps(found[-1]), flush=True)
-    if job["whole"]:
+    if job["whole"] and work.whole:
         fresh()
-        image, timestep, embeds = inputs(2, 256)
-        found.append({"whole": True, **timed(lambda: unet(image, timestep, embeds, return_dict=False), job["count"])})
+        canvas = work.batch(network.config, 1, work.whole)
+        found.append({"whole": True, **timed(lambda: denoiser(canvas, timestep), job["count"])})
     return found
 
 
-def group_offload(job: dict[str, Any], tiles: int = 3) -> list[dict[str, Any]]:
-    """(c) diffusers' group offload with a stream, one tile pair a call; seconds scaled from ``tiles`` to 25 tiles."""
+def group_offload(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """(c) diffusers' group offload with a stream, one tile a call; seconds scaled to all tiles."""
     from diffusers.hooks import apply_group_offloading
 
-    unet = stock(Path(job["checkpoint"]), "cpu")
-    apply_group_offloading(unet, torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level", use_stream=True)
-    image, timestep, embeds = inputs(2 * tiles)
+    work, network = WORKS[job["work"]], stock(job, "cpu")
+    options: dict[str, Any] = {"use_stream": True, "offload_type": job["level"]}
+    if job["level"] == "block_level":
+        options["num_blocks_per_group"] = 1
+    apply_group_offloading(network, torch.device(DEVICE), torch.device("cpu"), **options)
+    denoiser, batch = work.denoiser(network, network.config, DEVICE), work.batch(network.config, work.offloaded)
+    timestep = torch.tensor(500.0, device=DEVICE)
 
     def step() -> None:
-        for part, text in zip(image.split(2), embeds.split(2), strict=True):
-            unet(part, timestep, text, return_dict=False)
+        for start in range(work.offloaded):
+            denoiser(work.part(batch, start, 1), timestep)
 
     found = timed(step, job["count"])
-    return [{**found, "seconds": round(found["seconds"] * TILES / tiles, 4)}]
+    return [{**found, "seconds": round(found["seconds"] * work.tiles / work.offloaded, 4)}]
 
 
 def streamed(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Ours, as ``job["plan"]`` says: groups of tile pairs, each a pass over the model."""
-    from stages.families.unet import UNET
+    """Ours, as ``job["plan"]`` says: groups of tiles, each a pass over the model."""
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
-    from stages.techniques.channels_last import ChannelsLast
 
-    component = Checkpoint.open(job["checkpoint"]).component("unet")
-    size, group = 2 * job["micro"], 2 * job["group"]
+    work = WORKS[job["work"]]
+    component = Checkpoint.open(job["checkpoint"], components=(work.component,)).component(work.component)
+    blocks = work.door.blocks(work.component)
     begin = time.perf_counter()
-    options: dict[str, Any] = {"dtype": torch.float16, "blocks": UNET, "techniques": (ChannelsLast(),)}
-    with open_model(component, plan=ModelPlan.of(job["plan"]), micro_batch=size, device="cuda", **options) as streamer:
+    options: dict[str, Any] = {"dtype": work.dtype, "blocks": blocks, "techniques": work.techniques}
+    options |= {"plan": ModelPlan.of(job["plan"]), "micro_batch": work.passes * job["micro"], "device": DEVICE}
+    with open_model(component, **options) as streamer:
         opened = time.perf_counter() - begin
-        unet: Any = streamer.model
-        image, timestep, embeds = inputs(2 * TILES)
-
-        def call(samples: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-            return unet(samples, timestep, text, return_dict=False)[0]
+        run = {"run": streamer.graphed} if job["graphs"] else {}
+        denoiser = work.denoiser(streamer.model, component.config, DEVICE, **run)
+        batch, timestep = work.batch(component.config, work.tiles), torch.tensor(500.0, device=DEVICE)
 
         def step() -> Tensor:
-            parts = zip(image.split(group), embeds.split(group), strict=True)
-            if not job["graphs"]:
-                return torch.cat([call(part, timestep, text) for part, text in parts])
-            return torch.cat([streamer.graphed(call, part, timestep, text).clone() for part, text in parts])
+            starts = range(0, work.tiles, job["group"])
+            return torch.cat([denoiser(work.part(batch, start, job["group"]), timestep) for start in starts])
 
         found = {**timed(step, job["count"]), "open_seconds": round(opened, 2)}
         output = step().cpu()
@@ -133,7 +129,7 @@ def streamed(job: dict[str, Any]) -> list[dict[str, Any]]:
     if reference.exists():
         expected = torch.load(reference)
         found["identical"] = bool(torch.equal(expected, output))
-        found["max_difference"] = float((expected.float() - output.float()).abs().max())
+        found["max_difference"] = float((expected - output).abs().max())
     return [found]
 
 

@@ -55,7 +55,7 @@ def run(output: Path, budget: str, options: list[str], *, cgroup: bool) -> tuple
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--model", default="sd15", choices=("sd15", "sd21", "embedded", "small"))
+    options.add_argument("--model", default="sd15", choices=("sd15", "sd21", "sdxl", "embedded", "small"))
     options.add_argument("--size", type=int, default=2048)
     options.add_argument("--steps", type=int, default=2)
     options.add_argument("--budget", default="800MB")

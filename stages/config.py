@@ -76,6 +76,22 @@ class MemoryConfig:
 
 
 @dataclass(kw_only=True)
+class GroupOffloadConfig:
+    """diffusers' group offload, for ``technique.offload=group``."""
+
+    level: str = "leaf_level"  # leaf_level | block_level
+    stream: bool = True  # the next group comes while one computes
+    disk: bool = False  # groups wait in files, not in RAM
+
+
+@dataclass(kw_only=True)
+class TomeConfig:
+    """Token merging, of UNets."""
+
+    ratio: float = 0.0  # share of the tokens of the finest level that are merged, at most 0.75; 0: off
+
+
+@dataclass(kw_only=True)
 class TechniqueConfig:
     """Numeric switches that can be compared."""
 
@@ -83,6 +99,10 @@ class TechniqueConfig:
     component_dtype: dict[str, str] = field(default_factory=dict)  # of one component: technique.dtype.vae=fp32
     channels_last: bool = True
     tf32: bool = False
+    attention: str = "auto"  # auto | sdpa | math | sliced | xformers, or a name of diffusers' dispatcher
+    offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
+    group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
+    tome: TomeConfig = field(default_factory=TomeConfig)
 
 
 @dataclass(kw_only=True)

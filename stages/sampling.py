@@ -49,13 +49,13 @@ def sample(
     """
     config, progress, family = context.config, context.progress, family_of(context.config)
     name = family.facts.denoiser
-    checkpoint = open_checkpoint(config, (name, "scheduler"), progress.note)
+    checkpoint = open_checkpoint(config, family.facts.components[context.stage.module], progress.note)
     network_config = checkpoint.config(name)
     scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)
     folder = context.output / CHECKPOINT
-    path = folder / "noise.safetensors"
-    noise, generator = canvas_noise(path, canvas.size, config.model.latent_channels, config.seed, canvas.rerolls)
-    views = family.asks(canvas.views, network_config)
+    path, channels, space = folder / "noise.safetensors", config.model.latent_channels, family.space(checkpoint)
+    noise, generator = canvas_noise(path, canvas.size, channels, config.seed, canvas.rerolls, space.patch)
+    views = family.asks(canvas.views, checkpoint)
     sampler = Sampler(
         schedule=family.schedule(scheduler, views[0].tile.size, checkpoint),
         mixture=Mixture(views),
@@ -63,7 +63,8 @@ def sample(
         noise=noise,
         generator=generator,
         folder=folder,
-        dilated=dilated and dilated.asked(lambda views: family.asks(views, network_config)),
+        dilated=dilated and dilated.asked(lambda views: family.asks(views, checkpoint)),
+        space=space,
         **guide,
     )
     try:
@@ -77,12 +78,11 @@ def sample(
     if sampler.finished:
         return sampler
 
-    embeds = read_tensors(context.inputs["text_encode"] / "embeddings.safetensors")
     batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
     with open_component(context, checkpoint, name, micro_batch=batch) as streamer:
         denoiser = family.denoiser(
             streamer.model,
-            embeds,
+            read_tensors(context.inputs["text_encode"] / "embeddings.safetensors"),
             config,
             canvas=canvas.size,
             dtype=dtype_of(config, name),
@@ -102,7 +102,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     config, family = looking.config, looking.family
     name, channels = family.facts.denoiser, config.model.latent_channels
     network_config, size = looking.network_config(name), canvas.size
-    views, more = family.asks(canvas.views, network_config), family.asks(more, network_config)
+    views, more = (family.asks(some, looking.checkpoint) for some in (canvas.views, more))
     tile = views[0].tile.size
     if (most := family.largest_tile(network_config)) and max(max(view.tile.size) for view in (*views, *more)) > most:
         key, factor = "denoise.tile_size" if stage == "denoise" else "lowres.width", config.model.vae_scale_factor

@@ -35,8 +35,16 @@ def draw_chunks(numel: int, generator: torch.Generator, chunk: int = 1 << 22) ->
         yield draw((numel,), generator)
 
 
-def fill(rows: Rows, generator: torch.Generator) -> None:
-    """Fill a canvas in a file with what ``draw`` of its shape gives."""
+def fill(rows: Rows, generator: torch.Generator, patch: int = 1) -> None:
+    """Fill a canvas in a file with what ``draw`` gives of its shape, or of places of ``patch`` x ``patch`` latents as
+    ``[1, C * patch**2, H / patch, W / patch]``."""
+    if patch > 1:
+        shape = (rows.channels * patch**2, rows.height // patch, rows.width // patch)
+        places = Rows.create(rows.path.with_name(f"places-{rows.path.name}"), shape)
+        fill(places, generator)
+        for top, part in places.bands():
+            rows.write(top * patch, torch.pixel_shuffle(part, patch))
+        return places.remove()
     start = 0
     for piece in draw_chunks(math.prod(rows.shape), generator):
         rows.write_flat(start, piece)
@@ -71,13 +79,13 @@ def reroll(noise: Rows, rerolls: Sequence[Reroll]) -> None:
 
 
 def canvas_noise(
-    path: Path, size: Size, channels: int, seed: int, rerolls: Sequence[Reroll] = ()
+    path: Path, size: Size, channels: int, seed: int, rerolls: Sequence[Reroll] = (), patch: int = 1
 ) -> tuple[Rows, torch.Generator]:
     """The canvas' noise ``[1, C, H, W]`` float32 in a new file, and the generator as the draw left it.
 
-    Ancestral schedulers draw on from it.
+    Ancestral schedulers draw on from it. ``patch``: see ``fill``; what is re-rolled is drawn latent by latent.
     """
     generator, noise = torch.Generator().manual_seed(seed), Rows.create(path, (channels, *size))
-    fill(noise, generator)
+    fill(noise, generator, patch)
     reroll(noise, rerolls)
     return noise, generator

@@ -17,6 +17,7 @@ from stages.canvas import guides
 from stages.canvas.band_state import BandState, BandStates, adopt, attributes, copied
 from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, TileBatch
+from stages.canvas.space import Space
 from stages.canvas.step_noise import StepNoise
 from stages.memory.finite import refuse_not_finite
 from stages.memory.rows import Rows, bands
@@ -50,11 +51,12 @@ class Sampler:
         noise: ``[1, C, H, W]`` float32, standard normal.
         generator: as the noise draw left it; ancestral schedulers draw from it.
         folder: for checkpoints and scratch files.
-        guide: ``[1, C, H, W]`` float32 latents in the denoiser's space, or None for pure noise.
+        guide: ``[1, C, H, W]`` float32 latents, or None for pure noise.
         guide_mode: ``sdedit``, ``hold``, ``skip_residual`` or ``none``.
         strength: share of the schedule that runs, as in diffusers' img2img; 1 without a guide.
         hold_share, skip_residual_power: see :mod:`stages.canvas.guides`.
         dilated: the global term that joins every prediction, if there is one.
+        space: of the denoiser; noise and prediction are in it, the guide is not.
 
     Raises:
         ValueError: no step is left by ``strength``, or a scheduler that must see a large canvas as a whole.
@@ -75,8 +77,10 @@ class Sampler:
         hold_share: float = 0.0,
         skip_residual_power: float = 3.0,
         dilated: Dilated | None = None,
+        space: Space = Space(),  # noqa: B008 - frozen
     ) -> None:
         self.schedule, self.mixture, self.generator, self.dilated = schedule, mixture, generator, dilated
+        self.space = space
         self.scheduler = scheduler = schedule.scheduler
         self._noise, self._guide, self._mode = noise, guide, guide_mode
         self._hold_share, self._power = hold_share, skip_residual_power
@@ -125,7 +129,7 @@ class Sampler:
     def latents(self) -> Iterator[tuple[int, Tensor]]:
         """(top, rows ``[1, C, h, W]`` float32) of every band, as of now."""
         for band, (top, _) in enumerate(self.bands):
-            yield top, self._load(band)
+            yield top, self.space.outside(self._load(band), top)
 
     def advance(self, denoise: Callable[[TileBatch, Tensor], Tensor], group_size: int) -> None:
         """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch.
@@ -177,7 +181,8 @@ class Sampler:
     def _noised_guide(self, band: int, timestep: Tensor) -> Tensor:
         assert self._guide is not None
         rows = self.bands[band]
-        return self.schedule.noised(self._guide.read(*rows), self._noise.read(*rows), timestep)
+        guide = self.space.inside(self._guide.read(*rows), rows[0])
+        return self.schedule.noised(guide, self._noise.read(*rows), timestep)
 
     def _guided(self, band: int, latents: Tensor, timestep: Tensor) -> Tensor:
         if self._guide is None or self.step == 0:

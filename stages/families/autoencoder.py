@@ -37,7 +37,8 @@ def encode_call(config: DictConfig, pixels: Size) -> Call:
 
 def keys_bytes(looking: Looking, tokens: int) -> int:
     """Bytes of the keys and values that the tiles of ``shared`` attend to."""
-    channels = looking.network_config("vae")["block_out_channels"][-1]
+    vae = looking.network_config("vae")
+    channels = max((vae.get("decoder_block_out_channels") or [0])[-1], vae["block_out_channels"][-1])
     return 2 * tokens * channels * dtype_of(looking.config, "vae").itemsize
 
 

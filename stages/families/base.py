@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch, View
+from stages.canvas.space import Space
 from stages.families.encoders import Encoders
 from stages.families.facts import FACTS, Facts
 from stages.families.schedules import Schedule
@@ -58,7 +59,7 @@ class Denoiser(ABC):
     ) -> None:
         self.network, self.config, self.canvas = network, config, canvas
         self.dtype, self.device, self._run = dtype, device, run
-        self._count = len(next(iter(embeds.values())))
+        self._count = len(next(rows for name, rows in embeds.items() if not name.startswith("negative_")))
         self._embeds = {
             name: torch.cat([rows, embeds[f"negative_{name}"]] if f"negative_{name}" in embeds else [rows]).to(
                 device, self.dtype_of(name)
@@ -98,10 +99,12 @@ class Denoiser(ABC):
         return predicted
 
     def rows(self, batch: TileBatch, name: str) -> Tensor:
-        """The embeddings ``name`` of each sample, or ``negative_<name>`` of those without the prompt, ``[N, ...]``."""
-        pairs = zip(batch.prompt_rows, batch.unconditional, strict=True)
-        places = [row + self._count * without for row, without in pairs]
-        return self._embeds[name].index_select(0, torch.tensor(places, device=self.device))
+        """The embeddings ``name`` of each sample, or ``negative_<name>`` of those without the prompt, ``[N, ...]``; one
+        row of these is everybody's."""
+        pairs, found = zip(batch.prompt_rows, batch.unconditional, strict=True), self._embeds[name]
+        negatives = max(1, len(found) - self._count)
+        places = [self._count + row % negatives if without else row for row, without in pairs]
+        return found.index_select(0, torch.tensor(places, device=self.device))
 
 
 class Family(ABC):
@@ -125,6 +128,10 @@ class Family(ABC):
         """The text encoders that are opened, one after the other."""
         return tuple(name for name in self.facts.components["text_encode"] if "encoder" in name)
 
+    def unused(self, component: str, network_config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Modules of a component that no stage calls: their weights are not read."""
+        return ()
+
     def largest_tile(self, network_config: Mapping[str, Any]) -> int | None:
         """Latents a side that the denoiser has positions for; None: any."""
         return None
@@ -137,13 +144,13 @@ class Family(ABC):
     def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
         """Meta tensors like those of a run: ``samples`` samples of tiles of ``tile`` latents, and embeddings."""
 
-    def guidance(self, network_config: Mapping[str, Any]) -> str:
-        """cfg | embedded | none: how a guidance scale acts on this very network."""
+    def guidance(self, checkpoint: Checkpoint) -> str:
+        """cfg | embedded | none: how a guidance scale acts on this very model."""
         return self.facts.guidance
 
-    def asks(self, views: Sequence[View], network_config: Mapping[str, Any]) -> list[View]:
+    def asks(self, views: Sequence[View], checkpoint: Checkpoint) -> list[View]:
         """The views as the network is asked about them."""
-        embedded = self.guidance(network_config) != "cfg"
+        embedded = self.guidance(checkpoint) != "cfg"
         return [view._replace(embedded=embedded) for view in views]
 
     @abstractmethod
@@ -158,6 +165,10 @@ class Family(ABC):
     @abstractmethod
     def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:
         """The diffusers scheduler as the sampler drives it, for tiles of so many latents."""
+
+    def space(self, checkpoint: Checkpoint) -> Space:
+        """Where the denoiser's latents lie."""
+        return Space()
 
     def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
         """Why those of a checkpoint cannot be used: a trait of a config that is not understood here."""

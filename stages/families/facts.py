@@ -128,6 +128,25 @@ FACTS: Mapping[str, Facts] = {
         embeds=("prompt_embeds", "pooled_prompt_embeds"),
         overflows=("text_encoder_2",),
     ),
+    "flux2_klein": Facts(
+        module="flux2_klein",
+        models=("flux2_klein",),
+        classes={"transformer": "Flux2Transformer2DModel", "text_encoder": "Qwen3ForCausalLM"},
+        vae="AutoencoderKLFlux2",
+        components={
+            **_components(("tokenizer", "text_encoder"), "transformer"),
+            # the VAE's statistics are the denoiser's
+            **dict.fromkeys(("lowres", "denoise"), ("transformer", "scheduler", "vae")),
+        },
+        denoiser="transformer",
+        latent_channels=32,
+        vae_scale_factor=8,
+        patch=2,
+        guidance="cfg",
+        flow=True,
+        embeds=("prompt_embeds", "negative_prompt_embeds"),
+        overflows=("text_encoder",),
+    ),
 }
 
 

@@ -83,5 +83,5 @@ def unpacked(tokens: Tensor, size: Size) -> Tensor:
 
 def tokens_at_a_time(tile: Size, device: str) -> int:
     """Samples of ``tile`` latents that go through a block of a transformer at a time, a token being 2x2 of them."""
-    most, samples = (MOST_TOKENS, 8) if device == "cpu" else (4 * MOST_TOKENS, 32)
-    return max(1, min(samples, most // max(1, tile.height * tile.width // 4)))
+    samples = 8 if device == "cpu" else 32
+    return max(1, min(samples, MOST_TOKENS // max(1, tile.height * tile.width // 4)))

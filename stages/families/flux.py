@@ -120,8 +120,8 @@ class Flux(Family):
         batch = example_tiles(tile, samples, network_config["in_channels"] // 4)
         return batch, {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
-    def guidance(self, network_config: Mapping[str, Any]) -> str:
-        return "embedded" if network_config.get("guidance_embeds") else "none"
+    def guidance(self, checkpoint: Checkpoint) -> str:
+        return "embedded" if checkpoint.config("transformer").get("guidance_embeds") else "none"
 
     def blocks(self, component: str) -> Blocks:
         return {"transformer": TRANSFORMER, "vae": VAE, "text_encoder_2": T5}.get(component, CLIP)

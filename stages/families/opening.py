@@ -41,17 +41,17 @@ def open_component(
     context: StageContext, checkpoint: Checkpoint, name: str, *, micro_batch: int = 0, drop: Sequence[str] = ()
 ) -> Iterator[Streamer]:
     """One component with its weights, see ``models.loading.open_model``."""
-    config, stage = context.config, context.stage.module
+    config, stage, family = context.config, context.stage.module, family_of(context.config)
     with open_model(
         checkpoint.component(name),
         dtype=dtype_of(config, name),
-        blocks=family_of(config).blocks(name),
+        blocks=family.blocks(name),
         techniques=techniques_of(config, stage),
         plan=context.plan.model(name),
         micro_batch=micro_batch,
         mark=context.progress.mark,
         note=context.progress.note,
-        drop=drop,
+        drop=(*drop, *family.unused(name, checkpoint.config(name))),
         device=config.device,
     ) as streamer:
         yield streamer
@@ -75,5 +75,5 @@ def built(
         dtype=dtype_of(config, name),
         blocks=family.blocks(name),
         techniques=techniques_of(config, stage),
-        drop=drop,
+        drop=(*drop, *family.unused(name, checkpoint.config(name))),
     )

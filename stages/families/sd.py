@@ -67,8 +67,8 @@ class StableDiffusion(Family):
         batch = example_tiles(tile, samples, network_config["in_channels"])
         return batch, {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
 
-    def guidance(self, network_config: Mapping[str, Any]) -> str:
-        return "embedded" if network_config.get("time_cond_proj_dim") else "cfg"
+    def guidance(self, checkpoint: Checkpoint) -> str:
+        return "embedded" if checkpoint.config("unet").get("time_cond_proj_dim") else "cfg"
 
     def blocks(self, component: str) -> Blocks:
         return {"unet": UNET, "vae": VAE, "text_encoder": CLIP}[component]

@@ -100,8 +100,8 @@ class StableDiffusionXL(Family):
         embeds = dict(zip(self.facts.embeds, (states, states, pooled, pooled), strict=True))
         return example_tiles(tile, samples, network_config["in_channels"]), embeds
 
-    def guidance(self, network_config: Mapping[str, Any]) -> str:
-        return "embedded" if network_config.get("time_cond_proj_dim") else "cfg"
+    def guidance(self, checkpoint: Checkpoint) -> str:
+        return "embedded" if checkpoint.config("unet").get("time_cond_proj_dim") else "cfg"
 
     def blocks(self, component: str) -> Blocks:
         return {"unet": UNET, "vae": VAE}.get(component, CLIP)

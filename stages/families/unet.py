@@ -73,10 +73,10 @@ def refuse_unet(unet: Mapping[str, Any], known: Mapping[str, Any], *, width: int
     return None
 
 
-def refuse_vae(vae: Mapping[str, Any]) -> str | None:
+def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str | None:
     """Why an autoencoder's config cannot be used."""
-    if vae.get("_class_name") != "AutoencoderKL":
-        return f"vae: got a {vae.get('_class_name')}, expected an AutoencoderKL."
+    if vae.get("_class_name") != expected:
+        return f"vae: got a {vae.get('_class_name')}, expected an {expected}."
     return None
 
 

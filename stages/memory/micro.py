@@ -21,7 +21,7 @@ def micro_batched(
     """``forward`` over slices of at most ``size`` samples; results are gathered in tensors made once.
 
     The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
-    (a block's skip connections), all else (flags, sizes, a time embedding of one row) is passed on whole.
+    (a block's skip connections) or a dict, all else (flags, sizes, a time embedding of one row) is passed on whole.
     ``only_first`` leaves the other slices of the result as they are: enough for a pass on the meta device.
     ``whole(count)`` may make the tensors of the result before ``forward`` runs, so that they do not come to lie among
     what that frees; None leaves it to this function. Slices go to ``device``.
@@ -60,7 +60,7 @@ def skips(result: Any) -> list[torch.Tensor]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples and lists, each once, but for those without dimensions."""
+    """The tensors in nested tuples, lists and dicts, each once, but for those without dimensions."""
     found: dict[int, torch.Tensor] = {}
     mapped(lambda tensor: tensor, value, found)
     return list(found.values())
@@ -71,6 +71,8 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any, known: 
     known = {} if known is None else known  # a closure that calls itself would keep them until it is collected
     if isinstance(value, tuple | list):
         return tuple([mapped(function, item, known) for item in value])
+    if isinstance(value, dict):
+        return {name: mapped(function, item, known) for name, item in value.items()}
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     if id(value) not in known:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -75,6 +76,9 @@ def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         # the CPU kernel packs keys and values, padded to whole vectors, and accumulates in float32
         packed = 2 * (key.numel() + value.numel()) * key.element_size()
         mode.trace.events[-1].workspace += packed
+        if _cur_sdpa_kernel_backends() == [SDPBackend.MATH]:  # which keeps the scores, and what softmax makes of them
+            scores = query.new_empty((2, *query.shape[:-1], key.shape[-2]))
+            del scores
     return result
 
 

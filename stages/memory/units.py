@@ -19,12 +19,13 @@ class Blocks:
     Every module of ``classes`` is called once per pass, with the batch in dimension 0 of its tensors and no sample
     depending on another, so that it can run in micro-batches: it is loaded whole where it fits, however deep it lies.
     ``stages`` are several of these with the skip connections between them: whole on a GPU where they are small and
-    their activations large. ``parkable(network)`` names units (one giving, the others between) whose skip connections
-    nothing needs until the last of them.
+    their activations large. ``whole`` are never cut, however large they are. ``parkable(network)`` names units (one
+    giving, the others between) whose skip connections nothing needs until the last of them.
     """
 
     classes: frozenset[str]
     stages: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
     parkable: Callable[[nn.Module], tuple[tuple[str, ...], str]] | None = None
 
     def known(self, network: nn.Module) -> bool:
@@ -73,8 +74,8 @@ def split_units(network: nn.Module, layout: Layout, blocks: Blocks, limit: int, 
         leaf = not any(True for _ in module.children())
         start, end = layout.range_of(names)
         kind, size = type(module).__name__, end - start
-        whole = (kind in blocks.classes and size <= limit) or (kind in blocks.stages and size <= stage_limit)
-        if leaf or whole:
+        fits = (kind in blocks.classes and size <= limit) or (kind in blocks.stages and size <= stage_limit)
+        if leaf or fits or kind in blocks.whole:
             yield prefix.rstrip("."), module, names
             return
         own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 LARGE_INTEGER = 10**20  # transformers' own: a length of this many tokens or more is none
 _VOCABULARY = ("vocab.json", "merges.txt")
-_CLIP_OTHERS = ("text_projection", "logit_scale", "vision_model.", "visual_projection.")
+_OTHERS = ("text_projection", "logit_scale", "vision_model.", "visual_projection.", "lm_head.")  # than text encoders'
+_PREFIXES = ("text_model.", "model.")
+_WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}  # what encodes text makes no words
 
 __all__ = ["Checkpoint", "CheckpointError", "Component"]
 
@@ -146,6 +148,7 @@ class Checkpoint:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
         config = self.config(name)
         class_name = self._class(name, config)
+        class_name = _WITHOUT_HEAD.get(class_name, class_name)
         if "encoder" not in name:  # of diffusers, whether its config says so or not
             config = {"_class_name": class_name, **config}
         if name == "unet" and config.get("in_channels", 4) != 4:
@@ -153,7 +156,7 @@ class Checkpoint:
                 f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
                 "expected 4: give a text-to-image checkpoint as model.path."
             )
-        tensors = self._single.tensors(name, config) if self._single else self._folder_tensors(name)
+        tensors = self._single.tensors(name, config) if self._single else self.tensors(name)
         return Component(
             name=name,
             class_name=class_name,
@@ -177,7 +180,8 @@ class Checkpoint:
             )
         return said
 
-    def _folder_tensors(self, name: str) -> dict[str, TensorRef]:
+    def tensors(self, name: str) -> dict[str, TensorRef]:
+        """Where the tensors of a folder's component ``name`` lie, as its files name them."""
         weights = choose_weights(names_in(self.folder), name, self._variant)
         if not weights.main.endswith(".json"):
             return read_header(self.folder / weights.main)
@@ -288,15 +292,15 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
     """Names of older files to those of the installed classes, as the libraries themselves do when they load.
 
     diffusers: VAE attention ``query/key/value/proj_attn``. transformers: the ``text_model.`` prefix, which came and
-    went, and ``position_ids``, once saved and now made. Of a whole CLIP, what is not the text encoder's is left out.
+    went, ``model.`` of a language model with its head, and ``position_ids``, once saved and now made. Of a whole CLIP
+    or language model, what is not the text encoder's is left out.
     """
     names = model.state_dict().keys()
-    prefix = "text_model."
     renamed: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
-        if name not in names and (name.endswith("position_ids") or name.startswith(_CLIP_OTHERS)):
+        if name not in names and (name.endswith("position_ids") or name.startswith(_OTHERS)):
             continue
-        others = (name, name.removeprefix(prefix), prefix + name)
+        others = [name, *(name.removeprefix(prefix) for prefix in _PREFIXES), *(prefix + name for prefix in _PREFIXES)]
         renamed[next((other for other in others if other in names), name)] = ref
     tied = getattr(model, "_tied_weights_keys", None)
     for pair in tied.items() if isinstance(tied, dict) else ():

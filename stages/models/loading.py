@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ from torch import nn
 
 from stages.files import atomic_path
 from stages.memory.imports import light_imports
-from stages.memory.layout import Layout
+from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
 from stages.memory.stream import WeightStreamer
@@ -69,7 +70,7 @@ def build(
     Args:
         dtype: of weights and activations.
         blocks: where it may be cut, as its family says.
-        drop: children that are not needed (the encoder of a VAE that only decodes).
+        drop: modules that are not needed (the encoder of a VAE that only decodes).
 
     Raises:
         CheckpointError: the weights do not fit the config, or a network without known blocks.
@@ -77,7 +78,7 @@ def build(
     with light_imports():
         network = component.build(optional=tuple(f"{name}." for name in drop))
     for name in drop:
-        delattr(network, name)
+        delattr(*owner(network, name))
     if not blocks.known(network):
         raise CheckpointError(
             f"{component.name}: got a {component.class_name} without any of its family's blocks "
@@ -85,9 +86,10 @@ def build(
         )
     for technique in techniques:
         technique.on_model(network, component.name)
+    whole = blocks.whole.union(*(technique.whole for technique in techniques))
     tensors = without_large(network, component.tensors, dtype)
     layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
-    return Built(network, layout, tensors, blocks)
+    return Built(network, layout, tensors, replace(blocks, whole=whole))
 
 
 @contextmanager
@@ -111,7 +113,7 @@ def open_model(
     built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
     layout = built.layout
     limit = layout.nbytes if plan.unit_limit is None else plan.unit_limit
-    units = split_units(built.network, layout, blocks, limit, plan.stage_limit)
+    units = split_units(built.network, layout, built.blocks, limit, plan.stage_limit)
     order = {name: index for index, name in enumerate(plan.order)}
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
     drop_clean_pages()  # all is imported, nothing is loaded yet
@@ -125,10 +127,13 @@ def open_model(
         "micro_batch": micro_batch,
         "mark": mark,
     }
-    if device == "cpu":
-        streamer: Any = WeightStreamer(built.network, **common)
-    else:
+    if device != "cpu":
         limit_device(device, plan.device_budget)
+    made = (technique.streamer(built.network, layout, common["source"], device) for technique in techniques)
+    streamer: Any = next((one for one in made if one is not None), None)
+    if streamer is None and device == "cpu":
+        streamer = WeightStreamer(built.network, **common)
+    elif streamer is None:
         parked = frozenset(plan.parked)
         streamer = CudaStreamer(built.network, device=device, host=plan.host, parked=parked, **common)
     try:

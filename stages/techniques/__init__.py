@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from stages.techniques.attention import Attention
 from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
+from stages.techniques.offload import Offload
 from stages.techniques.tf32 import Tf32
+from stages.techniques.tome import ToMe
 
-TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32)
+TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32, Attention, ToMe, Offload)
 
 
 def techniques_of(config: DictConfig, stage: str) -> tuple[Technique, ...]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.memory.layout import Layout
+    from stages.memory.planner import ModelProfile
     from stages.memory.source import WeightSource
 
 
@@ -22,11 +23,18 @@ class Technique(ABC):
     name: str
     keys: tuple[str, ...] = ()  # of the config that it reads
     channels_last = False  # whether 4-D weights are packed channels-last
+    whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
 
     @classmethod
     @abstractmethod
     def of(cls, config: DictConfig) -> Technique | None:
         """As the config says; None: off."""
+
+    @classmethod  # noqa: B027 - most can always act
+    def check(cls, config: DictConfig) -> None:
+        """Raises:
+        ConfigError: it is asked for and could not act in this run; said before any work.
+        """
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
         """What of it decides the picture's bits, by dotted config keys; ``cache``: where hashes of files are kept."""
@@ -44,6 +52,14 @@ class Technique(ABC):
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         """Change what the bytes of the weights are (LoRA, quantised files)."""
         return source
+
+    def streamer(self, network: nn.Module, layout: Layout, source: WeightSource, device: str) -> Any:
+        """What gives the network its weights in place of the streaming that was planned; None: as planned."""
+        return None
+
+    def planned(self, model: ModelProfile) -> ModelProfile:
+        """A model's profile as this leaves it: what stays in memory, how many samples go at once."""
+        return model
 
     def before_call(  # noqa: B027
         self, batch: Any, step: Tensor, inputs: dict[str, Tensor]

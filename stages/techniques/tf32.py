@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from stages.config import ConfigError, on_gpu, resolve_dtype
+from stages.families.facts import facts_of
 from stages.techniques.base import Technique
+from stages.techniques.dtype import dtype_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +29,15 @@ class Tf32(Technique):
     @classmethod
     def of(cls, config: DictConfig) -> Tf32:
         return cls(bool(config.technique.tf32))
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        components = [name for name in facts_of(config).opened if name != "scheduler"]
+        if config.technique.tf32 and not on_gpu(config):
+            raise ConfigError("technique.tf32", True, "false on a CPU", "TensorFloat-32 is of NVIDIA's GPUs.")
+        if config.technique.tf32 and not any(dtype_name(config, name) == "fp32" for name in components):
+            hint = "It acts on float32 products: technique.dtype=fp32"
+            raise ConfigError("technique.tf32", True, f"false where all computes in {resolve_dtype(config)}", hint)
 
     def __init__(self, on: bool = True) -> None:
         self.on = on

@@ -26,23 +26,23 @@ HALO = 8  # latents of context around a tile of the guide
 
 
 def to_vae(vae: Any, latents: Tensor) -> Tensor:
-    """Latents of the denoiser's space as the VAE's decoder takes them, float32 (as the diffusers pipelines do)."""
-    config = vae.config
+    """Latents of a canvas as the VAE's decoder takes them, float32 (as the diffusers pipelines do)."""
+    config, scale = vae.config, getattr(vae.config, "scaling_factor", 1.0)
     latents = latents.float()
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
-        return latents * std / config.scaling_factor + mean
-    return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return latents * std / scale + mean
+    return latents / scale + (getattr(config, "shift_factor", None) or 0.0)
 
 
 def from_vae(vae: Any, latents: Tensor) -> Tensor:
-    """The reverse of ``to_vae``: what the encoder gives, in the denoiser's space, float32."""
-    config = vae.config
+    """The reverse of ``to_vae``: what the encoder gives, as a canvas' latents, float32."""
+    config, scale = vae.config, getattr(vae.config, "scaling_factor", 1.0)
     latents = latents.float()
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
-        return (latents - mean) * config.scaling_factor / std
-    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        return (latents - mean) * scale / std
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * scale
 
 
 def factor(vae: Any) -> int:

@@ -17,6 +17,7 @@ from stages.models.locate import class_in_index
 from stages.paths import PICKLES, is_hub_id
 from stages.workflow.store import digest, fingerprint
 
+DISTILLED = "is_distilled"
 _IGNORED = {*PICKLES, ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
 _REMOTE = """
 import sys
@@ -124,10 +125,11 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
 
 def _said_elsewhere(root: Path, component: str) -> str | None:
     """What only ``model_index.json`` says of a component: the scheduler's class, what stands for an empty negative
-    prompt where there are two tokenizers."""
-    if component == "tokenizer_2":
+    prompt where there are two tokenizers, whether a transformer takes guidance."""
+    key = {"tokenizer_2": "force_zeros_for_empty_prompt", "tokenizer": DISTILLED, "transformer": DISTILLED}
+    if component in key:
         index = read_json(root / "model_index.json")
-        said = index.get("force_zeros_for_empty_prompt") if isinstance(index, dict) else None
+        said = index.get(key[component]) if isinstance(index, dict) else None
         return None if said is None else str(said)
     if component != "scheduler":
         return None

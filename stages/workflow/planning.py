@@ -72,6 +72,10 @@ def plan(
     if on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, job.device_budget or 10**15
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
+    for state in running:
+        for technique in techniques_of(config, state.stage.module) if state.name in profiles else ():
+            one = profiles[state.name]
+            profiles[state.name] = replace(one, models=tuple(map(technique.planned, one.models)))
     try:
         chosen = plan_run(list(profiles.values()), budget, runner, config.memory.weights)
     except OverBudget as error:

@@ -104,8 +104,6 @@ def _execute(
                 _draw_regions(job.regions, run_dir, shown)
                 shown.final(f"plan of {run_dir}: nothing was computed")
                 return {}
-            if config.device == "cpu" and config.technique.dtype == "fp16":
-                shown.line("warning: fp16 on a CPU is emulated and very slow; technique.dtype=auto picks a fast one")
             return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
         except KeyboardInterrupt as stop:
             shown.close()

@@ -20,6 +20,8 @@ from stages.config import (
     ConfigError,
     SchedulerConfig,
     close_match,
+    dtype_of_component,
+    on_gpu,
     parse_bytes,
     resolve,
 )
@@ -29,6 +31,7 @@ from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
 from stages.regions.files import overrides
+from stages.techniques import TECHNIQUES
 from stages.workflow import model
 from stages.workflow.identity import is_remembered
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
@@ -181,6 +184,9 @@ def validate(config: DictConfig) -> None:
     _family(config)
     _scheduler(config)
     _memory(config)
+    _dtypes(config)
+    for technique in TECHNIQUES:
+        technique.check(config)
     _files(config)
 
 
@@ -259,6 +265,13 @@ def _scheduler(config: DictConfig) -> None:
     if name is not None and not (name.isidentifier() and name.endswith("Scheduler")):
         options = ", ".join(sorted(path.stem for path in (CONF / "scheduler").glob("*.yaml")))
         raise ConfigError("scheduler.class_name", name, "a scheduler class of diffusers", f"Or scheduler={options}")
+
+
+def _dtypes(config: DictConfig) -> None:
+    halves = [name for name in facts_of(config).opened if dtype_of_component(config, name) == "fp16"]
+    if halves and not on_gpu(config):
+        hint = "Processors have no fp16 products: it would be emulated, many times slower. technique.dtype=auto"
+        raise ConfigError("technique.dtype", "fp16", f"fp32 or bf16 on a CPU ({', '.join(halves)})", hint)
 
 
 def _memory(config: DictConfig) -> None:

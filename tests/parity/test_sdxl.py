@@ -255,9 +255,9 @@ def test_units_of_the_full_size() -> None:
 
 
 def test_the_vae_does_not_compute_in_fp16_unless_it_is_asked_to(folder: Path, tmp_path: Path) -> None:
-    config = Work(tmp_path, folder).config({**ONE_TILE, "technique.dtype": "fp16"})
+    config = Work(tmp_path, folder).config({**ONE_TILE, "device": "cuda", "technique.dtype": "fp16"})
     assert [dtype_name(config, name) for name in ("unet", "vae")] == ["fp16", "bf16"]
-    own = {"technique.dtype": "fp16", "technique.component_dtype": {"vae": "fp16"}}
+    own = {"device": "cuda", "technique.dtype": "fp16", "technique.component_dtype": {"vae": "fp16"}}
     assert dtype_name(Work(tmp_path, folder).config({**ONE_TILE, **own}), "vae") == "fp16"
 
 

@@ -94,12 +94,12 @@ class Tilt(Technique):
     """What it adds to a sample is a function of the tile and the step."""
 
     name = "tilt"
-    keys = ("technique.tf32",)  # any key that is there
+    keys = ("launch.threads",)  # any key that is there
     seen: ClassVar[list[str]] = []
 
     @classmethod
     def of(cls, config: DictConfig) -> Tilt | None:
-        return cls() if config.technique.tf32 else None
+        return cls() if config.launch.threads else None
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
         return {"technique.tilt": 1}
@@ -178,7 +178,7 @@ def test_a_technique_of_a_test_acts_where_it_says(work: Work, monkeypatch: pytes
     values = {**QUICK, "guide.mode": "none", "denoise.tile_size": 64, "denoise.overlap": 16}
     off = work.run(values, until="denoise")
     Tilt.seen.clear()
-    on = {**values, "technique.tf32": True}
+    on = {**values, "launch.threads": 1}
     found = work.run(on, until="denoise")
     assert Tilt.seen == ["unet"]
     stated = payload(found["denoise"])["payload"]["parameters"]
@@ -197,7 +197,7 @@ def test_a_technique_of_a_test_acts_where_it_says(work: Work, monkeypatch: pytes
 def test_a_technique_leaves_stages_alone_that_it_does_not_touch(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(techniques, "TECHNIQUES", (*techniques.TECHNIQUES, Tilt))
     off = read_tensors(work.run(QUICK, until="lowres")["lowres"] / "latents.safetensors")["latents"]
-    on = work.run({**QUICK, "technique.tf32": True}, until="lowres")["lowres"]
+    on = work.run({**QUICK, "launch.threads": 1}, until="lowres")["lowres"]
     assert torch.equal(read_tensors(on / "latents.safetensors")["latents"], off)
 
 

@@ -165,9 +165,13 @@ CHANGES = {
     "technique.dtype": ("fp16", "text_encode"),
     "technique.channels_last": (False, "lowres"),
     "technique.tf32": (True, "text_encode"),
+    "technique.attention": ("math", "lowres"),
+    "technique.tome.ratio": (0.5, "lowres"),
     "device": ("cuda", "text_encode"),
 }
 IRRELEVANT = {
+    "technique.attention": "sdpa",
+    "technique.offload": "none",
     "run": "other",
     "stage": "plan",
     "force": True,

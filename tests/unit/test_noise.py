@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from files import all_of, rows_of
 
 from stages.canvas.noise import Reroll, canvas_noise, draw, draw_chunks, reroll
+from stages.memory import rows
 from stages.tiles import Size, Tile
 
 SIZE = Size(24, 40)
@@ -75,3 +77,14 @@ def test_epsilon_mixes_and_keeps_the_variance():
 def test_bad_rectangles_are_refused(bad, noise_of):
     with pytest.raises(ValueError, match=r"reroll\[0\]"):
         noise_of(SIZE, 4, 1, [bad])
+
+
+@pytest.mark.parametrize("band", [1 << 16, 64])
+def test_noise_of_places(noise_of, monkeypatch, band):
+    """Drawn as FLUX.2's pipeline draws it, in any bands."""
+    monkeypatch.setattr(rows, "BAND", band)
+    noise, generator = noise_of(SIZE, 4, 7, (), 2)
+    reference = torch.Generator().manual_seed(7)
+    drawn = draw((1, 16, SIZE.height // 2, SIZE.width // 2), reference)
+    assert torch.equal(noise, Flux2KleinPipeline._unpatchify_latents(drawn))
+    assert torch.equal(generator.get_state(), reference.get_state())

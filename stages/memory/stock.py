@@ -1,0 +1,90 @@
+"""A network as its library runs it: all weights are there, or move by the library's own hooks. Nothing is streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.memory.layout import Layout, owner
+from stages.memory.source import WeightSource
+
+
+class StockModel:
+    """A streamer (``models.loading.Streamer``) that only loads.
+
+    Args:
+        model: stock module on the meta device; buffers are real.
+        layout: its packed layout, in the compute dtype.
+        source: where the bytes come from.
+        device: that they are loaded to.
+        hooked: told of the loaded model; what it returns is called at the end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layout: Layout,
+        source: WeightSource,
+        device: str,
+        hooked: Callable[[nn.Module], Callable[[], object] | None] = lambda model: None,
+    ) -> None:
+        self.model = model
+        for slot in layout.slots.values():
+            packed = torch.empty(torch.Size(slot.shape).numel() * layout.dtype.itemsize, dtype=torch.uint8)
+            source.read((slot,), slot.offset, packed)
+            parent, name = owner(model, slot.name)
+            weight = slot.view(packed, slot.offset, layout.dtype).to(device)
+            parent._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        source.close()
+        for name, buffer in model.named_buffers():
+            parent, last = owner(model, name)
+            parent._buffers[last] = buffer.to(device)
+        self._end = hooked(model)
+
+    def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """``call(*inputs)``."""
+        return call(*inputs)
+
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Nothing to do: weights are there, or come by themselves."""
+        yield
+
+    def close(self) -> None:
+        """Take the hooks off; the model's memory goes with it."""
+        if self._end is not None:
+            self._end()
+
+
+def moved(device: str, way: str, **options: Any) -> Callable[[nn.Module], Callable[[], object] | None]:
+    """The library's own hooks that bring weights from the host to ``device``.
+
+    Args:
+        way: ``model`` (the whole of it), ``sequential`` (layer by layer; both of accelerate), ``group`` (of diffusers).
+        options: of ``diffusers.hooks.apply_group_offloading``.
+    """
+
+    def hook(model: nn.Module) -> Callable[[], object] | None:
+        if way == "model":
+            from accelerate import cpu_offload_with_hook
+
+            _, ended = cpu_offload_with_hook(model, torch.device(device))
+            hook: Any = model._hf_hook
+            hook.pre_forward(model)  # calls of a part (a VAE's decoder) tell no hook
+            return ended.offload
+        if way == "sequential":
+            from accelerate import cpu_offload
+
+            cpu_offload(model, torch.device(device), offload_buffers=len(model._parameters) > 0)
+            return None
+        from diffusers.hooks import apply_group_offloading
+
+        apply_group_offloading(model, torch.device(device), torch.device("cpu"), **options)
+        return None
+
+    return hook

@@ -1,0 +1,91 @@
+"""``technique.attention``: how the denoiser's attention is computed. Text encoders and the VAE keep torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from stages.config import ConfigError, close_match, on_gpu
+from stages.families.facts import facts_of
+from stages.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KEY = "technique.attention"
+STOCK = ("auto", "sdpa")  # what diffusers takes where nothing is said: torch's scaled_dot_product_attention
+NAMES = (*STOCK, "math", "sliced", "xformers")
+
+
+class Attention(Technique):
+    """``math``: scores and softmax written out, memory quadratic in tokens. ``sliced``: the same, half of the heads at
+    a time. ``xformers``: its memory-efficient kernels.
+
+    Other names are those of diffusers' attention dispatcher, which the transformers of FLUX and Z-Image ask
+    (https://huggingface.co/docs/diffusers/optimization/attention_backends).
+    """
+
+    name = "attention"
+    keys = (KEY,)
+    whole = frozenset({"Attention"})  # products over a batch round by its size, which has to be a micro-batch
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Attention | None:
+        return None if config.technique.attention in STOCK else cls(config.technique.attention)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._later: Callable[[], object] | None = None  # kernels that know no meta tensors
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        kind, unet = config.technique.attention, facts_of(config).denoiser == "unet"
+        if unet and kind not in NAMES:
+            hint = close_match(kind, NAMES) or "Names of diffusers' attention dispatcher are for transformers."
+            raise ConfigError(KEY, kind, f"one of {', '.join(NAMES)} for a UNet", hint)
+        if kind == "sliced" and not unet:
+            hint = "diffusers slices the attention of UNets; this denoiser is a transformer."
+            raise ConfigError(KEY, kind, "auto, sdpa, math or a name of diffusers' attention dispatcher", hint)
+        if kind == "xformers" and not on_gpu(config):
+            raise ConfigError(KEY, kind, "auto, sdpa, math or sliced on a CPU", "Its kernels are for GPUs: device=cuda")
+        if kind == "xformers" and find_spec("xformers") is None:
+            raise ConfigError(KEY, kind, "a package that is installed", "pip install xformers")
+
+    def fingerprint(self, cache: Path) -> Mapping[str, Any]:
+        return {KEY: self.kind}
+
+    def touches(self, stage: str) -> bool:
+        return stage in ("lowres", "denoise", "profile")
+
+    def on_model(self, network: nn.Module, component: str) -> None:
+        stock: Any = network
+        if any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
+            backend = "_native_math" if self.kind == "math" else self.kind
+            try:
+                stock.set_attention_backend(backend)
+            except (ValueError, RuntimeError, ImportError) as error:
+                expected = "a backend of diffusers' attention dispatcher that works here"
+                raise ConfigError(KEY, self.kind, expected, str(error)) from None
+            if not backend.startswith("_native"):  # those are torch's, on meta too
+                self._later = partial(stock.set_attention_backend, backend)
+                stock.set_attention_backend("native")
+        elif self.kind == "math" and hasattr(stock, "set_attn_processor"):
+            from diffusers.models.attention_processor import AttnProcessor
+
+            stock.set_attn_processor(AttnProcessor())
+        elif self.kind == "sliced":
+            stock.set_attention_slice("auto")
+        elif self.kind == "xformers":
+            self._later = stock.enable_xformers_memory_efficient_attention
+        else:
+            raise ConfigError(KEY, self.kind, "auto", f"The {component} of this checkpoint knows no other attention.")
+
+    def before_call(self, batch: Any, step: Tensor, inputs: dict[str, Tensor]) -> None:
+        if self._later is not None and batch.samples.device.type != "meta":
+            self._later()
+            self._later = None

@@ -1,0 +1,264 @@
+"""Every switch of ``technique`` acts: modules, numbers, memory; and one that could not is refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import pytest
+import torch
+from in_process import Work, look
+from torch import Tensor
+
+from stages.canvas.mixture import TileBatch
+from stages.canvas.sampler import Sampler
+from stages.config import ConfigError
+from stages.families.opening import built, open_checkpoint
+from stages.families.sd import FAMILY
+from stages.memory.planner import Cut, ModelProfile, choices
+from stages.memory.stock import StockModel, moved
+from stages.memory.tensors import read_tensors
+from stages.memory.trace import trace
+from stages.memory.units import split_units
+from stages.models.loading import Built, source
+from stages.plans import ModelPlan, StagePlan
+from stages.techniques.offload import Offload
+from stages.techniques.tome import Merge, ToMe, destinations
+from stages.tiles import Tile
+
+ONE = {"guide.mode": "none", "width": 128, "height": 128, "denoise.num_inference_steps": 2, "denoise.tile_size": 128}
+TILES = {**ONE, "width": 192, "denoise.overlap": 64}
+
+
+def canvas(folder: Path) -> Tensor:
+    return read_tensors(folder / "canvas.safetensors")["latents"]
+
+
+def denoised(work: Work, values: dict[str, Any], **plan: Any) -> Tensor:
+    """The canvas of a run, made now whatever lies in the store; ``plan``: of the stage."""
+    stages = {"denoise": StagePlan(**plan)} if plan else None
+    return canvas(work.run(values, until="denoise", plan=stages, force=True)["denoise"])
+
+
+LEAVES = ModelPlan(resident=(), unit_limit=1, ring_bytes=1 << 23)  # streamed in the smallest units
+
+
+def made(work: Work, values: dict[str, Any], stage: str = "denoise", component: str = "unet") -> Built:
+    """The network on meta, as ``stage`` would open it."""
+    config = work.config(values)
+    checkpoint = open_checkpoint(config, (component,), lambda _: None)
+    return built(config, FAMILY, checkpoint, component, stage)
+
+
+def peak(found: Built, call: Callable[[Any], Any], micro_batch: int = 0) -> int:
+    """Bytes of activations of a call on meta."""
+    units = split_units(found.network, found.layout, found.blocks, found.layout.nbytes)
+    events = trace(found.network, units, lambda: call(found.network), micro_batch).events
+    return max(event.live + event.workspace for event in events)
+
+
+def refused(work: Work, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        work.config(values)
+
+
+def test_attention(work: Work) -> None:
+    off = denoised(work, TILES)
+    for kind, processor in (("math", "AttnProcessor"), ("sliced", "SlicedAttnProcessor")):
+        on = {**TILES, "technique.attention": kind}
+        assert {type(one).__name__ for one in cast(Any, made(work, on).network).attn_processors.values()} == {processor}
+        found = denoised(work, on)
+        assert 0 < (found - off).abs().max() < 1e-3, "the same up to rounding"
+        assert torch.equal(denoised(work, on, models={"unet": LEAVES}, group_size=100), found)
+
+
+def test_attention_is_planned_for(work: Work) -> None:
+    def activations(kind: str) -> int:
+        sample, embeds = torch.empty(2, 4, 32, 32, device="meta"), torch.empty(2, 77, 32, device="meta")
+        found = made(work, {**ONE, "technique.attention": kind})
+        return peak(found, lambda unet: unet(sample, torch.empty((), device="meta"), encoder_hidden_states=embeds), 2)
+
+    scores = 2 * 4 * 4 * 1024**2  # of 2 samples, 4 heads, 1024 tokens
+    stock, sliced, math = map(activations, ("auto", "sliced", "math"))
+    assert stock + scores / 4 < sliced < math - scores < math
+
+
+def test_attention_that_is_not_there_is_refused(work: Work) -> None:
+    refused(work, {"technique.attention": "xformers"}, r"technique.attention: got 'xformers'.*on a CPU")
+    refused(work, {"technique.attention": "xformers", "device": "cuda"}, "expected a package that is installed")
+    refused(work, {"technique.attention": "slicd"}, r"got 'slicd', expected one of .* Did you mean sliced")
+    refused(work, {"technique.attention": "flash"}, "for transformers")
+
+
+def test_what_a_processor_has_no_units_for_is_refused(work: Work) -> None:
+    refused(work, {"technique.tf32": True}, r"technique.tf32: .*NVIDIA")
+    refused(work, {"technique.tf32": True, "device": "cuda", "technique.dtype": "fp16"}, "technique.dtype=fp32")
+    refused(work, {"technique.dtype": "fp16"}, r"technique.dtype: got 'fp16', expected fp32 or bf16 on a CPU")
+    own = {"technique.component_dtype": {"vae": "float16"}}
+    refused(work, own, r"expected fp32 or bf16 on a CPU \(vae\)")
+
+
+def test_weights_that_stay_are_the_whole_model_and_the_same_picture(work: Work) -> None:
+    stay = {**TILES, "technique.offload": "none"}
+    expected = denoised(work, TILES)
+    with patch.object(StockModel, "graphed", autospec=True, side_effect=StockModel.graphed) as passes:
+        assert torch.equal(denoised(work, stay), expected)
+    assert passes.call_count == 2, "one a step"
+    profile = look(work.config(stay), "denoise")["denoise"]
+    (model,) = (Offload(work.config(stay)).planned(model) for model in profile.models)
+    found = list(choices(model, profile, 0))
+    assert [(one.model.resident, one.group) for one in found] == [("all", 1)]
+    assert found[0].peak == profile.base + profile.extra + model.weights + model.cuts[0].peak(1)
+
+
+def offloaded(work: Work, **values: Any) -> int:
+    """Bytes of weights that are planned to be on the device."""
+    on = {**ONE, "device": "cuda", **{f"technique.{key.replace('__', '.')}": value for key, value in values.items()}}
+    return Offload(work.config(on)).planned(MODEL).weights
+
+
+CUT = Cut(
+    limit=0,
+    order=(),
+    nbytes={"conv_in": 5, "down.0.a": 10, "down.0.b": 20, "down.1.a": 40, "mid.a": 7, "up.0.a": 15},
+    flops={},
+    lines=(),
+)
+MODEL = ModelProfile(component="unet", weights=97, micro_batch=2, micro_batches=9, steps=1, cuts=(CUT,))
+
+
+def test_what_is_on_the_device_is_planned(work: Work) -> None:
+    assert offloaded(work, offload="none") == offloaded(work, offload="model") == 97
+    assert offloaded(work, offload="sequential") == 40
+    assert offloaded(work, offload="group") == 80
+    assert offloaded(work, offload="group", group_offload__stream=False) == 40
+    assert offloaded(work, offload="group", group_offload__level="block_level") == 5 + 7 + 2 * 40
+
+
+@pytest.mark.parametrize("way", ["model", "sequential", "group"])
+def test_the_libraries_hooks_bring_the_weights(work: Work, way: str) -> None:
+    """On a CPU for a device: what moves is seen, and the numbers are those of the streamer."""
+    sample, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
+    results, placed = [], []
+    for options in ({}, {"technique.offload": way, "device": "cuda"}):
+        found = made(work, {**ONE, **options})
+        raw = source(found, ())
+        if options:
+            group = {"offload_type": "leaf_level"} if way == "group" else {}
+            streamer = StockModel(
+                found.network, layout=found.layout, source=raw, device="cpu", hooked=moved("cpu", way, **group)
+            )
+            placed = [one.device.type for one in streamer.model.parameters()]
+        else:
+            streamer = StockModel(found.network, layout=found.layout, source=raw, device="cpu")
+        with torch.inference_mode():
+            results.append(streamer.model(sample, torch.tensor(5), encoder_hidden_states=embeds, return_dict=False)[0])
+        streamer.close()
+    assert torch.equal(*results)
+    assert set(placed) == {"meta" if way == "sequential" else "cpu"}
+
+
+def test_offload_without_an_accelerator_is_refused(work: Work) -> None:
+    for way in ("model", "sequential", "group"):
+        refused(work, {"technique.offload": way}, rf"technique.offload: got '{way}', expected stream or none on a CPU")
+    refused(work, {"technique.offload": "sequental", "device": "cuda"}, "Did you mean sequential")
+    refused(work, {"technique.offload": "none", "memory.weights": "streamed"}, "memory.weights: got 'streamed'")
+    refused(work, {"technique.group_offload.disk": True}, "technique.group_offload: .*nothing with")
+    exact = {"technique.offload": "sequential", "device": "cuda", "decode.mode": "exact"}
+    refused(work, exact, "decode.mode: got 'exact'")
+
+
+def by_hand(tokens: Tensor, to: list[int], joined: int) -> tuple[Tensor, Tensor]:
+    """(merged tokens, all of them spread out again) of one sample, by the paper: one token after the other."""
+    rest = [place for place in range(len(tokens)) if place not in to]
+    best = []
+    for place in rest:
+        alike = [float(torch.cosine_similarity(tokens[place], tokens[other], dim=0)) for other in to]
+        best.append((max(alike), place, alike.index(max(alike))))
+    best.sort(reverse=True)
+    groups: list[list[int]] = [[place] for place in to]
+    for _, place, target in best[:joined]:
+        groups[target].append(place)
+    groups = [[place] for _, place, _ in best[joined:]] + groups
+    means = torch.stack([tokens[group].mean(dim=0) for group in groups])
+    spread = torch.empty_like(tokens)
+    for group, mean in zip(groups, means, strict=True):
+        spread[group] = mean
+    return means, spread
+
+
+def test_tokens_are_merged_as_published() -> None:
+    tokens, seeds, sides = torch.randn(2, 7 * 6, 5), torch.tensor([11, 12]), (7, 6)
+    to = destinations(seeds, sides)
+    for found in to:
+        cells = {(int(place) // 6 // 2, int(place) % 6 // 2) for place in found}
+        assert cells == {(y, x) for y in range(3) for x in range(3)}, "one of every 2x2"
+    merge = Merge(tokens, seeds, sides, 0.5)
+    merged = merge.merged(tokens)
+    spread = merge.spread(merged)
+    for sample, places, small, large in zip(tokens, to.tolist(), merged, spread, strict=True):
+        means, expected = by_hand(sample, places, 21)
+        assert torch.allclose(large, expected, atol=1e-6)
+        assert torch.allclose(small, means, atol=1e-6)
+
+
+def test_draws_are_of_seed_step_and_tile(work: Work) -> None:
+    tiles = [Tile(0, 0, 0, 0, 16, 16), Tile(0, 1, 0, 8, 16, 24)]
+
+    def drawn(seed: int, step: float) -> list[int]:
+        inputs = {"sample": torch.empty(4, 4, 16, 16)}
+        batch = TileBatch(
+            samples=inputs["sample"], prompt_rows=(), unconditional=(), tiles=(*tiles[:1] * 2, *tiles[1:] * 2)
+        )
+        ToMe(work.config({"technique.tome.ratio": 0.5, "seed": seed})).before_call(batch, torch.tensor(step), inputs)
+        return inputs["tome"].tolist()
+
+    one = drawn(0, 401.0)
+    assert one[0] == one[1] != one[2] == one[3], "the same in both halves of guidance, another for each tile"
+    assert one == drawn(0, 401.0)
+    assert not set(one) & {*drawn(1, 401.0), *drawn(0, 381.0)}
+    places = destinations(torch.tensor(drawn(0, 1.0)), (64, 64))
+    kinds = (places // 64 % 2 * 2 + places % 2).flatten().bincount(minlength=4) / places.numel()
+    assert (kinds - 0.25).abs().max() < 0.05
+
+
+def test_merged_tokens_give_the_same_bytes_in_any_group_and_after_a_stop(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = {**TILES, "technique.tome.ratio": 0.5}
+    tokens: list[int] = []
+    attend = Merge.merged
+    monkeypatch.setattr(Merge, "merged", lambda self, x: tokens.append((found := attend(self, x)).shape[1]) or found)
+    found = denoised(work, on)
+    assert set(tokens) == {16 * 16 // 2}, "half of the tokens of the finest level"
+    assert (found - denoised(work, TILES)).abs().max() > 1e-3
+    assert torch.equal(denoised(work, on, models={"unet": LEAVES}, micro_batch=16, group_size=100), found)
+    advance, steps = Sampler.advance, []
+
+    def stopped(self: Sampler, *args: Any) -> None:
+        steps.append(self.step)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        advance(self, *args)
+
+    monkeypatch.setattr(Sampler, "advance", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        denoised(work, on)
+    assert torch.equal(canvas(work.run(on, until="denoise")["denoise"]), found)
+    assert steps == [0, 1, 1]
+
+
+def test_merging_is_planned_for(work: Work) -> None:
+    def activations(ratio: float) -> int:
+        inputs = {"sample": torch.empty(2, 4, 64, 64, device="meta"), "timestep": torch.empty((), device="meta")}
+        inputs["encoder_hidden_states"] = torch.empty(2, 77, 32, device="meta")
+        inputs |= {"tome": torch.empty(2, dtype=torch.int64, device="meta")} if ratio else {}
+        return peak(made(work, {**ONE, "technique.tome.ratio": ratio}), lambda unet: unet(**inputs), 2)
+
+    assert activations(0.5) > max(activations(0), 2 * 3072 * 1024 * 4), "how alike all tokens are"
+
+
+def test_a_ratio_that_cannot_be_is_refused(work: Work) -> None:
+    refused(work, {"technique.tome.ratio": 0.8}, r"technique.tome.ratio: got 0.8, expected 0 \(off\) to 0.75")
