@@ -93,7 +93,7 @@ GOOD: dict[str, tuple[str, ...]] = {
     "stitch.format": ("png", "tiff", "deepzoom", "gif"),
     "stitch.compression": ("0", "9", "10", "-1"),
     "run": ("poster", "../x", ".", "a/b", "x" * 200, "-x", "☃", "a b"),
-    "output_dir": ("out", "/proc/nothing", "picture.png", "/dev/null/x"),
+    "output_dir": ("{}/out", "/proc/nothing", "{}/picture.png", "/dev/null/x"),
     "device": ("cpu", "cuda", "cuda:0", "cuda:x", "tpu", "mps"),
     "model.revision": ("main", "x" * 40),
     "denoise.dilated.enabled": ("true", "false", "3"),
@@ -127,8 +127,8 @@ def files(folder: Path) -> None:
     (folder / "empty.safetensors").write_bytes(b"")
 
 
-def drawn(random: Random, keys: list[str]) -> dict[str, str]:
-    """Up to four settings, good and absurd."""
+def drawn(random: Random, keys: list[str], folder: Path) -> dict[str, str]:
+    """Up to four settings, good and absurd; ``folder`` holds the person's files."""
     found: dict[str, str] = {}
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
         if random.random() < 0.1:
@@ -138,6 +138,9 @@ def drawn(random: Random, keys: list[str]) -> dict[str, str]:
             continue
         key = random.choice(list(GOOD) if random.random() < 0.6 else keys)
         good = GOOD.get(key, ABSURD)
+        if key == "output_dir":  # a relative one begins in the repository
+            found[key] = random.choice(good).format(folder)
+            continue
         found[key] = random.choice(good if random.random() < 0.75 else ABSURD)
     return found
 
@@ -159,7 +162,7 @@ def run(bench: Bench) -> Tally:
     while tally.tries < bench.tries:
         tally.tries += 1
         name = f"s{tally.tries}"
-        chosen = {"run": name, **drawn(bench.random, keys)}
+        chosen = {"run": name, **drawn(bench.random, keys, bench.cwd(output))}
         if bench.random.random() < 0.3:  # derived values are tried too
             left = bench.random.choice(sorted(base - {"model", "prompt", "width", "height", "progress"}))
             chosen.setdefault(left, "null" if left in ("denoise.strength",) else chosen.get(left, "null"))
