@@ -18,7 +18,7 @@ from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint, open_component
 from stages.families.schedules import make_scheduler
 from stages.memory.planner import ModelProfile
-from stages.memory.rows import BAND
+from stages.memory.rows import bands
 from stages.memory.tensors import read_tensors
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
@@ -128,10 +128,11 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         weights=weights,
         micro_batch=batch,
         micro_batches=sum(-(-number // batch) for number in samples),
+        together=max(1, max(view.passes for view in (*views, *more)) // batch),
         steps=1,
         cuts=cuts,
     )
-    band = channels * max(1, min(BAND // size.width, size.height)) * size.width * 4
+    band = channels * bands(*size, channels=channels)[0][1] * size.width * 4
     rows = channels * tile.height * size.width * 4
     blurred = 4 * band if more else 0  # twice, with padding
     # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of

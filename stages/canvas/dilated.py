@@ -191,7 +191,7 @@ class Dilated:
         The blurred canvas gets the mean and the deviation back that it had. Places beyond it get its last row.
         """
         before, after = Moments(latents.channels), Moments(latents.channels)
-        cuts = bands(latents.height, latents.width)
+        cuts = bands(latents.height, latents.width, channels=latents.channels)
         for top, bottom in cuts:
             before.add(latents.read(top, bottom))
             after.add(blurred(latents, top, bottom, kernel))

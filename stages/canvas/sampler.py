@@ -84,7 +84,7 @@ class Sampler:
         self.scheduler = scheduler = schedule.scheduler
         self._noise, self._guide, self._mode = noise, guide, guide_mode
         self._hold_share, self._power = hold_share, skip_residual_power
-        self.bands = bands(noise.height, noise.width)
+        self.bands = bands(noise.height, noise.width, channels=noise.channels)
         if len(self.bands) > 1 and schedule.whole_canvas:
             raise ValueError(
                 f"scheduler.options.thresholding: {schedule.name} then has to see the whole canvas at once, "

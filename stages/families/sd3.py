@@ -16,7 +16,7 @@ from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call
-from stages.families.unet import CLIP, TILE, VAE, refuse_vae
+from stages.families.unet import CLIP, VAE, on_cpu, refuse_vae
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -117,8 +117,7 @@ class StableDiffusion3(Family):
     def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
         tokens = self._tokens(tile)
         if device == "cpu":
-            width = network_config["num_attention_heads"] * network_config["attention_head_dim"]
-            return 2 * max(1, min(8, TILE // (tokens * width)))
+            return on_cpu(tokens * network_config["num_attention_heads"] * network_config["attention_head_dim"])
         return 2 * max(1, min(32, GPU_TOKENS // tokens // 2))
 
     def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:

@@ -80,11 +80,21 @@ def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str |
     return None
 
 
+def on_cpu(one: int) -> int:
+    """Samples that go through a block at a time on a CPU: whole pairs, of about one 64x64 tile of Stable Diffusion; of
+    larger tiles the halves of a pair one after the other.
+
+    Args:
+        one: activations of a sample, at the first level.
+    """
+    return 2 * min(8, TILE // one) if one <= TILE else 1
+
+
 def micro_batch(network_config: Mapping[str, Any], tile: Size, device: str = "cpu") -> int:
-    """Samples that go through a block at a time: whole pairs, of about one 64x64 tile of Stable Diffusion on a CPU."""
+    """Samples that go through a block at a time."""
     one = tile.height * tile.width * network_config["block_out_channels"][0]
     if device == "cpu":
-        return 2 * max(1, min(8, TILE // one))
+        return on_cpu(one)
     return 2 * max(1, min(32, GPU_TILES * TILE // one))
 
 

@@ -74,7 +74,7 @@ class ModelProfile:
 
     Without ``streams`` all weights stay. ``ordered``: every pass calls the same units in the same order. Units of at
     most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
-    any number).
+    any number), ``together``: the least (both halves of a guided tile).
     """
 
     component: str
@@ -87,6 +87,7 @@ class ModelProfile:
     ordered: bool = True
     keep: int = 0
     group: int = 0
+    together: int = 1
 
     @property
     def single_pass(self) -> bool:
@@ -191,7 +192,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
     total = model.micro_batches
     compute = sum(model.cuts[0].flops.values()) * total * model.steps / stage.rate
     whole = model.cuts[0]
-    for group in _groups(model) if stage.start_seconds else [1]:
+    for group in _groups(model) if stage.start_seconds else [model.together]:
         starts = model.steps * -(-total // group) * stage.start_seconds
         yield Choice(
             model=ModelPlan(unit_limit=whole.limit, stage_limit=whole.stage_limit, order=whole.order),
@@ -227,8 +228,8 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
 
 def _groups(model: ModelProfile) -> list[int]:
     """Group sizes worth a try: the smallest that makes each number of rounds."""
-    total = model.micro_batches
-    found = {-(-total // rounds) for rounds in range(1, total + 1)}
+    total = -(-model.micro_batches // model.together)
+    found = {-(-total // rounds) * model.together for rounds in range(1, total + 1)}
     return sorted(size for size in found if not model.group or size <= model.group)
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from stages.memory.raw import RowFile, pwrite_all
 from stages.memory.tensors import DTYPES, read_header
 
-BAND = 1 << 16  # places of a band: 256x256 latents, the canvas of a 2048x2048 picture, are one
+BAND = 1 << 16  # places of a band of four channels: 256x256 latents, the canvas of a 2048x2048 picture, are one
 
 
-def bands(height: int, width: int, places: int | None = None) -> list[tuple[int, int]]:
-    """(top, bottom) of the row bands of a canvas, of at most ``places`` (``BAND``) places but one row at least.
+def bands(height: int, width: int, places: int | None = None, *, channels: int = 4) -> list[tuple[int, int]]:
+    """(top, bottom) of the row bands of a canvas, of at most ``places`` (``BAND``) places but one row at least; with
+    more than four ``channels`` of as much fewer.
 
     They depend on the canvas only, never on the budget.
     """
-    rows = max(1, (places or BAND) // width)
+    rows = max(1, (places or BAND) * 4 // max(4, channels) // width)
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
@@ -127,7 +128,7 @@ class Rows:
 
     def bands(self) -> Iterator[tuple[int, Tensor]]:
         """(top, rows) of every band."""
-        for top, bottom in bands(self.height, self.width):
+        for top, bottom in bands(self.height, self.width, channels=self.channels):
             yield top, self.read(top, bottom)
 
 

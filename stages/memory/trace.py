@@ -24,8 +24,10 @@ from stages.memory.planner import Line
 from stages.memory.units import Unit
 
 _aten = torch.ops.aten
-# Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight).
+# Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight); matrix
+# products in parts: of at most so many bytes at a time, measured (``python -m benchmarks products``).
 _REORDERS = {_aten.convolution: 1, _aten.addmm: 2, _aten.mm: 1, _aten.linear: 1}
+PACKED = 32_000_000
 
 
 @dataclass(kw_only=True)
@@ -135,6 +137,7 @@ class _Follower(TorchDispatchMode):
         if packet in _REORDERS:
             weight = args[_REORDERS[packet]]
             workspace = weight.numel() * weight.element_size()
+            workspace = workspace if packet is _aten.convolution else min(workspace, PACKED)
         self.trace.events.append(Event(unit=self.unit, live=self.live, workspace=workspace))
         return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from stages.memory.imports import light_imports
 from stages.memory.tensors import TensorRef, read_header, read_tensor
 from stages.models.copies import skip_copies
 from stages.models.locate import CheckpointError, choose_weights, class_in_index, fetch, names_in, refuse_pickle
-from stages.models.positions import CROPPED, keep_in_file
+from stages.models.positions import CROPPED, keep_in_file, tables_unmade
 from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
     if model_class is None:
         raise CheckpointError(f"{library} has no class {class_name}, which the checkpoint's config names.")
     if library == "diffusers":
-        with init_empty_weights(include_buffers=class_name in CROPPED):
+        with init_empty_weights(), tables_unmade() if class_name in CROPPED else nullcontext():
             return model_class.from_config(config)
     from transformers.initialization import no_init_weights
 

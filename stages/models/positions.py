@@ -4,8 +4,10 @@ pixels, 906 MB, and a pass takes the middle of it."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,19 @@ from torch import Tensor, nn
 from stages.memory.raw import pread_into
 from stages.memory.tensors import TensorRef
 
-CROPPED = frozenset({"SD3Transformer2DModel"})  # stock classes that have one: no buffer of theirs is made
+CROPPED = frozenset({"SD3Transformer2DModel"})  # stock classes that have one
+
+
+@contextmanager
+def tables_unmade() -> Iterator[None]:
+    """Stock classes that are made inside get position tables without bytes, and nothing is computed for them: on meta
+    that would import torch's graph compiler, 70 MB."""
+
+    def unmade(embed_dim: int, side: int, **_: Any) -> Tensor:
+        return torch.empty((side * side, embed_dim), device="meta")
+
+    with patch("diffusers.models.embeddings.get_2d_sincos_pos_embed", unmade):
+        yield
 
 
 class CroppedPositions:

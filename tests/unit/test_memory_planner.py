@@ -17,6 +17,7 @@ from stages.memory.planner import (
     ModelProfile,
     OverBudget,
     StageProfile,
+    choices,
     pass_seconds,
     plan_run,
     plan_stage,
@@ -171,3 +172,10 @@ def test_without_room_to_read_ahead_disk_and_compute_take_turns() -> None:
     in_turns = pass_seconds(one, 1, 100 * MB, 1e10)
     assert in_turns == pytest.approx(4 * (0.1 + 0.1 + 0.1 / 6), rel=0.01)
     assert together < 0.75 * in_turns
+
+
+def test_halves_of_guided_tiles_stay_together() -> None:
+    one = profile([80 * MB] * 10, micro_batches=6)
+    (model,) = one.models
+    pairs = dataclasses.replace(one, models=(dataclasses.replace(model, together=2, group=4),))
+    assert {choice.group for choice in choices(pairs.models[0], pairs, 0)} == {2, 4}

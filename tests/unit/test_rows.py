@@ -60,6 +60,8 @@ def test_bands_cover_the_canvas_and_are_bounded() -> None:
         assert found[0][0] == 0 and found[-1][1] == height
         assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
         assert max(bottom - top for top, bottom in found) == max(1, min(height, (1 << 16) // width))
+    assert bands(256, 256, channels=3) == [(0, 256)]
+    assert bands(256, 256, channels=16) == [(top, top + 64) for top in range(0, 256, 64)]  # of as many bytes
 
 
 def test_a_window_adds_boxes_in_any_order() -> None:
