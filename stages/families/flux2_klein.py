@@ -124,6 +124,8 @@ class Flux2Klein(Family):
         return {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": QWEN3}[component]
 
     def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
+        if device == "cpu":
+            return 1  # its text alone keeps a CPU busy, and a token is nine times as wide inside a block
         most = tokens_at_a_time(tile, device)
         return most if most == 1 else most // 2 * 2  # guided tiles are pairs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from diffusers import (
 )
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from in_process import Work
+from omegaconf import OmegaConf
 from qwen import letters_tokenizer, tiny_qwen3
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.canvas.space import Space
+from stages.families.base import example_tiles
 from stages.families.facts import FACTS, family_of_classes
 from stages.families.flux2_klein import FAMILY, empirical_shift
 from stages.memory.layout import Layout
@@ -29,6 +32,7 @@ from stages.memory.units import rungs, split_units
 from stages.models.checkpoint import Checkpoint, construct
 from stages.models.large import without_large
 from stages.plans import ModelPlan, StagePlan
+from stages.tiles import Size
 from stages.workflow.identity import model_identity
 from stages.workflow.model import classes_of
 
@@ -148,6 +152,18 @@ def test_image_to_image(base: Path, tmp_path: Path) -> None:
     assert torch.equal(space.inside(guide, 0), want)
 
 
+def test_one_negative_row_is_everybodys() -> None:
+    prompts, negative = torch.randn(3, 2, 4), torch.randn(1, 2, 4)
+    embeds = {"negative_prompt_embeds": negative, "prompt_embeds": prompts}  # as a file may have them
+    denoiser = FAMILY.denoiser(nn.Identity(), embeds, OmegaConf.create(), canvas=Size(8, 8), dtype=torch.float32)
+    batch = replace(
+        example_tiles(Size(8, 8), 4, 32), prompt_rows=(2, 2, 1, 1), unconditional=(True, False, True, False)
+    )
+    assert torch.equal(
+        denoiser.rows(batch, "prompt_embeds"), torch.stack([negative[0], prompts[2], negative[0], prompts[1]])
+    )
+
+
 def test_any_band_of_a_space() -> None:
     space = Space(patch=2, mean=torch.randn(3, 2, 2), std=torch.rand(3, 2, 2) + 0.5)
     rows = torch.randn(1, 3, 8, 6)
@@ -243,6 +259,12 @@ def test_traits_that_are_not_understood(
 @pytest.mark.parametrize("tokens", [64, 1024, 4096, 4301, 16384])
 def test_shift(tokens: int, steps: int) -> None:
     assert empirical_shift(None, tokens, steps) == compute_empirical_mu(tokens, steps)
+
+
+def test_a_gate_takes_no_memory(base: Path) -> None:
+    network = Checkpoint.open(str(base), components=("transformer",)).component("transformer").build()
+    gates = [module.gate_fn for module in network.modules() if type(module).__name__ == "Flux2SwiGLU"]
+    assert len(gates) == 2 * 2 + 2 and all(gate.inplace for gate in gates)
 
 
 def test_units_of_the_full_size() -> None:
