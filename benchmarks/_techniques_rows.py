@@ -1,0 +1,118 @@
+"""The rows of ``benchmarks.techniques``: what is done, by which way, and what was published of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+RTX, TITAN = "RTX 3090", "TITAN RTX, 50 steps"
+HALF = {"dtype": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Pictures of Stable Diffusion 1.5; ``steps`` of as many as a picture takes are run."""
+
+    width: int
+    height: int
+    scheduler: str = "ddim"
+    batch: int = 1
+    steps: dict[str, int]  # by device
+    full: int = 50
+
+
+WORKS = {
+    "512": Work(width=512, height=512, steps={"cuda": 20, "cpu": 4}),
+    "1024": Work(width=1024, height=1024, steps={"cuda": 6, "cpu": 3}),
+    "4k": Work(width=3840, height=2224, scheduler="unipc", steps={"cuda": 4, "cpu": 0}, full=20),
+    "batch": Work(width=512, height=512, batch=32, steps={"cuda": 4, "cpu": 0}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """``kind``: stock (diffusers' pipeline, ``options`` of ``_techniques_ways.stock``) or ours (``options`` are
+    overrides). ``share``: of the work's steps, for slow ways."""
+
+    name: str
+    work: str = "512"
+    kind: str = "stock"
+    options: dict[str, Any] = field(default_factory=dict)
+    published: str = ""
+    devices: tuple[str, ...] = ("cuda",)
+    share: float = 1.0
+
+
+BOTH = ("cuda", "cpu")
+
+
+def _ours(name: str, *, work: str = "512", published: str = "", devices: tuple[str, ...] = BOTH, **options: Any) -> Row:
+    given = {key.replace("__", "."): value for key, value in options.items()}
+    return Row(name=name, work=work, kind="ours", options=given, published=published, devices=devices)
+
+
+STAY: dict[str, Any] = {"technique__offload": "none"}
+ROWS = (
+    Row(name="fp32", published=f"{RTX}: 8.4 GB, 7.51 it/s; {TITAN}: 9.50 s", devices=BOTH),
+    Row(name="fp16", options=HALF, published=f"{TITAN}: 3.61 s (2.63x)"),
+    Row(
+        name="sequential", options={**HALF, "offload": "sequential"}, published="< 3 GB (slicing alone 3.2)", share=0.4
+    ),
+    _ours("offload=stream, least memory", budget="least"),
+    _ours("offload=stream, 800 MB", budget="800MB"),
+    Row(name="4K, tiled VAE", work="4k", options={**HALF, "vae_tiling": True}, published="8 GB"),
+    _ours("4K, offload=stream, 1.5 GB", work="4k", devices=("cuda",), budget="1500MB"),
+    _ours("UNet stays, the rest leaves (stages)", published=f"{RTX}: 3.2 of 8.4 GB (0.38)", **STAY),
+    Row(name="TF32", options={"tf32": True}),
+    Row(name="bf16", options={"dtype": "bfloat16"}, published=f"{RTX}: 4.7 GB (0.56), 19.1 it/s (2.54x)", devices=BOTH),
+    Row(
+        name="channels-last",
+        options={**HALF, "channels_last": True},
+        published=f"{TITAN}: 3.30 s (2.88x)",
+    ),
+    Row(name="fp32, channels-last", options={"channels_last": True}, devices=("cpu",)),
+    Row(name="math attention", options={**HALF, "attention": "math"}),
+    Row(name="fp32, math attention", options={"attention": "math"}, devices=("cpu",)),
+    Row(name="sliced attention", options={**HALF, "attention": "sliced"}, published="3.2 GB"),
+    Row(name="fp32, sliced attention", options={"attention": "sliced"}, devices=("cpu",)),
+    Row(
+        name="xFormers",
+        options={**HALF, "attention": "xformers"},
+        published=f"memory-efficient attention, {TITAN}: 2.63 s (3.61x)",
+    ),
+    Row(
+        name="sequential, sliced",
+        options={**HALF, "offload": "sequential", "attention": "sliced"},
+        published="< 2 GB",
+        share=0.4,
+    ),
+    Row(name="model offload", options={**HALF, "offload": "model"}, published=f"{RTX}: 3.6 of 8.4 GB (0.43)"),
+    Row(name="group offload (leaf, stream)", options={**HALF, "offload": "group"}),
+    Row(
+        name="traced",
+        options={**HALF, "channels_last": True, "compile": "trace"},
+        published=f"{TITAN}: 3.21 s (2.96x)",
+    ),
+    Row(name="fp32, traced", options={"compile": "trace"}, devices=("cpu",)),
+    _ours("ToMe 0.5 (stages)", published=f"{RTX}: 19 to 20 it/s (1.05x)", technique__tome__ratio=0.5, **STAY),
+    Row(name="1024x1024", work="1024", options=HALF, published=f"{RTX}: 7.6 GB"),
+    Row(
+        name="1024x1024, VAE tiling",
+        work="1024",
+        options={**HALF, "vae_tiling": True},
+        published=f"{RTX}: 5.1 GB (0.67)",
+    ),
+    _ours(
+        "1024x1024 whole, ToMe 0.5 (stages)", work="1024", technique__tome__ratio=0.5, denoise__tile_size=1024, **STAY
+    ),
+    _ours("1024x1024 whole (stages)", work="1024", denoise__tile_size=1024, **STAY),
+    Row(name="batch of 32", work="batch", options=HALF),
+    Row(name="batch of 32, VAE slicing", work="batch", options={**HALF, "vae_slicing": True}),
+    _ours("attention=math (stages)", technique__attention="math", **STAY),
+    _ours("attention=sliced (stages)", technique__attention="sliced", **STAY),
+    _ours("offload=sequential (stages)", devices=("cuda",), technique__offload="sequential"),
+    _ours("offload=group (stages)", devices=("cuda",), technique__offload="group"),
+    _ours("offload=model (stages)", devices=("cuda",), technique__offload="model"),
+    Row(name="compiled", options={**HALF, "channels_last": True, "compile": "compile"}),
+    Row(name="fp32, compiled", options={"compile": "compile"}, devices=("cpu",)),
+)

@@ -1,0 +1,169 @@
+"""A row of ``benchmarks.techniques`` in a process of its own: ``python -m benchmarks._techniques_ways JOB``."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from stages.memory.monitor import own_peak_rss
+
+MB = 1_000_000
+PROMPT = "a lighthouse on a cliff at sunset"
+WARM = 2  # steps that are not timed: kernels are chosen, graphs recorded
+
+
+def on_gpu(job: dict[str, Any]) -> bool:
+    return job["device"] == "cuda"
+
+
+def peaks(job: dict[str, Any]) -> dict[str, int]:
+    """MB at most so far, of the allocator and of the process."""
+    found = {"host_mb": round(own_peak_rss() / MB)}
+    if on_gpu(job):
+        found["allocated_mb"] = round(torch.cuda.max_memory_allocated() / MB)
+        found["reserved_mb"] = round(torch.cuda.max_memory_reserved() / MB)
+    return found
+
+
+def speed(marks: list[float]) -> dict[str, float]:
+    """Of the moments at which steps ended: the first is the beginning."""
+    seconds = [after - before for before, after in pairwise(marks)]
+    timed = seconds[WARM:] or seconds
+    return {"step_seconds": round(median(timed), 5), "steps": len(timed)}
+
+
+def stock(job: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' own pipeline with its own switches."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+
+    options, work, device = job["options"], job["work"], job["device"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.get("tf32", False)
+    dtype = getattr(torch, options.get("dtype", "float32"))
+    pipe: Any = StableDiffusionPipeline.from_pretrained(job["checkpoint"], dtype=dtype, safety_checker=None)
+    scheduler: Any = {"ddim": DDIMScheduler, "unipc": UniPCMultistepScheduler}[work["scheduler"]]
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if options.get("channels_last"):
+        pipe.unet.to(memory_format=torch.channels_last)
+    if options.get("attention") == "math":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        pipe.unet.set_attn_processor(AttnProcessor())
+    elif options.get("attention") == "sliced":
+        pipe.enable_attention_slicing()
+    elif options.get("attention") == "xformers":
+        pipe.enable_xformers_memory_efficient_attention()
+    if options.get("vae_slicing"):
+        pipe.vae.enable_slicing()
+    if options.get("vae_tiling"):
+        pipe.vae.enable_tiling()
+    _offload(pipe, options.get("offload", "none"), device)
+    if options.get("compile") == "compile":
+        pipe.unet.compile(dynamic=False)
+    elif options.get("compile") == "trace":
+        _trace(pipe, work, device, dtype)
+    marks: list[float] = []
+
+    def ended(*arguments: Any) -> dict[str, Any]:
+        if on_gpu(job):
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        return arguments[-1]
+
+    def picture(steps: int) -> Any:
+        call = {"width": work["width"], "height": work["height"], "num_inference_steps": steps}
+        call |= {"generator": torch.Generator().manual_seed(0), "num_images_per_prompt": work["batch"]}
+        return pipe(PROMPT, **call, callback_on_step_end=ended).images[0]
+
+    picture(1)  # all libraries are set up, all is compiled
+    marks.clear()
+    begin = time.perf_counter()
+    made = picture(job["steps"])
+    seconds = time.perf_counter() - begin
+    made.save(job["picture"])
+    return {**speed(marks), "picture_seconds": round(seconds, 2), **peaks(job)}
+
+
+def _offload(pipe: Any, way: str, device: str) -> None:
+    if way == "none":
+        pipe.to(device)
+    elif way == "model":
+        pipe.enable_model_cpu_offload()
+    elif way == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        options = {"onload_device": torch.device(device), "offload_type": "leaf_level", "use_stream": True}
+        pipe.enable_group_offload(**options)
+
+
+def _trace(pipe: Any, work: dict[str, Any], device: str, dtype: torch.dtype) -> None:
+    """The UNet as ``torch.jit.trace`` of it."""
+    unet = pipe.unet
+    shape = (2 * work["batch"], unet.config.in_channels, work["height"] // 8, work["width"] // 8)
+    states = torch.randn(shape[0], 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
+    inputs = torch.randn(shape, device=device, dtype=dtype), torch.tensor(1, device=device), states
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return stock_forward(sample, timestep, encoder_hidden_states=states, return_dict=False)[0]
+
+    stock_forward = unet.forward
+    with torch.inference_mode():
+        traced: Any = torch.jit.trace(predict, inputs, check_trace=False)
+
+    def forward(sample: torch.Tensor, timestep: Any, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
+        return (traced(sample, timestep.to(sample.device), encoder_hidden_states),)
+
+    unet.forward = forward
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """The stages of a planned run one after the other, each with the device to itself; the steps of ``denoise``."""
+    from stages import __main__
+    from stages.context import Progress
+    from stages.documents import load
+    from stages.job import Job
+    from stages.workflow.graph import build
+    from stages.workflow.store import Store
+
+    run_dir = Path(job["run_dir"])
+    run = Job.of(load(run_dir / "config.yaml"))
+    states = build(run, Store(Path(run.config.output_dir) / ".store"), verify=False)
+    marks: list[float] = []
+
+    class Clock(Progress):
+        def advance(self, n: int = 1) -> None:
+            marks.append(time.perf_counter())
+
+    found: dict[str, Any] = {"stages": {}}
+    for state in states:
+        marks.clear()
+        if on_gpu(job):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        __main__.run(state.name, run_dir, "stages", Clock(), True)
+        found["stages"][state.name] = {"seconds": round(time.perf_counter() - begin, 2), **peaks(job)}
+        if state.name == "denoise":
+            found |= speed(marks)
+    for name in peaks(job):
+        found[name] = max(stage[name] for stage in found["stages"].values())
+    image = states[-1].entry.path / "image.png"
+    Path(job["picture"]).write_bytes(image.read_bytes())
+    return found
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"stock": stock, "ours": ours}
+
+if __name__ == "__main__":
+    JOB = json.loads(sys.argv[1])
+    print("RESULT " + json.dumps(WAYS[JOB["kind"]](JOB)))
