@@ -69,6 +69,7 @@ class Bench:
         self.folder, self.checkpoint, self.device, self._steps = folder, checkpoint, device, steps
         self._environment = environment(OmegaConf.create({"device": device, "launch": {"threads": None}}))
         self._environment |= {"TQDM_DISABLE": "1"}
+        self._longest = {"cuda": 120, "cpu": 3600}[device]  # seconds of a row
 
     def steps(self, row: Row) -> int:
         """That are run, those included that are not timed."""
@@ -110,7 +111,9 @@ class Bench:
         own = self._environment if row.kind == "ours" else {**os.environ, "TQDM_DISABLE": "1"}
         command, card = [sys.executable, "-m", "benchmarks._techniques_ways", json.dumps(job)], Card(self.device)
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own, timeout=self._longest)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {self._longest} seconds"}
         finally:
             card.close()
         lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
