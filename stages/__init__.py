@@ -24,6 +24,7 @@ class Stage(NamedTuple):
     opens_model: bool = False
     of: str = ""  # of an upscaling phase (``guide_512``): the stage that it is one of
     records: bool = False  # whether it may read what the stages above it declare, whose fingerprints are in its own
+    spreads: bool = False  # whether several processes may share its tiles (launch.nproc)
     measures: bool = False  # whether its result holds figures of the machine it ran on
     checks: tuple[str, ...] = ()  # keys that it may read besides to refuse their values: no result hangs on them
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
@@ -59,6 +60,7 @@ PIPELINE: tuple[Stage, ...] = (
         parameters=("seed", "lowres", "regions", "reroll", "model.native_size", *_LATENTS, *_SCHEDULER),
         needs=lambda config: ("text_encode",),
         opens_model=True,
+        spreads=True,
     ),
     Stage(
         name="guide",
@@ -79,6 +81,7 @@ PIPELINE: tuple[Stage, ...] = (
         ),
         needs=_denoise_needs,
         opens_model=True,
+        spreads=True,
     ),
     Stage(
         name="decode",
@@ -86,6 +89,7 @@ PIPELINE: tuple[Stage, ...] = (
         parameters=("width", "height", "decode", *_LATENTS),
         needs=lambda config: ("denoise",),
         opens_model=True,
+        spreads=True,
     ),
     Stage(
         name="stitch",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import gc
 import importlib
 import mmap
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,6 +18,7 @@ from typing import Any
 from stages import PREPARATIONS
 from stages.config import ROOT, ConfigError, on_gpu
 from stages.context import MARK_BYTES, Progress, StageContext
+from stages.distributed import LOST, LostRank, Place
 from stages.documents import load
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_object
@@ -30,24 +29,6 @@ from stages.workflow import signals
 from stages.workflow.errors import disk_full, system
 from stages.workflow.graph import StageState, build, seen, state_of
 from stages.workflow.store import Store
-
-_PR_SET_PDEATHSIG = 1
-
-
-def tie_to_parent(parent: int) -> None:
-    """End this process when ``parent`` does, however it ends: results are atomic, so nothing is lost by it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(1)
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-    if os.getppid() != parent:  # it ended before the line above took effect
-        os._exit(1)
 
 
 class Events:
@@ -86,10 +67,11 @@ def cuda() -> Any | None:
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def peak_vram() -> int:
-    """Bytes that the CUDA allocator reserved at most; 0 if the stage used no GPU."""
+def peak_vram() -> list[int]:
+    """Bytes that the CUDA allocator reserved at most, of each GPU that the stage used."""
     used = cuda()
-    return int(used.max_memory_reserved()) if used else 0
+    peaks = [int(used.max_memory_reserved(device)) for device in range(used.device_count())] if used else []
+    return [peak for peak in peaks if peak]
 
 
 def report_vram(progress: Progress, period: float) -> None:
@@ -115,7 +97,13 @@ def stage_module(name: str) -> Any:
 
 
 def compute(state: StageState, context: StageContext, module: str, force: bool) -> str:
-    """Run the stage under its lock unless another process did meanwhile; returns ran | resumed | reused."""
+    """Run the stage under its lock unless another process did meanwhile; returns ran | resumed | reused.
+
+    Of several ranks the first one has the lock, and the result; the others help.
+    """
+    if context.place.rank:
+        work(state, context, module)
+        return "ran"
     lock = state.entry.lock()
     try:
         lock.acquire(timeout=0)
@@ -126,15 +114,20 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
         if not force and state.entry.manifest() is not None:
             return "reused"
         state.entry.prepare(force=force)
-        stage = stage_module(f"{module}.{state.stage.module}")
-        if on_gpu(context.config):  # not before all is imported: half of torch has no answer
-            report_vram(context.progress, context.config.launch.sample_seconds)
-        info = stage.run(context)
-        context.progress.flush()
-        state.entry.commit(info)
+        state.entry.commit(work(state, context, module))
         return "resumed" if context.progress.resumed_because else "ran"
     finally:
         lock.release()
+
+
+def work(state: StageState, context: StageContext, module: str) -> Any:
+    """Run the stage's module; returns what it says of its result."""
+    stage = stage_module(f"{module}.{state.stage.module}")
+    if on_gpu(context.config):  # not before all is imported: half of torch has no answer
+        report_vram(context.progress, context.config.launch.sample_seconds)
+    info = stage.run(context)
+    context.progress.flush()
+    return info
 
 
 def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool) -> str:
@@ -161,6 +154,7 @@ def run(stage: str, run_dir: Path, module: str, progress: Progress, force: bool)
         plan=stage_plans(read_object(run_dir / "plan.json")).get(stage, StagePlan()),
         progress=progress,
         layout=job.regions_of(state.stage) if "regions" in state.stage.parameters else None,
+        place=Place.told(),
     )
     return compute(state, context, module, force)
 
@@ -200,25 +194,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, help="process to live and die with (given by runner.py)")
     arguments = parser.parse_args(argv)
     if arguments.parent:
-        tie_to_parent(arguments.parent)
+        signals.tie_to_parent(arguments.parent)
         signals.ignore()
+    place = Place.told()
+    place.take_gpu()
     for stream in (sys.stdout, sys.stderr):  # may not know every letter of a message
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     events = Events(arguments.events)
-    mark = None if arguments.marks is None else mmap.mmap(arguments.marks, MARK_BYTES)
-    progress = Progress(events, mark)
+    mark = None if arguments.marks is None or place.rank else mmap.mmap(arguments.marks, MARK_BYTES)
+    progress = Progress(events if place.rank == 0 else lambda event: _helps(events, event), mark)
     try:
         status = run(arguments.stage, arguments.run_dir, arguments.pipeline, progress, arguments.force)
     except BrokenPipeError:
         return 1  # the runner is gone
     except Exception as error:
         message, expected = said(error, arguments.run_dir)
+        if isinstance(error, LostRank):  # not the cause: whoever started the ranks knows which one was lost
+            print(message, file=sys.stderr)
+            return LOST
+        if place.size > 1:
+            message = f"rank {place.rank} of {place.size}: {message}"
         if not expected:
             traceback.print_exc()
         events(Error(message, expected, errno.ENOSPC if disk_full(error) else getattr(error, "errno", None)))
         return 1
-    events(Done(status, own_peak_rss(), peak_vram()))
+    events(Done(status, own_peak_rss(), peak_vram(), place.rank))
     return 0
+
+
+def _helps(events: Events, event: Event) -> None:
+    """What is said of a rank that is not the first: how far it is."""
+    if isinstance(event, Advance):
+        events(event)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ STAGES = ("text_encode", "lowres", "guide", "denoise", "decode", "stitch")
 BLENDS = ("gaussian", "cosine", "quartic", "constant")
 GUIDE_MODES = ("sdedit", "hold", "skip_residual", "none")
 DECODE_MODES = ("independent", "shared", "exact")
+BACKENDS = ("auto", "gloo", "nccl")
 WEIGHTS = ("auto", "streamed", "resident")
 DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 
@@ -111,6 +112,9 @@ class LaunchConfig:
 
     threads: int | None = None  # torch threads; None: all cores
     sample_seconds: float = 0.02  # memory sampling period
+    nproc: int = 1  # ranks of a stage that share its tiles, each with a GPU of its own and memory.budget for itself
+    backend: str = "auto"  # auto | gloo | nccl: how they talk; auto: gloo on the CPU, nccl on GPUs
+    timeout: float = 1800.0  # seconds that one waits for another
 
 
 @dataclass(kw_only=True)

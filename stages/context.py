@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from stages import Stage
+from stages.distributed import Place, Ranks
 from stages.events import Advance, Event, Note, Resumed, Start
 from stages.mask import UndeclaredRead
 from stages.plans import StagePlan
@@ -92,6 +93,7 @@ class StageContext:
     files: everything is written through ``files.atomic_path``). ``inputs`` maps each upstream stage to its folder; an
     upscaling phase (``guide_512``) stands under the stage that it is one of. ``plan`` is the stage's part of
     ``<run_dir>/plan.json``. ``config`` is masked to what the stage declares (``stages.mask``).
+    ``place``: which rank this process is; a stage with several writes results on the first.
     """
 
     stage: Stage
@@ -102,11 +104,16 @@ class StageContext:
     plan: StagePlan = field(default_factory=StagePlan)
     progress: Progress = field(default_factory=Progress)
     layout: Regions | None = None  # None: the stage does not declare ``regions``
+    place: Place = Place()  # noqa: RUF009 - frozen
 
     @property
     def name(self) -> str:
         """Of the stage; an upscaling phase has its own (``guide_512``)."""
         return self.stage.name
+
+    def ranks(self) -> Ranks:
+        """All ranks of this stage, once all are there."""
+        return Ranks.meet(self.place, str(self.config.device), self.config.launch)
 
     @property
     def regions(self) -> Regions:

@@ -25,7 +25,7 @@ def run(context: StageContext) -> None:
     config, progress = context.config, context.progress
     factor = config.model.vae_scale_factor
     tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
-    folder = context.output / "tiles"
+    ranks, folder = context.ranks(), context.output / "tiles"
     missing = [tile for tile in tiles if not _done(context, tile, tile.scaled(factor).size)]
     if len(missing) < len(tiles):
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
@@ -36,14 +36,16 @@ def run(context: StageContext) -> None:
     with open_vae(context, decoder=True) as streamer:
         vae: Any = streamer.model
         if config.decode.mode == "exact":
-            return _exact(context, streamer, canvas, missing)
+            return _exact(context, streamer, canvas, missing) if ranks.first else None
         statistics = None
-        if config.decode.mode == "shared":
-            statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
-        for tile, pixels in decoded_tiles(vae, canvas, missing, halo, statistics):
+        with ranks.first_one_first():  # and all know what is missing before any of it is written
+            if config.decode.mode == "shared":
+                statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
+        for tile, pixels in decoded_tiles(vae, canvas, ranks.share(missing), halo, statistics):
             with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
                 write_tensors(temporary, {"pixels": to_uint8(pixels)}, checked=True)
             progress.advance()
+    ranks.wait()
 
 
 def _done(context: StageContext, tile: Tile, size: Size) -> bool:

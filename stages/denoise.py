@@ -53,6 +53,8 @@ def run(context: StageContext) -> None:
         }
     canvas, dilated = canvas_of(config, context.regions), Dilated.of(config, context.regions)
     sampler = sample(context, canvas, num_inference_steps=config.denoise.num_inference_steps, dilated=dilated, **guide)
+    if not sampler.ranks.first:
+        return
     with atomic_path(context.output / "canvas.safetensors") as temporary:
         rows = Rows.create(temporary, (config.model.latent_channels, config.height // factor, config.width // factor))
         for top, latents in sampler.latents():

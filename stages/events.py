@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Done:
-    """The last word of a stage whose result is there. ``status``: ran | resumed | reused. Sizes in bytes."""
+    """The last word of a stage whose result is there. ``status``: ran | resumed | reused. Sizes in bytes.
+
+    Every rank has one: ``gpus`` are the peaks of the devices that it used.
+    """
 
     status: str
     peak_rss_bytes: int
-    peak_vram_bytes: int
+    gpus: list[int] = field(default_factory=list)
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def from_line(line: str) -> Event:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(f"event: got {name!r}, expected one of {', '.join(_KINDS)}")
-    known = [field.name for field in fields(kind)]
+    known = [one.name for one in fields(kind)]
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"event {name}: got {', '.join(unknown)}, expected {', '.join(known)}")
     try:

@@ -35,6 +35,8 @@ def run(context: StageContext) -> None:
     """
     steps = context.config.lowres.num_inference_steps
     sampler = sample(context, canvas_of(context.config, context.regions), num_inference_steps=steps)
+    if not sampler.ranks.first:
+        return
     with atomic_path(context.output / "latents.safetensors") as temporary:
         write_tensors(temporary, {"latents": torch.cat([rows for _, rows in sampler.latents()], dim=2)})
 

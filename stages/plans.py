@@ -38,7 +38,8 @@ class ModelPlan:
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """``models`` by component, opened one after the other; samples at a time (0: the stage's own choice),
-    ``group_size`` through the whole model, ``micro_batch`` of them through a block; and what was predicted."""
+    ``group_size`` through the whole model, ``micro_batch`` of them through a block; and what was predicted: RAM of the
+    runner and all ``ranks``, VRAM of one GPU."""
 
     models: Mapping[str, ModelPlan] = field(default_factory=dict)
     micro_batch: int = 0
@@ -47,6 +48,7 @@ class StagePlan:
     predicted_peak_vram_bytes: int | None = None
     predicted_seconds: float | None = None
     disk_bytes: int = 0
+    ranks: int = 1
 
     def model(self, component: str) -> ModelPlan:
         """Of one component; all resident where nothing was planned."""

@@ -18,7 +18,7 @@ from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint, open_component
 from stages.families.schedules import make_scheduler
 from stages.memory.planner import ModelProfile
-from stages.memory.rows import bands
+from stages.memory.rows import Rows, bands
 from stages.memory.tensors import read_tensors
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
@@ -45,16 +45,21 @@ def sample(
     """Denoise a canvas; returns the sampler, finished.
 
     A killed stage goes on after the last finished step, with the same result to the bit. ``dilated``: the global term,
-    if there is one. ``guide``: the guide's arguments of :class:`stages.canvas.sampler.Sampler`.
+    if there is one. Of several ranks only the first one's sampler has the latents.
+    ``guide``: the guide's arguments of :class:`stages.canvas.sampler.Sampler`.
     """
     config, progress, family = context.config, context.progress, family_of(context.config)
     name = family.facts.denoiser
     checkpoint = open_checkpoint(config, family.facts.components[context.stage.module], progress.note)
     network_config = checkpoint.config(name)
     scheduler = make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options)
-    folder = context.output / CHECKPOINT
+    ranks = context.ranks()
+    folder = context.output / CHECKPOINT / (f"rank_{ranks.rank:03d}" if ranks.rank else "")
     path, channels, space = folder / "noise.safetensors", config.model.latent_channels, family.space(checkpoint)
-    noise, generator = canvas_noise(path, canvas.size, channels, config.seed, canvas.rerolls, space.patch)
+    if ranks.first:
+        noise, generator = canvas_noise(path, canvas.size, channels, config.seed, canvas.rerolls, space.patch)
+    else:
+        noise, generator = Rows.create(path, (channels, *canvas.size)), torch.Generator()
     views = family.asks(canvas.views, checkpoint)
     sampler = Sampler(
         schedule=family.schedule(scheduler, views[0].tile.size, checkpoint),
@@ -65,6 +70,7 @@ def sample(
         folder=folder,
         dilated=dilated and dilated.asked(lambda views: family.asks(views, checkpoint)),
         space=space,
+        ranks=ranks,
         **guide,
     )
     try:
@@ -93,7 +99,9 @@ def sample(
         group_size = context.plan.group_size or batch
         while not sampler.finished:
             sampler.advance(denoiser, group_size)
-            progress.advance()
+            if ranks.first:
+                progress.advance()
+    ranks.wait()
     return sampler
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.canvas.guides import skip_residual_weight
 from stages.canvas.mixture import Mixture, TileBatch, View
 from stages.canvas.views import region_views
+from stages.distributed import ALONE, Ranks
 from stages.memory.rows import Moments, Rows, bands
 from stages.regions.scale import scaled
 from stages.regions.types import Regions
@@ -152,6 +153,7 @@ class Dilated:
         timestep: float,
         num_train_timesteps: int,
         group_size: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``(1 - c^a) prediction + c^a dilated``, in place; scratch files come to lie beside ``prediction``.
 
@@ -162,7 +164,7 @@ class Dilated:
         Args:
             prediction: of the tiles, ``[1, C, H, W]`` float32; overwritten.
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
-            denoise, group_size: see ``Mixture.predict``.
+            denoise, group_size, ranks: see ``Mixture.predict``.
             timestep: of this step, of ``num_train_timesteps``.
         """
         weight, narrow = (skip_residual_weight(timestep, num_train_timesteps, power) for power in self._powers)
@@ -173,7 +175,9 @@ class Dilated:
         mosaic = Rows.create(folder / "dilated_latents.safetensors", shape)
         found = Rows.create(folder / "dilated_prediction.safetensors", shape)
         self._spread_out(latents, mosaic, gaussian(scale, self._sigma * (0.99 * narrow + 0.01)))
-        self._mixture.predict(mosaic, found, denoise, group_size)
+        self._mixture.predict(mosaic, found, denoise, group_size, ranks)
+        if not ranks.first:
+            return
         for top, rows in prediction.bands():
             for y in range(rows.shape[2]):
                 place = self._place(top + y)

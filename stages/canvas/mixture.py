@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.canvas.weights import Weight, grid_weights
+from stages.distributed import ALONE, Ranks
 from stages.memory.rows import Rows, Window
 from stages.tiles import Size, Tile
 
@@ -115,21 +116,35 @@ class Mixture:
             raise ValueError("a canvas needs at least one view.")
         self.views = list(views)
 
-    def predict(self, latents: Rows, total: Rows, denoise: Denoise, group_size: int) -> None:
-        """The canvas' noise prediction ``sum_r w_r eps_r``.
+    def predict(
+        self,
+        latents: Rows,
+        total: Rows,
+        denoise: Denoise,
+        group_size: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """The canvas' noise prediction ``sum_r w_r eps_r``, on the first of several ranks.
 
         Args:
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
             total: where the prediction goes, of the same shape; what it holds is overwritten.
             denoise: gives a prediction for each sample of a ``TileBatch``.
             group_size: samples handed to ``denoise`` at once; a guided view is two, and one view at least.
+            ranks: that share the groups; all have the same latents.
         """
         if latents.shape != total.shape:
             raise ValueError(f"latents of shape {latents.shape}, expected {total.shape}.")
         total.zero()
         source, target = Window(latents), Window(total)
-        for group in groups(self.views, group_size):
-            predictions = denoise(batch(source, group))
-            for view, prediction in zip(group, guided(predictions, group), strict=True):
+
+        def predicted(group: list[View]) -> Tensor:
+            return guided(denoise(batch(source, group)), group)
+
+        def shape(group: list[View]) -> tuple[int, ...]:
+            return (len(group), latents.channels, *group[0].tile.size)
+
+        for group, predictions in ranks.ordered(list(groups(self.views, group_size)), predicted, shape):
+            for view, prediction in zip(group, predictions, strict=True):
                 target.add(view.tile.top, view.tile.left, prediction * view.weight.map(prediction.device))
         target.flush()

@@ -19,6 +19,7 @@ from stages.canvas.dilated import Dilated
 from stages.canvas.mixture import Mixture, TileBatch
 from stages.canvas.space import Space
 from stages.canvas.step_noise import StepNoise
+from stages.distributed import ALONE, Ranks
 from stages.memory.finite import refuse_not_finite
 from stages.memory.rows import Rows, bands
 
@@ -57,6 +58,7 @@ class Sampler:
         hold_share, skip_residual_power: see :mod:`stages.canvas.guides`.
         dilated: the global term that joins every prediction, if there is one.
         space: of the denoiser; noise and prediction are in it, the guide is not.
+        ranks: that share the tiles. Only the first one's noise and guide are read, and only it keeps a checkpoint.
 
     Raises:
         ValueError: no step is left by ``strength``, or a scheduler that must see a large canvas as a whole.
@@ -78,7 +80,9 @@ class Sampler:
         skip_residual_power: float = 3.0,
         dilated: Dilated | None = None,
         space: Space = Space(),  # noqa: B008 - frozen
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.schedule, self.mixture, self.generator, self.dilated = schedule, mixture, generator, dilated
         self.space = space
         self.scheduler = scheduler = schedule.scheduler
@@ -106,6 +110,14 @@ class Sampler:
             ValueError: what lies in the folder is of no such sampler; it has been removed.
         """
         try:
+            if self.ranks.first:
+                self.step = self._last_step()
+        finally:
+            self.step = self.ranks.agreed(self.step)
+        return self.step > 0
+
+    def _last_step(self) -> int:
+        try:
             step = self._states.last_step()
             if step > len(self.timesteps):
                 raise ValueError(f"step {step} of {len(self.timesteps)}")
@@ -114,8 +126,7 @@ class Sampler:
             raise
         if step:
             self.generator.set_state(self._states.read(step, 0).generator)
-        self.step = step
-        return step > 0
+        return step
 
     @property
     def damaged(self) -> str:
@@ -138,19 +149,28 @@ class Sampler:
             ValueError: NaN or an infinity in a prediction, or in what the scheduler makes of it.
         """
         timestep, now = self.timesteps[self.step], f"step {self.step + 1} of {len(self.timesteps)}"
-        for band, (top, _) in enumerate(self.bands):
-            _, scaled = self._inputs(band, timestep)
-            self._scaled.write(top, scaled)
+        for band, (top, bottom) in enumerate(self.bands):
+            if self.ranks.first:
+                _, scaled = self._inputs(band, timestep)
+            else:
+                scaled = torch.empty((1, self._shape[0], bottom - top, self._shape[2]))
+            self._scaled.write(top, self.ranks.broadcast(scaled))
 
         def predict(batch: TileBatch) -> Tensor:
             found = denoise(batch, timestep)
             refuse_not_finite(found, f"{now}, tile {', '.join(dict.fromkeys(t.name for t in batch.tiles))}: prediction")
             return found
 
-        self.mixture.predict(self._scaled, self._prediction, predict, group_size)
+        self.mixture.predict(self._scaled, self._prediction, predict, group_size, self.ranks)
         if self.dilated is not None:
             total = self.schedule.num_train_timesteps
-            self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size)
+            self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size, self.ranks)
+        if self.ranks.first:
+            self._step_bands(timestep, now)
+        self.step += 1
+
+    def _step_bands(self, timestep: Tensor, now: str) -> None:
+        """The scheduler's step of every band, from the canvas' prediction; what comes of it is kept on disk."""
         with StepNoise(self._folder, self._shape, self.generator).given_to(self.scheduler) as noise:
             for band, (top, bottom) in enumerate(self.bands):
                 noise.turn_to(top, bottom)
@@ -160,7 +180,6 @@ class Sampler:
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
                 self._states.write(band, BandState(self.step + 1, stepped, drawn, attributes(self.scheduler)))
-        self.step += 1
 
     def _inputs(self, band: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """A band's latents as the guide leaves them, and scaled for the denoiser."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 
 
 def explain(error: BaseException) -> str:
@@ -67,6 +68,14 @@ def disk_full(error: BaseException) -> bool:
             return True
         current = current.__cause__ or current.__context__
     return False
+
+
+def ended(code: int) -> str:
+    """How a process ended that was to end with 0."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    outside = " (from outside: kill -9, or the kernel when the machine is out of memory)"
+    return f"ended by signal {signal.Signals(-code).name}{outside if -code == signal.SIGKILL else ''}"
 
 
 def system(error: OSError) -> str:

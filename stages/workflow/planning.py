@@ -21,7 +21,7 @@ from stages.memory.planner import Chosen, OverBudget, StageProfile, plan_run
 from stages.plans import StagePlan
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
-from stages.workflow import device, launch
+from stages.workflow import device, launch, spread
 from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
 from stages.workflow.store import Store, fingerprint
@@ -29,6 +29,8 @@ from stages.workflow.store import Store, fingerprint
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known
 REHEARSED = "rehearsal.json"  # as stages/rehearsal.py writes it
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
+RANK = 16_000_000  # bytes: connections to other ranks, and what is exchanged (measured: 5 to 14 MB)
+LAUNCHER = 16_000_000  # bytes: the process that starts ranks
 
 
 class DoesNotFit(RuntimeError):
@@ -64,7 +66,7 @@ def plan(
     found = read_json(profile.entry.path / "profile.json") or {}
     running = [state for state in states if state.status in ("run", "resume", "reuse")]
     profiles = {
-        state.name: _of_stage(StageProfile.of(found[state.stage.module]), state.stage, config)
+        state.name: _of_stage(StageProfile.of(found[state.stage.module]), state.stage, job)
         for state in running
         if state.stage.module in found
     }
@@ -82,7 +84,7 @@ def plan(
         raise DoesNotFit(_refusal(error, config)) from None
     check_disk(running, profiles.values())
     by_name = {state.name: state.stage for state in running}
-    plans = {name: _plan(one, profiles[name], by_name[name], job, store) for name, one in chosen.items()}
+    plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
 
@@ -103,13 +105,19 @@ def check_disk(states: Sequence[StageState], profiles: Iterable[StageProfile]) -
             raise DoesNotFit(refusal(state.stage, needed[state.name], there))
 
 
-def _of_stage(profile: StageProfile, stage: Stage, config: DictConfig) -> StageProfile:
+def _of_stage(profile: StageProfile, stage: Stage, job: Job) -> StageProfile:
     """The profile with this run's steps (they change often and need no new look), and of an upscaling phase: the same
-    shapes as the final canvas, fewer times. A guide's pictures are as much smaller as the canvas is."""
+    shapes as the final canvas, fewer times. A guide's pictures are as much smaller as the canvas is. Of several ranks
+    it is one's: a part of the tiles, on a GPU of its own or on a part of the processor."""
+    config, ranks = job.config, spread.ranks(job, stage)
     steps = {"lowres": config.lowres.num_inference_steps, "denoise": running_steps(config)}.get(stage.module)
     models = profile.models
     if steps is not None:
         models = tuple(replace(model, steps=max(1, steps)) for model in models)
+    if ranks > 1:
+        models = tuple(replace(model, micro_batches=-(-model.micro_batches // ranks)) for model in models)
+        rate = profile.rate if on_gpu(config) else profile.rate / ranks
+        profile = replace(profile, base=profile.base + RANK, rate=rate)
     if stage.phase is None:
         return replace(profile, models=models)
     share = stage.phase[0] * stage.phase[1] / (config.width * config.height)
@@ -120,9 +128,9 @@ def _of_stage(profile: StageProfile, stage: Stage, config: DictConfig) -> StageP
     return replace(profile, name=stage.name, extra=extra, models=models, disk=int(profile.disk * share))
 
 
-def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: Store) -> StagePlan:
+def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: Store, runner: int) -> StagePlan:
     """What the stage reads: groups in samples, and where the prepared copies of the weights lie."""
-    models, config = {}, job.config
+    models, config, ranks = {}, job.config, spread.ranks(job, stage)
     for model in profile.models:
         plan = chosen.choices[model.component].model
         if plan.resident != "all" and not model.single_pass and config.memory.prepared:
@@ -131,12 +139,17 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
         models[model.component] = plan
     last = profile.models[-1]
-    peak = {"predicted_peak_vram_bytes" if on_gpu(config) else "predicted_peak_rss_bytes": chosen.peak}
+    if on_gpu(config):
+        peak = {"predicted_peak_vram_bytes": chosen.peak}
+    else:
+        launcher = LAUNCHER if ranks > 1 else 0
+        peak = {"predicted_peak_rss_bytes": runner + launcher + ranks * (chosen.peak - runner)}
     return StagePlan(
         models=models,
         group_size=chosen.choices[last.component].group * max(1, last.micro_batch),
         predicted_seconds=chosen.seconds,
         disk_bytes=profile.disk,
+        ranks=ranks,
         **peak,
     )
 

@@ -12,6 +12,7 @@ from omegaconf.errors import ValidationError
 
 from stages import multiple
 from stages.config import (
+    BACKENDS,
     BLENDS,
     DECODE_MODES,
     DTYPES,
@@ -178,9 +179,15 @@ def validate(config: DictConfig) -> None:
     _one_of(config, "memory.host", ("pinned", "disk"))
     _one_of(config, "memory.weights", WEIGHTS)
     _one_of(config, "stitch.format", ("png", "tiff", "deepzoom"))
+    _one_of(config, "launch.backend", BACKENDS)
     device, _, index = str(config.device).partition(":")
     if device not in ("cpu", "cuda") or not (index or "0").isdigit():
         raise ConfigError("device", config.device, "cpu or cuda", close_match(device, ["cpu", "cuda"]))
+    if config.launch.nproc > 1 and index:
+        hint = "Which GPUs there are is said by CUDA_VISIBLE_DEVICES."
+        raise ConfigError("launch.nproc", config.launch.nproc, f"1 with device={config.device}", hint)
+    if config.launch.backend == "nccl" and device == "cpu":
+        raise ConfigError("launch.backend", "nccl", "auto or gloo on the CPU")
     _family(config)
     _scheduler(config)
     _memory(config)
@@ -243,6 +250,8 @@ def _numbers(config: DictConfig) -> None:
         raise ConfigError("stitch.compression", config.stitch.compression, "a zlib level, 0 to 9")
     if config.launch.threads is not None:
         _at_least(config, "launch.threads", 1)
+    _at_least(config, "launch.nproc", 1)
+    _at_least(config, "launch.timeout", 1)
     if not 0.001 <= config.launch.sample_seconds <= 10:
         raise ConfigError("launch.sample_seconds", config.launch.sample_seconds, "0.001 to 10 seconds")
 

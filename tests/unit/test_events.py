@@ -9,7 +9,7 @@ EVENTS = [
     Advance(3),
     Note("a ü\n介绍"),
     Resumed("step 7 of 20"),
-    Done("ran", 500_000_000, 0),
+    Done("ran", 500_000_000, [7, 9], 1),
     Error("the disk is full", False, 28),
     Error("seed: got -1", True),
 ]

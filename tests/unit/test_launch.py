@@ -111,6 +111,18 @@ def test_a_stage_killed_anywhere_goes_on_to_the_same_picture(toy, moment):
     assert statuses(toy, "x").count("resumed") == (moment == "tiles:3")
 
 
+def test_a_lost_rank_ends_the_others_and_is_named(toy):
+    died = toy("run=x", "prompt=a", "launch.nproc=2", TOY_SLOW="0.3", TOY_DIE="rank1:0")
+    assert died.returncode == 1
+    assert "tiles: rank 1 of 2 ended by signal SIGKILL" in died.stderr and "Go on with:" in died.stderr
+    failed = toy("run=x", TOY_FAIL="rank1", TOY_SLOW="0.3")
+    assert failed.returncode == 1 and "tiles: rank 1 of 2: ValueError: the toy broke" in failed.stderr
+    done = toy("run=x")
+    assert done.returncode == 0, done.stderr
+    assert [stage["ranks"] for stage in summary(toy, "x")["stages"]] == [1, 2, 1]
+    assert statuses(toy, "x") == ["reused", "resumed", "ran"]
+
+
 def test_the_runner_killed_takes_its_stage_along_and_the_run_goes_on(toy):
     process = toy.start("run=x", "prompt=a", TOY_SLOW="0.3")
     wait_for(lambda: len(list(toy.output_dir.glob(".store/tiles/*/tiles/*.txt"))) >= 2)
@@ -286,9 +298,9 @@ def test_a_stage_by_hand(toy):
 def test_a_torn_line_is_the_end_and_a_strange_one_an_error():
     heard: list[Event] = []
     lines = io.StringIO(to_line(Start(5, "tiles")) + to_line(Resumed("tile 2")) + to_line(Advance(1)) + '{"event": "Do')
-    assert listen(lines, heard.append) == (None, "tile 2")
+    assert listen(lines, heard.append) == (None, "tile 2", ())
     assert heard == [Start(5, "tiles"), Resumed("tile 2"), Advance(1)]
-    assert listen(io.StringIO(to_line(Done("ran", 1, 0))), heard.append) == (Done("ran", 1, 0), "")
+    assert listen(io.StringIO(to_line(Done("ran", 1))), heard.append) == (Done("ran", 1), "", ())
     with pytest.raises(ValueError, match="got 'Don', expected one of"):
         listen(io.StringIO('{"event": "Don"}\n'), heard.append)
 
@@ -391,14 +403,15 @@ def test_a_stage_tells_what_the_gpu_holds_once_one_is_in_use(monkeypatch):
             raise SystemExit  # ends the thread
         return bool(used)
 
-    gpu = SimpleNamespace(is_initialized=is_initialized, memory_reserved=lambda: 5, max_memory_reserved=lambda: 7)
+    gpu = SimpleNamespace(is_initialized=is_initialized, memory_reserved=lambda: 5)
+    gpu.device_count, gpu.max_memory_reserved = lambda: 2, lambda device: 7 * device
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu))
     stage_process.report_vram(Progress(None, view), 0.005)
     wait_for(lambda: len(looks) > 3)
-    assert (read_device_bytes(view), stage_process.peak_vram()) == (0, 0)
+    assert (read_device_bytes(view), stage_process.peak_vram()) == (0, [])
     used.append("yes")
     wait_for(lambda: read_device_bytes(view) == 5)
-    assert stage_process.peak_vram() == 7
+    assert stage_process.peak_vram() == [7]
     used.append("over")
     wait_for(lambda: "vram" not in [thread.name for thread in threading.enumerate()])
 

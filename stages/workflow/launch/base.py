@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from stages.events import Done, Error, Event
 from stages.memory.monitor import Sample
+from stages.workflow.errors import ended
 from stages.workflow.graph import StageState
 
 MEANWHILE = "another process computed it meanwhile"  # the reason of a stage that waited for a result
@@ -38,6 +38,8 @@ class StageResult(NamedTuple):
     peak_module: str = ""
     heaviest: tuple[tuple[str, int], ...] = ()
     timeline: tuple[Sample, ...] = ()
+    ranks: int = 1
+    gpus: tuple[int, ...] = ()  # peaks of those that it used: by rank, or by device
 
     def stats(self) -> dict[str, Any]:
         """What the store remembers of a computation."""
@@ -71,6 +73,8 @@ def reused(state: StageState) -> StageResult:
             peak_module=str(stats.get("peak_module", "")),
             heaviest=tuple((str(name), int(size)) for name, size in stats.get("heaviest", [])),
             timeline=tuple(Sample(*sample) for sample in stats.get("timeline", [])),
+            ranks=int(stats.get("ranks", 1)),
+            gpus=tuple(map(int, stats.get("gpus", []))),
         )
     except (TypeError, ValueError):  # not as we wrote it: they are figures only
         return result
@@ -82,12 +86,8 @@ def failure(stage: str, code: int, last: Done | Error | None, log: Path, module:
         if last.expected:
             return f"{stage}: {last.message}"
         cause = last.message
-    elif code < 0:
-        cause = f"ended by signal {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            cause += " (from outside: kill -9, or the kernel when the machine is out of memory)"
     else:
-        cause = f"ended with exit code {code}"
+        cause = ended(code)
     where = f" (last module: {module})" if module else ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
     tail = "".join(f"\n  | {line}" for line in lines)

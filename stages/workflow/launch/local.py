@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from stages.config import ROOT, on_gpu
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
+from stages.distributed import NAMES
 from stages.events import Done, Error, Event, Resumed, from_line
 from stages.files import make_folder, set_aside
 from stages.job import Job
@@ -24,6 +25,7 @@ from stages.memory.monitor import Monitor, usage
 from stages.workflow import device, enforce
 from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
+from stages.workflow.spread import ranks
 
 _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
 
@@ -46,6 +48,8 @@ def environment(config: DictConfig) -> dict[str, str]:
     if on_gpu(config):
         wanted |= device.ENVIRONMENT
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
+    for name in NAMES:  # of whoever started the runner
+        given.pop(name, None)
     if config.launch.threads:
         given |= {"OMP_NUM_THREADS": str(config.launch.threads), "MKL_NUM_THREADS": str(config.launch.threads)}
     search = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -59,10 +63,12 @@ class LocalProcess:
 
     def __init__(self, state: StageState, job: Job, log: Path) -> None:
         self._state, self._log, self._begin = state, log, time.monotonic()
+        self.ranks = ranks(job, state.stage)
         mode = str(job.config.memory.enforce)
         if mode == "auto" and on_gpu(job.config):  # the driver alone takes a gigabyte of RAM; the device has its limit
             mode = "off"
-        self._enforcer = enforce.start(mode, job.budget, what=state.name, writes=Path(job.config.output_dir))
+        budget = job.budget * self.ranks
+        self._enforcer = enforce.start(mode, budget, what=state.name, writes=Path(job.config.output_dir))
         self._marks = tempfile.TemporaryFile()  # noqa: SIM115 - closed in ``_close``
         self._marks.truncate(MARK_BYTES)
         self._view = mmap.mmap(self._marks.fileno(), MARK_BYTES)
@@ -103,11 +109,11 @@ class LocalProcess:
         """See :class:`stages.workflow.launch.base.StageProcess`."""
         state, process, monitor = self._state, self._process, self._monitor
         assert process is not None and monitor is not None
-        last, resumed = listen(self._events, on_event)
+        last, resumed, gpus = listen(self._events, on_event)
         code = process.wait()
         module = self._close()
         if self._enforcer.violation is not None and code != 0:
-            raise StageFailed(_over_budget(state.name, self._enforcer))
+            raise StageFailed(_over_budget(state.name, self._enforcer, self.ranks))
         if self._enforcer.blind and code != 0:
             raise StageFailed(_unwatched(state.name, self._enforcer))
         if code != 0 or not isinstance(last, Done):
@@ -120,11 +126,13 @@ class LocalProcess:
             reason=resumed or (MEANWHILE if last.status == "reused" else state.reason),
             seconds=round(time.monotonic() - self._begin, 3),
             peak_rss_bytes=max(monitor.peak.rss, last.peak_rss_bytes + usage(os.getpid()).rss),
-            peak_vram_bytes=last.peak_vram_bytes,
+            peak_vram_bytes=max(gpus, default=0),
             fingerprint=state.fingerprint,
             peak_module=monitor.peak.module,
             heaviest=tuple(monitor.heaviest),
             timeline=tuple(monitor.timeline),
+            ranks=self.ranks,
+            gpus=gpus,
         )
 
     def end(self) -> None:
@@ -164,7 +172,8 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
     if log.is_dir():
         set_aside(log)
     process = LocalProcess(state, job, log)
-    command = [sys.executable, "-m", "stages", state.name, str(run_dir), "--pipeline", pipeline]
+    several = ["stages.ranks", "--nproc", str(process.ranks)] if process.ranks > 1 else ["stages"]
+    command = [sys.executable, "-m", *several, state.name, str(run_dir), "--pipeline", pipeline]
     try:
         process.start(command + (["--force"] if force else []), job)
     except BaseException:
@@ -173,34 +182,40 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
     return process
 
 
-def listen(events: IO[str], on_event: Callable[[Event], None]) -> tuple[Done | Error | None, str]:
-    """Pass events on until the stage closes its end; returns its last word (None if it died), and why it went on.
+def listen(events: IO[str], on_event: Callable[[Event], None]) -> tuple[Done | Error | None, str, tuple[int, ...]]:
+    """Pass events on until the stage closes its end; returns its last word (None if it died), why it went on, and the
+    peaks of its GPUs. Of several ranks the first failure is the last word, else that of the first one.
 
     Raises:
         ValueError: a whole line that is no event.
     """
-    last, resumed = None, ""
+    last, resumed, peaks = None, "", {}
     for line in events:
         if not line.endswith("\n"):  # the process was killed in the middle of it
             break
         event = from_line(line)
-        if isinstance(event, Done | Error):
-            last = event
+        if isinstance(event, Done):
+            peaks[event.rank] = event.gpus
+            last = event if event.rank == 0 and not isinstance(last, Error) else last
+            continue
+        if isinstance(event, Error):
+            last = last if isinstance(last, Error) else event
             continue
         resumed = event.reason if isinstance(event, Resumed) else resumed
         on_event(event)
-    return last, resumed
+    return last, resumed, tuple(peak for rank in sorted(peaks) for peak in peaks[rank])
 
 
-def _over_budget(stage: str, enforcer: enforce.Enforcer) -> str:
+def _over_budget(stage: str, enforcer: enforce.Enforcer, ranks: int) -> str:
     sample = enforcer.violation
     assert sample is not None
     where = f" while {sample.module} ran" if sample.module else ""
-    room = -(-int(max(sample.rss, enforcer.budget) * 1.15) // 50_000_000) * 50
+    room = -(-int(max(sample.rss, enforcer.budget) / ranks * 1.15) // 50_000_000) * 50
+    who, times = ("stage", "") if ranks == 1 else (f"{ranks} ranks", f"{ranks} x ")
     by = f"by the kernel ({enforcer.by_kernel}): " if enforcer.by_kernel else ""
     return (
-        f"{stage}: stopped over the memory budget{where}: {by}runner and stage took {sample.rss / 1e6:.0f} MB, "
-        f"memory.budget is {enforcer.budget / 1e6:.0f}MB ({sample.anon / 1e6:.0f} MB anonymous, "
+        f"{stage}: stopped over the memory budget{where}: {by}runner and {who} took {sample.rss / 1e6:.0f} MB, "
+        f"memory.budget is {times}{enforcer.budget / ranks / 1e6:.0f}MB ({sample.anon / 1e6:.0f} MB anonymous, "
         f"{sample.file / 1e6:.0f} MB file-backed, after {sample.seconds:.1f} s).\n"
         f"Give it more with memory.budget={room}MB, or let it run free with memory.enforce=off. "
         "Everything finished is kept."

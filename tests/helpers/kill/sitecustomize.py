@@ -1,7 +1,8 @@
 """With this folder on PYTHONPATH a stage process ends itself or its runner by SIGKILL, at a moment of choice.
 
 ``HIGHRES_KILL=denoise:advance:2:stage``: in the stage ``denoise``, right after the second ``progress.advance``;
-``replace`` is right before a finished file gets its name, so that a temporary file stays. The last word is the victim.
+``replace`` is right before a finished file gets its name, so that a temporary file stays; ``turn`` is when ranks have
+the canvas of a step. The last word is the victim: ``stage``, ``runner`` or a rank (``rank1``).
 """
 
 import os
@@ -16,8 +17,10 @@ seen = 0
 def strike() -> None:
     global seen
     seen += 1
+    if victim.startswith("rank") and os.environ.get("RANK") != victim[4:]:
+        return
     if seen == int(count):
-        os.kill(os.getpid() if victim == "stage" else os.getppid(), signal.SIGKILL)
+        os.kill(os.getppid() if victim == "runner" else os.getpid(), signal.SIGKILL)
         time.sleep(30)  # the stage does not outlive its runner
 
 
@@ -36,6 +39,17 @@ if moment == "advance":
             strike()
 
     Progress.advance = advance_and_strike
+elif moment == "turn":
+    from stages.distributed import Ranks
+
+    broadcast = Ranks.broadcast
+
+    def strike_and_broadcast(self: Ranks, values: object) -> object:
+        if in_stage():
+            strike()
+        return broadcast(self, values)
+
+    Ranks.broadcast = strike_and_broadcast
 else:
     replace = os.replace
 

@@ -11,7 +11,7 @@ from stages import Stage
 
 PIPELINE = (
     Stage("draw", 1, ("seed", "prompt"), lambda config: (), True),
-    Stage("tiles", 1, ("width", "denoise.strength"), lambda config: ("draw",)),
+    Stage("tiles", 1, ("width", "denoise.strength"), lambda config: ("draw",), spreads=True),
     Stage("join", 1, ("height",), lambda config: ("tiles",)),
 )
 

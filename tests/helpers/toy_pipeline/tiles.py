@@ -7,6 +7,8 @@ from toy_pipeline import mischief
 
 
 def run(context):
+    if context.place.rank:  # it has nothing to do, and may die all the same
+        return mischief(f"rank{context.place.rank}", 0)
     drawn = (context.inputs["draw"] / "drawn.txt").read_text()
     paths = [context.output / "tiles" / f"{number}.txt" for number in range(5)]
     done = [path for path in paths if path.exists()]

@@ -1,0 +1,97 @@
+"""Starts the ranks of a stage on this host and ends them together: ``python -m stages.ranks --nproc N STAGE RUN_DIR``.
+
+Each rank is ``python -m stages STAGE RUN_DIR`` with the environment of ``torchrun``, which does the same by hand and
+over several hosts. This one holds no torch (which would cost as much memory as half a rank), hands the runner's
+descriptors on, and names the rank that was lost. No rank outlives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from stages.distributed import LOST
+from stages.events import Error, to_line
+from stages.workflow import signals
+from stages.workflow.errors import ended
+
+_PATIENCE = 5.0  # seconds for the others to end by themselves: when one is lost, and when the first is done
+_PERIOD = 0.05
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Of one rank of ``size`` on this host. A value that the user set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usual = {
+        "OMP_NUM_THREADS": str(max(1, cores // size)),
+        "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink is not to be had everywhere
+        "NCCL_MAX_NCHANNELS": "2",  # buffers of the exchange lie on the device: a tile is small
+    }
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {**usual, **os.environ, **{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def watch(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """(rank, exit code) of the one that failed, when one did; None once the first is done and the others had time.
+
+    A rank that waited in vain for another one is not the cause, if there is another one.
+    """
+    since = 0.0
+    while True:
+        codes = {rank: process.poll() for rank, process in enumerate(processes)}
+        failed = sorted((code == LOST, rank) for rank, code in codes.items() if code)
+        if failed and not failed[0][0]:
+            return failed[0][1], codes[failed[0][1]] or 1
+        if set(codes.values()) == {0}:
+            return None
+        if failed or codes[0] == 0:
+            since = since or time.monotonic()
+            if time.monotonic() - since > _PATIENCE:
+                return (failed[0][1], LOST) if failed else None
+        time.sleep(_PERIOD)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start, watch, end; returns the exit code: 0 done, 1 a rank failed."""
+    parser = argparse.ArgumentParser(prog="python -m stages.ranks", description=__doc__)
+    parser.add_argument("--nproc", type=int, required=True, help="ranks on this host")
+    parser.add_argument("--events", type=int, help="descriptor for events (given by runner.py)")
+    parser.add_argument("--parent", type=int, help="process to live and die with (given by runner.py)")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.parent:
+        signals.tie_to_parent(arguments.parent)
+        signals.ignore()
+    command = [sys.executable, "-m", "stages", *rest, "--parent", str(os.getpid())]
+    command += [] if arguments.events is None else ["--events", str(arguments.events)]
+    size, port = arguments.nproc, free_port()
+    processes = [subprocess.Popen(command, env=environment(rank, size, port), close_fds=False) for rank in range(size)]
+    try:
+        failed = watch(processes)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+    if failed is None:
+        return 0
+    rank, code = failed
+    how = "waited in vain for another one: see launch.timeout" if code == LOST else ended(code)
+    error = to_line(Error(f"rank {rank} of {size} {how}", expected=False))
+    os.write(2 if arguments.events is None else arguments.events, error.encode())
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
