@@ -41,8 +41,9 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING  # sd
     path: str = MISSING  # diffusers folder, hub id, or a single .safetensors file
+    denoiser: str | None = None  # a .safetensors or .gguf file whose UNet or transformer takes the place of path's
     revision: str | None = None  # of a hub id
-    config: str | None = None  # of a single file: a diffusers folder with its configs and tokenizer; None: built in
+    config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
     vae_scale_factor: int = 8

@@ -26,6 +26,7 @@ RUN_WIDE = (
     "technique.component_dtype",
     "model.path",  # likewise, as the bytes of the checkpoint
     "model.revision",
+    "model.denoiser",
     "model.config",
     "model.family",  # found from the checkpoint's classes
     "model.name",  # for messages

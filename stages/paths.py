@@ -9,7 +9,8 @@ from stages.config import ROOT
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # endings: opening one can run any code that its author put there
 SAFETENSORS = (".safetensors", ".sft")
-_FILES = (*SAFETENSORS, ".gguf", ".json", *PICKLES)  # endings that no repository's name has
+GGUF = ".gguf"
+_FILES = (*SAFETENSORS, GGUF, ".json", *PICKLES)  # endings that no repository's name has
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -25,7 +26,7 @@ def is_safetensors(name: str) -> bool:
 
 def is_weights_file(path: Path) -> bool:
     """Whether a file may be a single checkpoint by its name; the hub's cache links to files without an ending."""
-    return path.is_file() and (is_safetensors(path.name) or not path.suffix)
+    return path.is_file() and (path.name.lower().endswith((*SAFETENSORS, GGUF)) or not path.suffix)
 
 
 def local_path(path: str) -> Path | None:

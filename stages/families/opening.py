@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from stages.context import StageContext
 from stages.families import family_of
 from stages.families.base import Family
+from stages.families.facts import facts_of
 from stages.models.checkpoint import Checkpoint
 from stages.models.loading import Built, Streamer, build, open_model
 from stages.techniques import techniques_of
@@ -30,6 +31,7 @@ def open_checkpoint(config: DictConfig, components: Sequence[str], note: Callabl
         components=tuple(components),
         config=config.model.get("config"),
         prediction_type=config.model.prediction_type if "scheduler" in components else None,
+        files={facts_of(config).denoiser: config.model.denoiser} if config.model.denoiser else None,
         note=note,
     )
     family_of(config).check(checkpoint, components)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -83,18 +83,30 @@ def read_described(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: not a safetensors file ({what[:200]} in its header).") from error
-    placed = sorted((entry.offset, entry.offset + entry.nbytes, name) for name, entry in found.items() if entry.nbytes)
-    for (_, end, one), (start, _, other) in pairwise(placed):
-        if start < end:
-            raise ValueError(f"{path}: tensors {one} and {other} share bytes.")
+    check_apart(path, found)
     return found, described if isinstance(described, dict) else {}
 
 
+def check_apart(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Raises:
+    ValueError: tensors that share bytes.
+    """
+    placed = sorted(
+        (entry.offset, entry.offset + entry.nbytes, name) for name, entry in entries.items() if entry.nbytes
+    )
+    for (_, end, one), (start, _, other) in pairwise(placed):
+        if start < end:
+            raise ValueError(f"{path}: tensors {one} and {other} share bytes.")
+
+
+def foreign(head: bytes) -> str:
+    """What a file that begins so looks like."""
+    found = next((what for begin, what in _FOREIGN.items() if head.lstrip().startswith(begin)), "")
+    return (found if head else "empty") or "torn, or something else"
+
+
 def _not_whole(path: Path, size: int, head: bytes) -> str:
-    looks = next((what for begin, what in _FOREIGN.items() if head.lstrip().startswith(begin)), "")
-    if size == 0:
-        looks = "empty"
-    return f"{path}: not a whole safetensors file ({size} bytes): it is {looks or 'torn, or something else'}."
+    return f"{path}: not a whole safetensors file ({size} bytes): it is {foreign(head if size else b'')}."
 
 
 def _entry(path: Path, name: str, entry: Any, base: int, size: int) -> Entry:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.memory.raw import RowFile, pwrite_all
-from stages.memory.tensors import DTYPES, read_header
+from stages.memory.refs import DTYPES
+from stages.memory.tensors import read_header
 
 BAND = 1 << 16  # places of a band of four channels: 256x256 latents, the canvas of a 2048x2048 picture, are one
 

@@ -9,87 +9,57 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from stages.memory.raw import pread_into, read_described, read_entries
+from stages.memory.ggml import stored_entries
+from stages.memory.raw import pread_into, read_described
+from stages.memory.refs import DTYPES, TensorRef, decoded, ref_of
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _DIGEST = "sha256"  # of the data, in the metadata of a file
 
 
-class TensorRef(NamedTuple):
-    """One tensor of a safetensors file: ``nbytes`` bytes at ``offset`` (from the start of the file), row-major.
-
-    ``transposed``: of a matrix, what lies there has the reverse shape.
-    """
-
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    transposed: bool = False
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        """As it lies in the file."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-    @property
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """The tensors of a safetensors file, from its header alone, without those of dtypes that torch does not have.
+    """The tensors of a safetensors or GGUF file, from its header alone.
 
     Raises:
         ValueError: a torn or foreign file.
     """
     try:
-        entries = read_entries(path)
+        entries = stored_entries(path)
     except ValueError as error:
         raise ValueError(f"{error} If it is a file of a checkpoint, download it again.") from error
-    known = {name: one for name, one in entries.items() if one.dtype in DTYPES}
-    return {name: TensorRef(path, one.offset, DTYPES[one.dtype], one.shape) for name, one in known.items()}
+    return {name: ref_of(path, one.offset, one.dtype, one.shape) for name, one in entries.items()}
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
-    """The tensor, read into memory of its own."""
-    tensor = torch.empty(ref.file_shape, dtype=ref.dtype)
-    flat = tensor.view(-1).view(torch.uint8) if ref.shape else tensor.view(1).view(torch.uint8)
+    """The tensor, read into memory of its own; of quantised numbers float32."""
+    tensor = torch.empty(ref.file_shape, dtype=ref.read_dtype)
+    if ref.parts:
+        return torch.cat([read_tensor(part) for part in ref.parts], out=tensor)
+    raw = torch.empty(ref.nbytes, dtype=torch.uint8) if ref.encoded else _bytes(tensor)
     descriptor = os.open(ref.file, os.O_RDONLY)
     try:
-        pread_into(descriptor, ref.offset, memoryview(flat.numpy()))
+        pread_into(descriptor, ref.offset, memoryview(raw.numpy()))
     finally:
         os.close(descriptor)
+    if ref.encoded:
+        tensor.view(-1).copy_(decoded(ref, raw, scale_of(ref)))
     return tensor.t().contiguous() if ref.transposed else tensor
+
+
+def scale_of(ref: TensorRef) -> torch.Tensor | None:
+    """Float32 in one dimension: one, or one a row."""
+    return None if ref.scale is None else read_tensor(ref.scale).view(-1).float()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.view(-1) if tensor.dim() else tensor.view(1)).view(torch.uint8)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, none of them mapped."""
-    return {name: read_tensor(ref) for name, ref in read_header(path).items()}
+    return {name: read_tensor(ref) for name, ref in read_header(path).items() if ref.kind in DTYPES}
 
 
 def read_checked(path: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stages.families.facts import known_classes
+from stages.memory.ggml import READABLE
 from stages.memory.imports import light_imports
-from stages.memory.tensors import TensorRef, read_header, read_tensor
+from stages.memory.refs import FLOATS, TensorRef
+from stages.memory.tensors import read_header, read_tensor
 from stages.models.copies import skip_copies
 from stages.models.locate import CheckpointError, choose_weights, class_in_index, fetch, names_in, refuse_pickle
 from stages.models.positions import CROPPED, keep_in_file, tables_unmade
+from stages.models.scales import with_scales
 from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class Component:
     class_name: str
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorRef] = field(repr=False)
+    identities: tuple[str, ...] = ()  # modules that its file has no weights of, because they do nothing
 
     def build(self, *, optional: Iterable[str] = ()) -> nn.Module:
         """The stock diffusers or transformers model, parameters on ``meta``, buffers real; eval, no gradients.
@@ -53,6 +57,8 @@ class Component:
         CheckpointError when names or shapes differ from the file's.
         """
         model = construct(self.class_name, self.config)
+        for name in self.identities:
+            model.set_submodule(name, nn.Identity())
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         missing = [name for name in wanted if name not in self.tensors and not name.startswith(tuple(optional))]
         unexpected = [name for name in self.tensors if name not in wanted]
@@ -61,6 +67,22 @@ class Component:
             for name, shape in wanted.items()
             if name in self.tensors and self.tensors[name].shape != shape
         ]
+        if self.tensors and not self.tensors.keys() & wanted.keys():
+            first, ref = next(iter(self.tensors.items()))
+            raise CheckpointError(
+                f"{self.name}: got {ref.file} with {len(self.tensors)} tensors such as {first}, expected those of a "
+                f"{self.class_name}, in its original layout or as diffusers names them."
+            )
+        kinds = [
+            f"{name} {self.tensors[name].kind}"
+            for name, tensor in model.state_dict().items()
+            if name in self.tensors and tensor.is_floating_point() and not self.tensors[name].readable
+        ]
+        if kinds:
+            raise CheckpointError(
+                f"{self.name}: {len(kinds)} tensors of a kind that is not read here ({_some(kinds)}); expected one of "
+                f"{', '.join((*FLOATS, *READABLE))}. Take the model in another format."
+            )
         wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         if any(wrong.values()):
             text = "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in wrong.items() if v)
@@ -79,10 +101,18 @@ class Component:
 class Checkpoint:
     """An opened checkpoint; see :meth:`open`. ``folder`` holds configs, scheduler, tokenizer."""
 
-    def __init__(self, folder: Path, *, single: SingleFile | None = None, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        single: SingleFile | None = None,
+        variant: str | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
         self.folder = folder
         self._single = single
         self._variant = variant
+        self._files = dict(files or {})
 
     @classmethod
     def open(
@@ -94,26 +124,30 @@ class Checkpoint:
         config: str | None = None,
         prediction_type: str | None = None,
         variant: str | None = None,
+        files: Mapping[str, str] | None = None,
         note: Callable[[str], None] | None = None,
     ) -> Checkpoint:
         """Open ``path``: a diffusers folder, a hub id (of which only ``components`` are downloaded), or one file.
 
         ``config``: for a single file, a diffusers folder with its configs (and tokenizer), where they are not those of
-        Stable Diffusion 1.5 or 2.1; ``prediction_type``: overrides the scheduler config's (a single file does not say
-        whether it predicts ``epsilon`` or ``v_prediction``). ``variant``: ``fp16``, or ``""`` for the plain files;
-        None takes fp16 where it exists. ``note``: gets lines about a download.
+        Stable Diffusion 1.5, 2.1 or SDXL; it also holds the components that the file lacks. ``files``: component ->
+        the file of its weights, where they are not those of ``path``. ``prediction_type``: overrides the scheduler
+        config's (a single file does not say whether it predicts ``epsilon`` or ``v_prediction``). ``variant``:
+        ``fp16``, or ``""`` for the plain files; None takes fp16 where it exists. ``note``: gets lines about a download.
         """
         refuse_pickle(path)
+        own = {name: Path(file) for name, file in (files or {}).items() if name in components}
         found = local_path(path)
         if found is None and is_hub_id(path):
-            found = fetch(path, components, revision=revision, variant=variant, note=note)
+            rest = [name for name in components if name not in own]
+            found = fetch(path, rest, revision=revision, variant=variant, note=note)
         if found is None:
             raise CheckpointError(
                 f"model.path: got {path!r}, which does not exist; expected a diffusers folder, a hub id such as "
                 "stable-diffusion-v1-5/stable-diffusion-v1-5, or a .safetensors file."
             )
         if found.is_dir():
-            checkpoint = cls(found, variant=variant)
+            checkpoint = cls(found, variant=variant, files=own)
             if components and not any((found / name).is_dir() for name in components):
                 raise CheckpointError(
                     f"{found}: not a diffusers folder: expected one of {', '.join(components)} in it, got "
@@ -121,11 +155,11 @@ class Checkpoint:
                 )
         else:
             if not is_weights_file(found):
-                raise CheckpointError(f"{found}: expected a folder or a .safetensors file.")
+                raise CheckpointError(f"{found}: expected a folder, a .safetensors or a .gguf file.")
             from stages.models.single_file import SingleFile
 
             single = SingleFile.open(found, config=config)
-            checkpoint = cls(single.config_folder, single=single)
+            checkpoint = cls(single.config_folder, single=single, variant=variant, files=own)
         checkpoint.prediction_type = prediction_type
         return checkpoint
 
@@ -143,7 +177,10 @@ class Checkpoint:
 
     def has_config(self, name: str) -> bool:
         """Whether there is a component ``name``."""
-        return (self.folder / name / "config.json").is_file()
+        there = (self.folder / name / "config.json").is_file()
+        if self._single is None or not there or self._single.holds(name):
+            return there
+        return any(file.startswith(f"{name}/") and is_safetensors(file) for file in names_in(self.folder))
 
     def component(self, name: str) -> Component:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
@@ -157,12 +194,22 @@ class Checkpoint:
                 f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
                 "expected 4: give a text-to-image checkpoint as model.path."
             )
-        tensors = self._single.tensors(name, config) if self._single else self.tensors(name)
+        identities: tuple[str, ...] = ()
+        if name in self._files:
+            from stages.models.single_file import denoiser_tensors
+
+            tensors = denoiser_tensors(self._files[name], None, class_name, config)
+        elif self._single and self._single.holds(name):
+            tensors, identities = self._single.tensors(name, class_name, config), self._single.identities(name)
+        else:
+            tensors = self.tensors(name)
+        tensors = _rename(construct(class_name, config), tensors)
         return Component(
             name=name,
             class_name=class_name,
             config=config,
-            tensors=_rename(construct(class_name, config), tensors),
+            tensors={key: ref for key, ref in tensors.items() if key.rpartition(".")[0] not in identities},
+            identities=identities,
         )
 
     def _class(self, name: str, config: dict[str, Any]) -> str:
@@ -183,9 +230,14 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, TensorRef]:
         """Where the tensors of a folder's component ``name`` lie, as its files name them."""
-        weights = choose_weights(names_in(self.folder), name, self._variant)
+        try:
+            weights = choose_weights(names_in(self.folder), name, self._variant)
+        except CheckpointError as error:
+            if self._single is None:
+                raise
+            raise CheckpointError(f"{self._single.path}: no {name} in it, nor in {self.folder}: {error}") from None
         if not weights.main.endswith(".json"):
-            return read_header(self.folder / weights.main)
+            return with_scales(read_header(self.folder / weights.main))
         index = self.folder / weights.main
         placed = weight_map(index)
         refs: dict[str, TensorRef] = {}
@@ -196,7 +248,7 @@ class Checkpoint:
             refs |= read_header(path)
         if lost := [key for key in placed if key not in refs]:
             raise CheckpointError(f"{index}: names {_some(lost)}, in none of its shards. Download it again.")
-        return {key: refs[key] for key in placed}
+        return with_scales({key: refs[key] for key in placed})
 
     def scheduler_config(self) -> tuple[str, dict[str, Any]]:
         """(class name, config) of the checkpoint's scheduler, with ``prediction_type`` where ``open`` was given one.
@@ -294,15 +346,17 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
 
     diffusers: VAE attention ``query/key/value/proj_attn``. transformers: the ``text_model.`` prefix, which came and
     went, ``model.`` of a language model with its head, and ``position_ids``, once saved and now made. Of a whole CLIP
-    or language model, what is not the text encoder's is left out.
+    or language model, what is not the text encoder's is left out, and so is what nothing uses and nobody can read.
     """
-    names = model.state_dict().keys()
+    names = model.state_dict()
     renamed: dict[str, TensorRef] = {}
     for name, ref in tensors.items():
-        if name not in names and (name.endswith("position_ids") or name.startswith(_OTHERS)):
+        odd = name.endswith("position_ids") or name.startswith(_OTHERS) or ref.blocks not in ("", *READABLE)
+        if name not in names and odd:
             continue
         others = [name, *(name.removeprefix(prefix) for prefix in _PREFIXES), *(prefix + name for prefix in _PREFIXES)]
-        renamed[next((other for other in others if other in names), name)] = ref
+        own = next((other for other in others if other in names), name)
+        renamed[own] = _with_ones(ref, tuple(names[own].shape)) if own in names else ref
     tied = getattr(model, "_tied_weights_keys", None)
     for pair in tied.items() if isinstance(tied, dict) else ():
         for name, other in (pair, pair[::-1]):
@@ -312,6 +366,13 @@ def _rename(model: nn.Module, tensors: dict[str, TensorRef]) -> dict[str, Tensor
     if fix is not None:  # moves keys only, so it works on references as on tensors
         fix(renamed)
     return renamed
+
+
+def _with_ones(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+    """``ref`` in ``shape``, if they differ by sides of 1 in front: GGML forgets those."""
+    own, wanted = (next((n for n, side in enumerate(s) if side != 1), len(s)) for s in (ref.shape, shape))
+    same = ref.shape != shape and ref.shape[own:] == shape[wanted:]
+    return (ref.piece(0, shape) or ref) if same else ref
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Both hang on the checkpoint and the dtype alone, never on a plan: the same kerne
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.memory.layout import owner
-from stages.memory.raw import pread_into
-from stages.memory.tensors import TensorRef
+from stages.memory.refs import TensorRef
+from stages.memory.tensors import read_tensor
 
 VOCABULARY = 1000  # rows: an embedding of so many has a row a token, of which a prompt has a few
 WIDE = 96_000_000  # bytes of a weight that is cut
@@ -39,16 +38,13 @@ class RowEmbedding(nn.Module):
         if ids.is_meta:
             return torch.empty((*ids.shape, width), dtype=self._dtype, device="meta")
         places, inverse = ids.cpu().unique(return_inverse=True)
-        found = torch.empty((len(places), width), dtype=self._ref.dtype)
-        raw = found.view(torch.uint8)
-        descriptor = os.open(self._ref.file, os.O_RDONLY)
-        try:
-            for place, row in zip(places.tolist(), raw, strict=True):
-                if not 0 <= place < self._ref.shape[0]:
-                    raise IndexError(f"token {place}, expected one of a vocabulary of {self._ref.shape[0]}.")
-                pread_into(descriptor, self._ref.offset + place * len(row), memoryview(row.numpy()))
-        finally:
-            os.close(descriptor)
+        found = torch.empty((len(places), width), dtype=self._ref.read_dtype)
+        for place, row in zip(places.tolist(), found, strict=True):
+            if not 0 <= place < self._ref.shape[0]:
+                raise IndexError(f"token {place}, expected one of a vocabulary of {self._ref.shape[0]}.")
+            own = self._ref.rows(place, place + 1)
+            assert own is not None  # ``without_large`` has seen to it
+            row.copy_(read_tensor(own)[0])
         return found.to(self._dtype)[inverse].to(ids.device)
 
 
@@ -83,9 +79,8 @@ class SlicedLinear(nn.Module):
         for kind in ("weight", "bias"):
             ref = tensors.get(f"{name}.{kind}")
             for index, (start, end) in enumerate(pairwise(self._edges)):
-                if ref is not None:
-                    offset = ref.offset + start * (ref.nbytes // ref.shape[0])
-                    part = TensorRef(ref.file, offset, ref.dtype, (end - start, *ref.shape[1:]))
+                part = ref and ref.rows(start, end)
+                if part:
                     found[f"{name}.slices.{index}.{kind}"] = part
         return found
 
@@ -95,7 +90,7 @@ def without_large(network: nn.Module, tensors: Mapping[str, TensorRef], dtype: t
     found = dict(tensors)
     for name, module in list(network.named_modules(remove_duplicate=False)):
         ref = tensors.get(f"{name}.weight")
-        if ref is None:
+        if ref is None or ref.rows(0, 1) is None:  # of blocks that hold more than a row
             continue
         if type(module) is nn.Embedding and module.num_embeddings >= VOCABULARY:
             made: nn.Module = RowEmbedding(ref, dtype)

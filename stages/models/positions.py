@@ -3,7 +3,6 @@ pixels, 906 MB, and a pass takes the middle of it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from stages.memory.raw import pread_into
-from stages.memory.tensors import TensorRef
+from stages.memory.refs import TensorRef
+from stages.memory.tensors import read_tensor
 
 CROPPED = frozenset({"SD3Transformer2DModel"})  # stock classes that have one
 
@@ -60,14 +59,12 @@ class CroppedPositions:
 
     def _read(self, h: int, w: int) -> Tensor:
         top, left, depth = (self._side - h) // 2, (self._side - w) // 2, self._ref.shape[-1]
-        found = torch.empty((1, h * w, depth), dtype=self._ref.dtype)
-        descriptor = os.open(self._ref.file, os.O_RDONLY)
-        try:
-            for y, row in enumerate(found.view(h, w * depth).view(torch.uint8)):
-                first = (top + y) * self._side + left
-                pread_into(descriptor, self._ref.offset + first * len(row) // w, memoryview(row.numpy()))
-        finally:
-            os.close(descriptor)
+        found = torch.empty((1, h * w, depth), dtype=self._ref.read_dtype)
+        for y, row in enumerate(found.view(h, w, depth)):
+            own = self._ref.piece(((top + y) * self._side + left) * depth, (w, depth))
+            if own is None:
+                raise ValueError(f"{self._ref.file}: positions in blocks of {self._ref.kind}, expected whole rows.")
+            row.copy_(read_tensor(own))
         return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from stages.config import ConfigError
+from stages.families.facts import facts_of
 from stages.files import read_json, write_json
 from stages.models.locate import class_in_index
 from stages.paths import PICKLES, is_hub_id
@@ -99,15 +100,17 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
     """{component: hash} of those components that the checkpoint has; {} if the stage opens none.
 
     A single file or a hub revision holds every component: one entry, under ``file`` or ``revision`` (and what
-    ``model.config`` adds to a file).
+    ``model.config`` adds to a file). ``model.denoiser`` takes the place of one component's weights.
     """
     if not components:
         return {}
-    path = str(config.model.path)
+    path, found = str(config.model.path), {}
+    replaced = facts_of(config).denoiser if config.model.denoiser else ""
+    if replaced in components:
+        found["denoiser"] = file_hash(Path(config.model.denoiser), cache)
     if is_hub_id(path):
-        return {"revision": f"{path}@{resolve_revision(path, config.model.revision)}"}
+        return found | {"revision": f"{path}@{resolve_revision(path, config.model.revision)}"}
     root = Path(path)
-    found = {}
     if root.is_file():
         found["file"] = file_hash(root, cache)
         if not config.model.config:
@@ -115,6 +118,8 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
         root = Path(config.model.config)  # the same file under other configs is another model
     for component in components:
         files = sorted(file for file in (root / component).rglob("*") if _counts(file))
+        if component == replaced:
+            files = [file for file in files if ".safetensors" not in file.name]
         if files:
             hashes = {file.relative_to(root).as_posix(): file_hash(file, cache) for file in files}
             if said := _said_elsewhere(root, component):

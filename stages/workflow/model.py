@@ -12,7 +12,8 @@ from stages.config import ConfigError, SchedulerConfig
 from stages.documents import escape
 from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
-from stages.memory.raw import read_entries
+from stages.memory.ggml import names_of
+from stages.models.originals import original_of
 from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
 from stages.workflow.identity import snapshot
 from stages.workflow.overrides import CONF
@@ -27,6 +28,7 @@ def check_path(config: DictConfig) -> None:
     Raises:
         ConfigError
     """
+    _check_denoiser(config)
     expected = "a folder, a .safetensors file or a hub id"
     if OmegaConf.is_missing(config.model, "path"):
         raise ConfigError(
@@ -44,6 +46,21 @@ def check_path(config: DictConfig) -> None:
     if path.is_dir() and not any((path / name / "config.json").is_file() for name in DENOISERS):
         wanted = " or ".join(f"{name}/config.json" for name in DENOISERS)
         raise ConfigError("model.path", str(path), f"a diffusers folder (it has no {wanted})")
+
+
+def _check_denoiser(config: DictConfig) -> None:
+    if config.model.denoiser is None:
+        return
+    path, expected = Path(config.model.denoiser), "a .safetensors or .gguf file with a UNet or a transformer"
+    if not is_weights_file(path):
+        hint = "Unpickling runs code from the file." if path.suffix.lower() in PICKLES else ""
+        raise ConfigError("model.denoiser", str(path), expected, hint)
+    try:
+        names = names_of(path)
+    except ValueError as error:
+        raise ConfigError("model.denoiser", str(path), expected, str(error)) from None
+    if not names:
+        raise ConfigError("model.denoiser", str(path), f"{expected} (it is empty)")
 
 
 def recognise(config: DictConfig, said: Collection[str]) -> None:
@@ -91,8 +108,12 @@ def _schedule(config: DictConfig, said: Collection[str]) -> None:
 
 def _of_file(path: Path) -> str:
     """Of a single file in the original layout, by its tensors' names."""
-    names = read_entries(path) if path.is_file() else {}
-    return "sdxl" if any(name.startswith("conditioner.embedders.1.") for name in names) else next(iter(FACTS))
+    names = names_of(path) if path.is_file() else []
+    if any(name.startswith("conditioner.embedders.1.") for name in names):
+        return "sdxl"
+    original = original_of(names)
+    own = (name for name, facts in FACTS.items() if original and original.class_name in facts.classes.values())
+    return next(own, next(iter(FACTS)))
 
 
 def classes_of(folder: Path) -> dict[str, str]:

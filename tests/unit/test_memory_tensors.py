@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from stages.memory.raw import ITEM_BYTES, MAX_HEADER
-from stages.memory.tensors import DTYPES, pread_into, read_checked, read_header, read_tensors, write_tensors
+from stages.memory.refs import DTYPES
+from stages.memory.tensors import pread_into, read_checked, read_header, read_tensors, write_tensors
 
 TENSORS = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -121,7 +122,9 @@ def test_a_file_that_shrinks_under_the_reader(tmp_path: Path) -> None:
 def test_a_dtype_that_nothing_knows_is_passed_over(tmp_path: Path) -> None:
     odd = {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}
     (tmp_path / "file").write_bytes(header({"odd": odd, "a": one(4, 12)}) + bytes(12))
-    assert list(read_header(tmp_path / "file")) == ["a"]
+    found = read_header(tmp_path / "file")
+    assert {name: ref.readable for name, ref in found.items()} == {"odd": False, "a": True}
+    assert list(read_tensors(tmp_path / "file")) == ["a"]
 
 
 def test_every_dtype_of_the_file_is_one_of_torch(tmp_path: Path) -> None:
