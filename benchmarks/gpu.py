@@ -63,7 +63,7 @@ def looked_at(checkpoint: str, name: str, micro: int) -> tuple[int, tuple[Cut, .
 
     blocks = work.door.blocks(work.component)
     built = build(component, dtype=work.dtype, blocks=blocks, techniques=work.techniques)
-    return cuts(built, call, size=work.passes * micro, whole_stages=True)
+    return cuts(built, call, size=work.passes * micro, whole_stages=True)[:2]
 
 
 def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:

@@ -102,11 +102,11 @@ def look(looking: Looking) -> StageLook:
     side = (decode.tile_size + 2 * decode.halo) // f
     height, width = min(side, size.height), min(side, size.width)
     call = decode_call(config, Size(height, width))
-    weights, cuts = looking.measured(("decode", height, width), "vae", "decode", call, drop=ENCODER)
+    measured = looking.measured(("decode", height, width), "vae", "decode", call, drop=ENCODER)
     rows = height * size.width * config.model.latent_channels * 4  # of latents that are in memory
     if decode.mode == "shared":
         rows += keys_bytes(looking, height * width)
     profile = ModelProfile(
-        component="vae", weights=weights, micro_batch=1, micro_batches=len(tiles) + 1, steps=1, cuts=cuts, ordered=False
+        component="vae", micro_batch=1, micro_batches=len(tiles) + 1, steps=1, ordered=False, **measured._asdict()
     )
     return StageLook((profile,), extra=rows)

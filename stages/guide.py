@@ -263,16 +263,17 @@ def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) ->
         for one in calls:
             one(vae, samples)
 
-    weights, cuts = looking.measured(("guide", encoded, decoded), "vae", "guide", call, drop=drop)
+    measured = looking.measured(("guide", encoded, decoded), "vae", "guide", call, drop=drop)
     most = max(counts.values())
     profile = ModelProfile(
         component="vae",
-        weights=weights,
+        weights=measured.weights,
         micro_batch=1,
         micro_batches=most,
         steps=1,
-        cuts=tuple(_weighted(cut, {half: count / most for half, count in counts.items()}) for cut in cuts),
+        cuts=tuple(_weighted(cut, {half: count / most for half, count in counts.items()}) for cut in measured.cuts),
         ordered=False,
+        quantised=measured.quantised,
     )
     return StageLook((profile,))
 

@@ -126,19 +126,18 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile
-    weights, cuts = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
+    measured = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
     # views with and without guidance do not share a micro-batch
     samples = [
         sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
     ]
     profile = ModelProfile(
         component=name,
-        weights=weights,
         micro_batch=batch,
         micro_batches=sum(-(-number // batch) for number in samples),
         together=max(1, max(view.passes for view in (*views, *more)) // batch),
         steps=1,
-        cuts=cuts,
+        **measured._asdict(),
     )
     band = channels * bands(*size, channels=channels)[0][1] * size.width * 4
     rows = channels * tile.height * size.width * 4

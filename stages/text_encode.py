@@ -43,15 +43,14 @@ def look(looking: Looking) -> StageLook:
     models = []
     for component in family.encoders(looking.checkpoint):
         call, samples = family.text_call(component, looking.network_config(component))
-        weights, found = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
+        measured = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
         profile = ModelProfile(
             component=component,
-            weights=weights,
             micro_batch=samples,
             micro_batches=count,
             steps=1,
-            cuts=found,
             group=1,
+            **measured._asdict(),
         )
         models.append(profile)
     return StageLook(tuple(models), code=TRANSFORMERS)

@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 from stages.families import family_of
 from stages.families.base import Family
 from stages.families.opening import built
-from stages.memory.planner import Cut, ModelProfile
+from stages.memory.planner import ModelProfile
 from stages.models.checkpoint import Checkpoint
 from stages.models.loading import Built
-from stages.models.measure import cuts
+from stages.models.measure import Measured, cuts
 from stages.regions.types import Regions
 
 
@@ -26,9 +26,6 @@ class StageLook(NamedTuple):
     extra: int = 0
     disk: int = 0
     code: int = 0
-
-
-Measured = tuple[int, tuple[Cut, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,8 @@ class ModelProfile:
 
     Without ``streams`` all weights stay. ``ordered``: every pass calls the same units in the same order. Units of at
     most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
-    any number), ``together``: the least (both halves of a guided tile).
+    any number), ``together``: the least (both halves of a guided tile). ``quantised``: its files hold fewer bits than it
+    computes with, and are read at their size.
     """
 
     component: str
@@ -88,6 +89,7 @@ class ModelProfile:
     keep: int = 0
     group: int = 0
     together: int = 1
+    quantised: bool = False
 
     @property
     def single_pass(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,10 +15,16 @@ from stages.memory.units import rungs, split_units
 from stages.models.loading import Built
 
 
-def cuts(
-    built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_stages: bool = False
-) -> tuple[int, tuple[Cut, ...]]:
-    """(bytes of weights, the network cut ever finer), each cut with its meta pass.
+class Measured(NamedTuple):
+    """Bytes of weights, the network cut ever finer, and whether its files hold fewer bits than it computes with."""
+
+    weights: int
+    cuts: tuple[Cut, ...]
+    quantised: bool = False
+
+
+def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_stages: bool = False) -> Measured:
+    """A network, each cut of it with its meta pass.
 
     Args:
         call: ``call(network, samples)`` runs the network on ``samples`` samples.
@@ -53,4 +59,4 @@ def cuts(
                 lines=tuple(lines if size else (replace(line, slope=0) for line in lines)),
             )
         )
-    return layout.nbytes, tuple(found)
+    return Measured(layout.nbytes, tuple(found), any(ref.quantised for ref in built.tensors.values()))

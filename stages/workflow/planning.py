@@ -133,7 +133,8 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
     models, config, ranks = {}, job.config, spread.ranks(job, stage)
     for model in profile.models:
         plan = chosen.choices[model.component].model
-        if plan.resident != "all" and not model.single_pass and config.memory.prepared:
+        copied = config.memory.prepared and not model.quantised  # a copy would be several times the bytes to read
+        if plan.resident != "all" and not model.single_pass and copied:
             plan = replace(plan, prepared=str(_prepared(stage, model.component, config, store)))
         if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)

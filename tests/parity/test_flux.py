@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_flux
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from in_process import Work
+from small_flux import ONE_TILE
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
-from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stages.families.facts import FACTS
 from stages.families.flow import packed, unpacked
@@ -31,84 +25,12 @@ from stages.models.large import without_large
 from stages.plans import ModelPlan, StagePlan
 from stages.tiles import Size
 
-ONE_TILE = {
-    "model.family": "flux",
-    "model.latent_channels": 16,
-    "model.patch": 2,
-    "model.size_multiple": 16,
-    "scheduler.class_name": None,
-    "width": 128,
-    "height": 64,
-    "guide.mode": "none",
-    "denoise.tile_size": 128,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
-    "denoise.guidance_scale": 3.5,
-    "seed": 7,
-    "technique.channels_last": False,
-}
-
 
 @pytest.fixture(scope="module", params=["dev", "schnell"])
 def folder(request: pytest.FixtureRequest, small: Callable[[str], Path], tmp_path_factory: Any) -> Path:
     """A tiny random checkpoint, as the stock classes write it."""
     to = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(3)
-    dev = request.param == "dev"
-    transformer = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        pooled_projection_dim=32,
-        guidance_embeds=dev,
-        axes_dims_rope=(4, 6, 6),
-    )
-    kind: Any = AutoencoderKL
-    vae = kind(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=1024,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=1022,
-            eos_token_id=1023,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=1100, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
-        )
-    )
-    letters = [*((chr(code), -2.0) for code in range(97, 123)), ("▁", -2.0)]
-    tokenizer_2 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters])
-    for model in (transformer, vae, clip, t5):
-        model.eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    FluxPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
-        vae=vae,
-        text_encoder=clip,
-        tokenizer=CLIPTokenizer.from_pretrained(small("sd15") / "tokenizer"),
-        text_encoder_2=t5,
-        tokenizer_2=tokenizer_2,
-    ).save_pretrained(to)
+    small_flux.write(to, small("sd15") / "tokenizer", dev=request.param == "dev")
     return to
 
 
