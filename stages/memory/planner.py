@@ -74,8 +74,8 @@ class ModelProfile:
 
     Without ``streams`` all weights stay. ``ordered``: every pass calls the same units in the same order. Units of at
     most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
-    any number), ``together``: the least (both halves of a guided tile). ``quantised``: its files hold fewer bits than it
-    computes with, and are read at their size.
+    any number), ``together``: the least (both halves of a guided tile). ``quantised``: its files hold fewer bits
+    than it computes with, and are read at their size.
     """
 
     component: str
