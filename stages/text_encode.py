@@ -13,6 +13,7 @@ from stages.files import atomic_path
 from stages.memory.finite import refuse_not_finite
 from stages.memory.planner import ModelProfile
 from stages.memory.tensors import write_tensors
+from stages.tiles import Size
 
 TRANSFORMERS = 14_000_000  # bytes: what transformers' classes take more than diffusers' models, with all they touch
 
@@ -38,7 +39,7 @@ def run(context: StageContext) -> None:
 
 
 def look(looking: Looking) -> StageLook:
-    """Each text encoder, a prompt and its negative at a time, whatever the number of regions."""
+    """Each text encoder, a prompt and its negative at a time; the embeddings of all regions are held."""
     family, count = looking.family, len(looking.regions.texts)
     models = []
     for component in family.encoders(looking.checkpoint):
@@ -53,4 +54,5 @@ def look(looking: Looking) -> StageLook:
             **measured._asdict(),
         )
         models.append(profile)
-    return StageLook(tuple(models), code=TRANSFORMERS)
+    _, embeds = family.example(looking.network_config(family.facts.denoiser), Size(64, 64), 1)
+    return StageLook(tuple(models), extra=count * sum(rows.nbytes for rows in embeds.values()), code=TRANSFORMERS)
