@@ -123,6 +123,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         example, embeds = family.example(network_config, tile, samples)
         options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques_of(config, stage)}
         denoiser = family.denoiser(network, embeds, config, canvas=size, **options)
+        del embeds  # it holds its own
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile

@@ -26,11 +26,12 @@ from stages.canvas.space import Space
 from stages.families.base import example_tiles
 from stages.families.facts import FACTS, family_of_classes
 from stages.families.flux2_klein import FAMILY, empirical_shift
-from stages.memory.layout import Layout
 from stages.memory.tensors import TensorRef, read_tensors
+from stages.memory.trace import trace
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, construct
-from stages.models.large import without_large
+from stages.models.checkpoint import Checkpoint, Component, construct
+from stages.models.loading import Built, build
+from stages.models.single_file import CONFIGS
 from stages.plans import ModelPlan, StagePlan
 from stages.tiles import Size
 from stages.workflow.identity import model_identity
@@ -55,14 +56,7 @@ ONE_TILE = {
     "denoise.num_inference_steps": 3,
     "denoise.guidance_scale": 4.0,
 }
-FULL = {  # of the published 4B
-    "_class_name": "Flux2Transformer2DModel",
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}
+FULL = Checkpoint(CONFIGS / "flux2_klein")  # of the published 4B
 
 
 def make(to: Path, distilled: bool) -> Path:
@@ -267,17 +261,22 @@ def test_a_gate_takes_no_memory(base: Path) -> None:
     assert len(gates) == 2 * 2 + 2 and all(gate.inplace for gate in gates)
 
 
-def test_units_of_the_full_size() -> None:
-    """4B in bf16: blocks whole, and leaves of less than 96 MB where the checkpoint has one of 170 MB."""
-    network = construct("Flux2Transformer2DModel", FULL)
+def full_size(dtype: torch.dtype) -> Built:
+    """The published transformer; its tensors, in bf16, lie nowhere."""
+    config = FULL.config("transformer")
+    network = construct(config["_class_name"], config)
     refs = {
-        name: TensorRef(Path("none"), 0, torch.bfloat16, tuple(tensor.shape))
+        name: TensorRef(Path("nowhere"), 0, torch.bfloat16, tuple(tensor.shape))
         for name, tensor in network.state_dict().items()
     }
-    assert 169e6 < max(ref.nbytes for ref in refs.values()) < 171e6
-    without_large(network, refs, torch.bfloat16)
-    layout = Layout(network, torch.bfloat16, channels_last=False)
-    blocks = FAMILY.blocks("transformer")
+    component = Component(name="transformer", class_name=config["_class_name"], config=config, tensors=refs)
+    return build(component, dtype=dtype, blocks=FAMILY.blocks("transformer"))
+
+
+def test_units_of_the_full_size() -> None:
+    """4B in bf16: blocks whole, and leaves of less than 96 MB where the checkpoint has one of 170 MB."""
+    network, layout, tensors, blocks = full_size(torch.bfloat16)
+    assert max(ref.nbytes for ref in tensors.values()) == 27648 * 3072 * 2
     assert 7.74e9 < layout.nbytes < 7.76e9
     whole = {unit.name: unit.nbytes for unit in split_units(network, layout, blocks, layout.nbytes)}
     assert sum(name.startswith("transformer_blocks.") for name in whole) == 5
@@ -285,3 +284,22 @@ def test_units_of_the_full_size() -> None:
     assert 490e6 < whole["transformer_blocks.0"] < 492e6 and 244e6 < whole["single_transformer_blocks.0"] < 246e6
     found = rungs(network, layout, blocks)
     assert len(found) <= 6 and found[-1] < 96_000_000
+
+
+def test_activations_of_the_full_size() -> None:
+    """What a pass holds, in bf16: the wide layer's 9 widths of every token, what is made and joined of it, and the
+    embeddings. A tile of 640 pixels fits 800 MB."""
+    network, layout, _, blocks = full_size(torch.bfloat16)
+    nn.Module.to(network, torch.bfloat16)
+    tile, units = Size(80, 80), split_units(network, layout, blocks, 0)
+
+    def call() -> Tensor:
+        batch, embeds = FAMILY.example(FULL.config("transformer"), tile, 1)
+        options: dict[str, Any] = {"canvas": tile, "dtype": torch.bfloat16, "device": "meta"}
+        denoiser = FAMILY.denoiser(network, embeds, OmegaConf.create(), **options)
+        del embeds
+        return denoiser(batch, torch.empty((), device="meta"))
+
+    most = max(event.live for event in trace(network, units, call, 0).events)
+    tokens, text = 512 + 40 * 40, 3 * 512 * 7680
+    assert most == pytest.approx(2 * (tokens * 3072 * (9 + 3 + 4 + 5) + text), rel=0.05)
