@@ -105,6 +105,9 @@ class TechniqueConfig:
     offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
     group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
     tome: TomeConfig = field(default_factory=TomeConfig)
+    vae_tiling: bool = False  # diffusers' own tiles, of the whole canvas, with decode.mode=independent
+    vae_slicing: bool = False
+    compile: str = "none"  # none | compile (torch.compile) | trace (torch.jit.trace), with offload=none
 
 
 @dataclass(kw_only=True)
@@ -278,6 +281,8 @@ def resolve(config: DictConfig) -> DictConfig:
         denoise["overlap"] = denoise["tile_size"] // 4 // token * token
     # 32 + 2*2 latents of tile and overlap and an 8-latent halo: the decoder sees 52x52 latents; in float32, with twice
     # the bytes, 44x44 (Stable Diffusion 1.5 then fits 800 MB on a processor without bf16 too: 750 MB for 840)
+    if decode["tile_size"] is None and c["technique"]["vae_tiling"]:
+        decode["tile_size"] = -(-max(c["width"], c["height"]) // factor) * factor
     if decode["tile_size"] is None:
         wide = dtype_of_component(config, "vae") == "fp32"
         decode["tile_size"] = (28 if wide else 36) * factor

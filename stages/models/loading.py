@@ -137,6 +137,8 @@ def open_model(
         parked = frozenset(plan.parked)
         streamer = CudaStreamer(built.network, device=device, host=plan.host, parked=parked, **common)
     try:
+        for technique in techniques:
+            technique.on_open(streamer)
         with torch.inference_mode():
             yield streamer
     finally:

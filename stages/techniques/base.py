@@ -61,6 +61,9 @@ class Technique(ABC):
         """A model's profile as this leaves it: what stays in memory, how many samples go at once."""
         return model
 
+    def on_open(self, streamer: Any) -> None:  # noqa: B027
+        """Change an open model (``models.loading.Streamer``)."""
+
     def before_call(  # noqa: B027
         self, batch: Any, step: Tensor, inputs: dict[str, Tensor]
     ) -> None:

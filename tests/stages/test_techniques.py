@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from in_process import Work, look
 from torch import Tensor
 
@@ -19,14 +20,16 @@ from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
 from stages.memory.planner import Cut, ModelProfile, choices
 from stages.memory.stock import StockModel, moved
-from stages.memory.tensors import read_tensors
+from stages.memory.tensors import read_checked, read_tensors
 from stages.memory.trace import trace
 from stages.memory.units import split_units
-from stages.models.loading import Built, source
+from stages.models.loading import Built, open_model, source
 from stages.plans import ModelPlan, StagePlan
+from stages.techniques import techniques_of
 from stages.techniques.offload import Offload
 from stages.techniques.tome import Merge, ToMe, destinations
 from stages.tiles import Tile
+from stages.vae.tiled import to_uint8
 
 ONE = {"guide.mode": "none", "width": 128, "height": 128, "denoise.num_inference_steps": 2, "denoise.tile_size": 128}
 TILES = {**ONE, "width": 192, "denoise.overlap": 64}
@@ -262,3 +265,61 @@ def test_merging_is_planned_for(work: Work) -> None:
 
 def test_a_ratio_that_cannot_be_is_refused(work: Work) -> None:
     refused(work, {"technique.tome.ratio": 0.8}, r"technique.tome.ratio: got 0.8, expected 0 \(off\) to 0.75")
+
+
+def test_a_traced_pass_is_recorded_once_a_shape(work: Work) -> None:
+    values = {**TILES, "technique.offload": "none"}
+    expected = denoised(work, values)
+    with patch.object(torch.jit, "trace", side_effect=torch.jit.trace) as traces:
+        found = denoised(work, {**values, "technique.compile": "trace"})
+    assert traces.call_count == 1, "two steps of one shape"
+    assert torch.equal(found, expected)
+
+
+def test_a_compiled_model_is_called(work: Work) -> None:
+    config = work.config({**ONE, "technique.offload": "none", "technique.compile": "compile"})
+    component = open_checkpoint(config, ("unet",), lambda _: None).component("unet")
+    options: dict[str, Any] = {"dtype": torch.float32, "blocks": FAMILY.blocks("unet")}
+    with open_model(component, techniques=techniques_of(config, "denoise"), **options) as streamer:
+        assert streamer.model._compiled_call_impl is not None
+    with open_model(component, techniques=techniques_of(work.config(ONE), "denoise"), **options) as streamer:
+        assert streamer.model._compiled_call_impl is None
+
+
+def test_a_program_of_weights_that_leave_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(
+        work, {"technique.compile": "trace"}, r"technique.compile: got 'trace', expected none with .*offload=stream"
+    )
+    refused(work, {"technique.compile": "jit"}, "expected one of none, compile, trace")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(work, {"technique.compile": "compile", "technique.offload": "none"}, "without a C[+][+] compiler")
+
+
+def test_the_librarys_tiles_are_those_of_the_whole_canvas(work: Work) -> None:
+    values = {**ONE, "width": 192, "height": 160, "denoise.num_inference_steps": 1, "decode.mode": "independent"}
+    whole = {**values, "decode.tile_size": 192, "decode.halo": 0}
+    on = {**whole, "decode.tile_size": None, "technique.vae_tiling": True}
+    assert work.config(on).decode.tile_size == 192, "all of it"
+    found = work.run(on)
+    latents = canvas(found["denoise"])
+    vae = AutoencoderKL.from_pretrained(work.checkpoint / "vae").to(memory_format=torch.channels_last)
+    vae.enable_tiling()
+    with torch.inference_mode():
+        stock = vae.decode(latents / vae.config.scaling_factor).sample[0]
+    (file,) = (found["decode"] / "tiles").iterdir()
+    assert (read_checked(file)["pixels"].int() - to_uint8(stock).int()).abs().max() <= 1
+    shape = (1, 4, 20, 24)
+
+    def activations(values: dict[str, Any]) -> int:
+        one = made(work, values, "decode", "vae")
+        return peak(one, lambda vae: vae.decode(torch.empty(shape, device="meta")))
+
+    assert activations(on) < activations(whole)
+
+
+def test_tiles_and_slices_that_could_not_act_are_refused(work: Work) -> None:
+    refused(work, {"technique.vae_slicing": True}, "technique.vae_slicing: .* one tile at a time")
+    refused(work, {"technique.vae_tiling": True}, "decode.mode: got 'shared', expected independent")
+    small = {"technique.vae_tiling": True, "decode.mode": "independent", "decode.tile_size": 64}
+    with pytest.raises(ConfigError, match="tiles of 128 pixels"):
+        made(work, small, "decode", "vae")

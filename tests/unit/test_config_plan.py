@@ -167,11 +167,14 @@ CHANGES = {
     "technique.tf32": (True, "text_encode"),
     "technique.attention": ("math", "lowres"),
     "technique.tome.ratio": (0.5, "lowres"),
+    "technique.compile": ("compile", "lowres"),
+    "technique.vae_tiling": (True, "decode"),
     "device": ("cuda", "text_encode"),
 }
 IRRELEVANT = {
     "technique.attention": "sdpa",
     "technique.offload": "none",
+    "technique.compile": "trace",
     "run": "other",
     "stage": "plan",
     "force": True,

@@ -1,0 +1,83 @@
+"""``technique.compile``: the denoiser as one program, by torch.compile or torch.jit.trace, once for each shape."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from stages.config import ConfigError, close_match, on_gpu
+from stages.techniques.base import Technique
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KEY = "technique.compile"
+WAYS = ("none", "compile", "trace")
+COMPILERS = ("g++", "c++", "clang++")
+
+
+class Compile(Technique):
+    """A program holds its weights, so they have to stay: ``technique.offload=none``."""
+
+    name = "compile"
+    keys = (KEY,)
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Compile | None:
+        return None if config.technique.compile == "none" else cls(config)
+
+    def __init__(self, config: DictConfig) -> None:
+        self.way = config.technique.compile
+        self._fuses = self.way == "compile" or on_gpu(config)  # a recorded pass runs the same kernels on a processor
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        way = config.technique.compile
+        if way not in WAYS:
+            raise ConfigError(KEY, way, f"one of {', '.join(WAYS)}", close_match(way, WAYS))
+        if way != "none" and config.technique.offload != "none":
+            hint = "Weights that come and go are in no program: technique.offload=none"
+            raise ConfigError(KEY, way, f"none with technique.offload={config.technique.offload}", hint)
+        if way == "compile" and on_gpu(config) and find_spec("triton") is None:
+            raise ConfigError(KEY, way, "none or trace without triton", "pip install triton")
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+        if way == "compile" and not on_gpu(config) and (compiler is None or shutil.which(compiler) is None):
+            hint = "torch.compile writes C++ for a processor: install g++, or set CXX."
+            raise ConfigError(KEY, way, "none or trace without a C++ compiler", hint)
+
+    def fingerprint(self, cache: Path) -> Mapping[str, Any]:
+        return {KEY: self.way} if self._fuses else {}
+
+    def touches(self, stage: str) -> bool:
+        return stage in ("lowres", "denoise")
+
+    def on_open(self, streamer: Any) -> None:
+        if self.way == "trace":
+            streamer.graphed = traced()
+        else:
+            compiled: nn.Module = streamer.model
+            compiled.compile(dynamic=False)
+
+
+def traced() -> Callable[..., Tensor]:
+    """A ``Streamer.graphed`` that records a pass at the first use of its shapes and runs the record from then on."""
+    import torch
+
+    known: dict[Hashable, Any] = {}
+
+    def graphed(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        key = tuple((value.shape, value.dtype, value.stride()) for value in inputs)
+        if key not in known:
+            with warnings.catch_warnings():  # of sizes that become constants: each shape has a record of its own
+                warnings.simplefilter("ignore")
+                known[key] = torch.jit.trace(call, inputs, check_trace=False)
+        return known[key](*inputs)
+
+    return graphed
