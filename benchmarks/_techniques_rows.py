@@ -113,6 +113,8 @@ ROWS = (
     _ours("offload=sequential (stages)", devices=("cuda",), technique__offload="sequential"),
     _ours("offload=group (stages)", devices=("cuda",), technique__offload="group"),
     _ours("offload=model (stages)", devices=("cuda",), technique__offload="model"),
+    _ours("compile=trace (stages)", technique__compile="trace", **STAY),
     Row(name="compiled", options={**HALF, "channels_last": True, "compile": "compile"}),
+    _ours("compile=compile (stages)", technique__compile="compile", **STAY),
     Row(name="fp32, compiled", options={"compile": "compile"}, devices=("cpu",)),
 )

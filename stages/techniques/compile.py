@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig
 
@@ -35,7 +35,7 @@ class Compile(Technique):
 
     def __init__(self, config: DictConfig) -> None:
         self.way = config.technique.compile
-        self._fuses = self.way == "compile" or on_gpu(config)  # a recorded pass runs the same kernels on a processor
+        self._gpu = on_gpu(config)
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
@@ -53,7 +53,8 @@ class Compile(Technique):
             raise ConfigError(KEY, way, "none or trace without a C++ compiler", hint)
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
-        return {KEY: self.way} if self._fuses else {}
+        same = self.way == "trace" and not self._gpu  # a recorded pass runs the same kernels on a processor
+        return {} if same else {KEY: self.way}
 
     def touches(self, stage: str) -> bool:
         return stage in ("lowres", "denoise")
@@ -61,9 +62,16 @@ class Compile(Technique):
     def on_open(self, streamer: Any) -> None:
         if self.way == "trace":
             streamer.graphed = traced()
-        else:
-            compiled: nn.Module = streamer.model
-            compiled.compile(dynamic=False)
+            return
+        from torch._inductor import config as inductor
+
+        if not self._gpu:
+            inductor.compile_threads = 1  # else a pool of processes, each with torch in it
+        compiled: nn.Module = streamer.model
+        for module in compiled.modules():  # ``models.copies`` put objects there that are in no graph
+            if getattr(module, "output_scale_factor", None) == 1:
+                cast(Any, module).output_scale_factor = 1.0
+        compiled.compile(dynamic=False)
 
 
 def traced() -> Callable[..., Tensor]:

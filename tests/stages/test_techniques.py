@@ -282,6 +282,8 @@ def test_a_compiled_model_is_called(work: Work) -> None:
     options: dict[str, Any] = {"dtype": torch.float32, "blocks": FAMILY.blocks("unet")}
     with open_model(component, techniques=techniques_of(config, "denoise"), **options) as streamer:
         assert streamer.model._compiled_call_impl is not None
+        scales = [one.output_scale_factor for one in streamer.model.modules() if hasattr(one, "output_scale_factor")]
+        assert scales and all(type(scale) is float for scale in scales), "nothing that breaks the graph"
     with open_model(component, techniques=techniques_of(work.config(ONE), "denoise"), **options) as streamer:
         assert streamer.model._compiled_call_impl is None
 
