@@ -123,7 +123,7 @@ PROFILE = Stage(
         *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS),
         "scheduler.options",  # some import more than others
         *("guide.mode", "guide.image", "guide.fit", "guide.upscale"),
-        *("guide.vae_mode", "guide.tile_size", "guide.phases"),
+        *("guide.vae_mode", "guide.tile_size", "guide.phases", "device_map", "max_memory"),
     ),
     needs=lambda config: (),
     opens_model=True,

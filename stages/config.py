@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,8 @@ class Config:
     regions: Any = None  # a list, a mapping, or the name of a file with either
     reroll: list[Any] = field(default_factory=list)
     device: str = "cpu"
+    device_map: str | None = None  # balanced | auto: a model's weights over all GPUs (device.device_map=)
+    max_memory: Any = None  # of it: a size for every GPU, or {GPU: size} (device.max_memory=)
     model: ModelConfig = field(default_factory=ModelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -306,6 +308,20 @@ def parse_bytes(text: str | int, key: str = "memory.budget") -> int:
     unit = match[2].lower().rstrip("b")
     base = 1024 if unit.endswith("i") else 1000
     return int(float(match[1]) * base ** " kmgt".index(unit[:1] or " "))
+
+
+def max_memory(config: DictConfig) -> dict[int, int] | int | None:
+    """``device.max_memory``: bytes by GPU, of every GPU, or None: all that there is.
+
+    Raises:
+        ConfigError: no size, or no number of a GPU.
+    """
+    given, key = config.max_memory, "device.max_memory"
+    if not isinstance(given, Mapping):
+        return None if given is None else parse_bytes(given, key)
+    if bad := [name for name in given if not str(name).isdigit()]:
+        raise ConfigError(key, bad[0], "numbers of GPUs, as in {0: 16GB, 1: 16GB}")
+    return {int(name): parse_bytes(size, key) for name, size in given.items()}
 
 
 def close_match(got: str, allowed: Iterable[str]) -> str:

@@ -22,6 +22,8 @@ RUN_WIDE = (
     "launch",  # threads, and how often memory is looked at
     "progress",  # what a person sees
     "device",  # in the fingerprint of every stage that opens a model
+    "device_map",  # where a model's weights lie, never what they are
+    "max_memory",
     "technique.dtype",  # likewise, resolved for each component
     "technique.component_dtype",
     "model.path",  # likewise, as the bytes of the checkpoint

@@ -16,7 +16,8 @@ class ModelPlan:
     ``resident``: ``"all"`` or names of units. ``unit_limit`` and ``stage_limit`` cut the model into units
     (:mod:`stages.memory.units`; None: blocks whole), ``order`` names them as one pass calls them. ``parked`` units of a
     GPU leave their skip connections in host memory. ``prepared``: path of the packed copy. ``host`` and
-    ``device_budget`` (bytes that may be reserved, None: no limit) are for GPUs.
+    ``device_budget`` (bytes that may be reserved, None: no limit) are for GPUs. ``placement`` (module -> GPU) spreads
+    the weights over several, whose ``limits`` are bytes by GPU.
     """
 
     resident: str | tuple[str, ...] = "all"
@@ -28,11 +29,24 @@ class ModelPlan:
     prepared: str | None = None
     host: str = "pinned"
     device_budget: int | None = None
+    placement: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ModelPlan:
         """From plain values. ValueError for a name that is none of a plan's."""
         return _made(cls, {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+
+def described(component: str, placement: Mapping[str, int]) -> str:
+    """Where a model's modules lie, in one line: of each GPU the first and the last of a run of them."""
+    found: list[tuple[int, list[str]]] = []
+    for module, gpu in placement.items():
+        if not found or found[-1][0] != gpu:
+            found.append((gpu, []))
+        found[-1][1].append(module or "all of it")
+    runs = (f"{names[0]}{f' ... {names[-1]}' if len(names) > 1 else ''} on GPU {gpu}" for gpu, names in found)
+    return f"{component}: {', '.join(runs)}"
 
 
 @dataclass(frozen=True, kw_only=True)

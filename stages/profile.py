@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from stages.config import ConfigError, on_gpu
+from stages.config import ConfigError, max_memory, on_gpu
 from stages.context import StageContext
 from stages.families.facts import facts_of
 from stages.families.looking import Looking
@@ -27,10 +28,11 @@ from stages.memory.monitor import own_peak_rss, usage
 from stages.memory.planner import ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
+from stages.models.placement import bytes_by_gpu, caps, placed
 from stages.regions.types import Regions
 from stages.rehearsal import rehearse
 from stages.techniques.dtype import dtype_of
-from stages.workflow.device import FLOPS
+from stages.workflow.device import FLOPS, LIBRARIES, SLACK
 from stages.workflow.graph import active
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
@@ -66,12 +68,33 @@ def profile_run(config: DictConfig, regions: Regions) -> dict[str, StageProfile]
                 base=base + max(map(staging, look.models)) + (look.code or max(map(touched, look.models))),
                 imports=imports,
                 extra=look.extra,
-                models=look.models,
+                models=tuple(over_gpus(looking, name, model) for model in look.models),
                 rate=rate,
                 seconds=STAGE_SECONDS,
                 disk=look.disk,
             )
     return found
+
+
+def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile:
+    """With the places of its weights, where they are spread over several GPUs; a VAE is small and stays on one."""
+    way = looking.config.device_map
+    if way is None:
+        return model
+    limits = caps(max_memory(looking.config))
+    room = LIBRARIES + int(model.cuts[0].peak(model.together) * SLACK)  # on each: activations
+    if model.component == "vae":
+        roomiest = max(limits, key=lambda index: limits[index])
+        limits, way = {roomiest: limits[roomiest]}, "auto"
+    built = looking.built(model.component, stage)
+    placement = placed(built, way, limits, room)
+    gpus = {str(index): size + room for index, size in bytes_by_gpu(built, placement).items()}
+    return replace(
+        model,
+        placement=placement,
+        gpus=gpus,
+        limits={str(index): limits[index] for index in limits},
+    )
 
 
 def process(config: DictConfig, regions: Regions) -> tuple[int, int, Looking]:

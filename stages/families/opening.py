@@ -13,6 +13,7 @@ from stages.families.base import Family
 from stages.families.facts import facts_of
 from stages.models.checkpoint import Checkpoint
 from stages.models.loading import Built, Streamer, build, open_model
+from stages.plans import described
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
 
@@ -56,6 +57,8 @@ def open_component(
         drop=(*drop, *family.unused(name, checkpoint.config(name))),
         device=config.device,
     ) as streamer:
+        if lies := context.plan.model(name).placement:
+            context.progress.note(described(name, lies))
         yield streamer
 
 

@@ -90,6 +90,9 @@ class ModelProfile:
     group: int = 0
     together: int = 1
     quantised: bool = False
+    placement: Mapping[str, int] = field(default_factory=dict)
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def single_pass(self) -> bool:

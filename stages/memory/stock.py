@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ class StockModel:
         model: stock module on the meta device; buffers are real.
         layout: its packed layout, in the compute dtype.
         source: where the bytes come from.
-        device: that they are loaded to.
+        device: that they are loaded to; a function gives that of each by its name.
         hooked: told of the loaded model; what it returns is called at the end.
     """
 
@@ -30,20 +30,21 @@ class StockModel:
         *,
         layout: Layout,
         source: WeightSource,
-        device: str,
+        device: str | Callable[[str], Any],
         hooked: Callable[[nn.Module], Callable[[], object] | None] = lambda model: None,
     ) -> None:
         self.model = model
+        place = device if callable(device) else lambda name: device
         for slot in layout.slots.values():
             packed = torch.empty(torch.Size(slot.shape).numel() * layout.dtype.itemsize, dtype=torch.uint8)
             source.read((slot,), slot.offset, packed)
             parent, name = owner(model, slot.name)
-            weight = slot.view(packed, slot.offset, layout.dtype).to(device)
+            weight = slot.view(packed, slot.offset, layout.dtype).to(place(slot.name))
             parent._parameters[name] = nn.Parameter(weight, requires_grad=False)
         source.close()
         for name, buffer in model.named_buffers():
             parent, last = owner(model, name)
-            parent._buffers[last] = buffer.to(device)
+            parent._buffers[last] = buffer.to(place(name))
         self._end = hooked(model)
 
     def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -59,6 +60,29 @@ class StockModel:
         """Take the hooks off; the model's memory goes with it."""
         if self._end is not None:
             self._end()
+
+
+def device_of(name: str, placement: Mapping[str, Any]) -> Any:
+    """The device of a parameter: that of its module, or of the nearest around it."""
+    parts = name.split(".")
+    around = (".".join(parts[:count]) for count in range(len(parts), -1, -1))
+    return next(placement[prefix] for prefix in around if prefix in placement)
+
+
+def dispatched(placement: Mapping[str, Any], **options: Any) -> Callable[[nn.Module], None]:
+    """accelerate's hooks that bring activations to where the weights of a module are.
+
+    Args:
+        placement: module -> device, of all modules.
+        options: of ``accelerate.dispatch_model``.
+    """
+
+    def hook(model: nn.Module) -> None:
+        from accelerate import dispatch_model
+
+        dispatch_model(model, dict(placement), **options)
+
+    return hook
 
 
 def moved(device: str, way: str, **options: Any) -> Callable[[nn.Module], Callable[[], object] | None]:

@@ -18,6 +18,7 @@ from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
+from stages.memory.stock import StockModel, device_of, dispatched
 from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.tensors import TensorRef
@@ -130,7 +131,14 @@ def open_model(
     if device != "cpu":
         limit_device(device, plan.device_budget)
     made = (technique.streamer(built.network, layout, common["source"], device) for technique in techniques)
-    streamer: Any = next((one for one in made if one is not None), None)
+    streamer: Any = None
+    if plan.placement:
+        for index, nbytes in plan.limits.items():
+            limit_device(f"cuda:{index}", nbytes)
+        where = partial(device_of, placement=plan.placement)
+        hooked = dispatched(plan.placement)
+        streamer = StockModel(built.network, layout=layout, source=common["source"], device=where, hooked=hooked)
+    streamer = streamer or next((one for one in made if one is not None), None)
     if streamer is None and device == "cpu":
         streamer = WeightStreamer(built.network, **common)
     elif streamer is None:

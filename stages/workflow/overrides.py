@@ -155,6 +155,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         override = _understood(override, options, multirun)
         if override.key == "regions.grid":
             override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
+        if override.key in ("device.device_map", "device.max_memory"):  # device is a name; those lie beside it
+            override = override._replace(key=override.key.removeprefix("device."))
         if override.key.startswith(_DTYPE):  # technique.dtype is a name; those of components lie beside it
             component = override.key.removeprefix(_DTYPE)
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")

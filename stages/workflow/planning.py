@@ -17,7 +17,7 @@ from stages.files import read_json, write_json
 from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
-from stages.memory.planner import Chosen, OverBudget, StageProfile, plan_run
+from stages.memory.planner import Chosen, ModelProfile, OverBudget, StageProfile, plan_run
 from stages.plans import StagePlan
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
@@ -74,6 +74,7 @@ def plan(
     if on_gpu(config):  # what is planned is the device's memory
         runner, budget = 0, job.device_budget or 10**15
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
+        profiles = {name: replace(one, models=tuple(map(_stays, one.models))) for name, one in profiles.items()}
     for state in running:
         for technique in techniques_of(config, state.stage.module) if state.name in profiles else ():
             one = profiles[state.name]
@@ -87,6 +88,11 @@ def plan(
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
+
+
+def _stays(model: ModelProfile) -> ModelProfile:
+    """Weights over several GPUs stay there, and a micro-batch goes through all of them at a time."""
+    return replace(model, streams=False, group=model.together) if model.placement else model
 
 
 def _rehearsed(state: StageState) -> None:
@@ -138,10 +144,13 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
             plan = replace(plan, prepared=str(_prepared(stage, model.component, config, store)))
         if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
+        if model.placement:
+            plan = replace(plan, placement=model.placement, limits=model.limits)
         models[model.component] = plan
     last = profile.models[-1]
     if on_gpu(config):
-        peak = {"predicted_peak_vram_bytes": chosen.peak}
+        spread_out = [max(model.gpus.values()) for model in profile.models if model.gpus]
+        peak = {"predicted_peak_vram_bytes": max(spread_out, default=chosen.peak)}
     else:
         launcher = LAUNCHER if ranks > 1 else 0
         peak = {"predicted_peak_rss_bytes": runner + launcher + ranks * (chosen.peak - runner)}

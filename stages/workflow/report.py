@@ -42,6 +42,11 @@ def write(
                 "peak_rss_bytes": result.peak_rss_bytes,
                 "predicted_peak_rss_bytes": predictions.get(result.name, StagePlan()).predicted_peak_rss_bytes,
                 "ranks": result.ranks,
+                "device_map": {
+                    component: dict(model.placement)
+                    for component, model in predictions.get(result.name, StagePlan()).models.items()
+                    if model.placement
+                },
                 "peak_vram_bytes": result.peak_vram_bytes,
                 "gpus": list(result.gpus),
                 "predicted_peak_vram_bytes": predictions.get(result.name, StagePlan()).predicted_peak_vram_bytes,

@@ -22,6 +22,7 @@ from stages.config import (
     SchedulerConfig,
     close_match,
     dtype_of_component,
+    max_memory,
     on_gpu,
     parse_bytes,
     resolve,
@@ -186,6 +187,7 @@ def validate(config: DictConfig) -> None:
     if config.launch.nproc > 1 and index:
         hint = "Which GPUs there are is said by CUDA_VISIBLE_DEVICES."
         raise ConfigError("launch.nproc", config.launch.nproc, f"1 with device={config.device}", hint)
+    _device_map(config)
     if config.launch.backend == "nccl" and device == "cpu":
         raise ConfigError("launch.backend", "nccl", "auto or gloo on the CPU")
     _family(config)
@@ -195,6 +197,32 @@ def validate(config: DictConfig) -> None:
     for technique in TECHNIQUES:
         technique.check(config)
     _files(config)
+
+
+def _device_map(config: DictConfig) -> None:
+    way, key = config.device_map, "device.device_map"
+    limits = max_memory(config)
+    if way is None:
+        if limits is not None:
+            hint = "memory.device_budget is that of one GPU."
+            raise ConfigError("device.max_memory", config.max_memory, f"nothing without {key}", hint)
+        return
+    if way not in ("balanced", "auto"):
+        raise ConfigError(key, way, "balanced or auto", close_match(way, ["balanced", "auto"]))
+    if config.device != "cuda":
+        raise ConfigError(key, way, f"nothing with device={config.device}: it spreads weights over GPUs", "device=cuda")
+    for other, fine, why in (
+        ("launch.nproc", 1, "A rank has one GPU, with the whole model."),
+        ("memory.device_budget", None, "device.max_memory says what each GPU may take."),
+        ("technique.offload", "stream", "All weights stay on the GPUs."),
+    ):
+        if (value := OmegaConf.select(config, other)) != fine:
+            raise ConfigError(other, value, f"{fine} with {key}={way}", why)
+    if config.memory.weights == "streamed":
+        raise ConfigError("memory.weights", "streamed", f"auto with {key}={way}", "All weights stay on the GPUs.")
+    for other in ("decode.mode", "guide.vae_mode"):
+        if OmegaConf.select(config, other) == "exact":
+            raise ConfigError(other, "exact", f"shared or independent with {key}={way}")
 
 
 def _geometry(config: DictConfig) -> None:
