@@ -239,9 +239,7 @@ def look(looking: Looking) -> StageLook:
     if image.is_file():  # else its guide is there, or it is refused when the stage begins
         opened = opening_bytes(image, canvas, config.guide.fit, f)
         enlarged = look_at(image).kept(canvas, config.guide.fit, f)
-    # the person's picture is opened before the model is
-    extra = max(_held_bytes(config, enlarged) + keys, opened - found.models[0].weights)
-    return found._replace(extra=extra)
+    return found._replace(extra=_held_bytes(config, enlarged) + keys, before=opened)
 
 
 def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:

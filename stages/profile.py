@@ -66,7 +66,7 @@ def profile_run(config: DictConfig, regions: Regions) -> dict[str, StageProfile]
             found[name] = StageProfile(
                 name=name,
                 base=base + max(map(staging, look.models)) + (look.code or max(map(touched, look.models))),
-                imports=imports,
+                imports=max(imports, base + look.before),
                 extra=look.extra,
                 models=tuple(over_gpus(looking, name, model) for model in look.models),
                 rate=rate,

@@ -306,7 +306,7 @@ def run(bench: Bench) -> Tally:
         shutil.copytree(bench.checkpoint, folder)
         change(folder)
         shutil.rmtree(output / "x", ignore_errors=True)
-        done = bench.run(output, f"model.path={folder}", timeout=120)
+        done = bench.run(output, f"model.path={folder}")
         if (folder.parent / "code-has-run").exists():
             tally.fault("wrong picture", f"{name}: code from the checkpoint has run")
         within_budget(tally, output, name)

@@ -71,7 +71,7 @@ class Bench:
             found[text.partition("=")[0]] = text
         return list(found.values())
 
-    def run(self, output: Path, *more: str, timeout: float = 60.0) -> Ended:
+    def run(self, output: Path, *more: str, timeout: float = 300.0) -> Ended:
         """It, to its end."""
         return Command(self.cwd(output), self.arguments(output, *more)).end(timeout)
 

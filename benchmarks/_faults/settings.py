@@ -170,14 +170,14 @@ def run(bench: Bench) -> Tally:
         said = [f"{key}={value}" for key, value in chosen.items()]
         what = " ".join(text[:120] for text in said)
         folder = where / run_name
-        planned = bench.run(output, *said, "stage=plan", timeout=120)
+        planned = bench.run(output, *said, "stage=plan")
         if planned.code:
             if why := unclear(planned):
                 tally.fault("stuck" if planned.timed_out else "unclear", f"{what}: {why}: {last(planned)}")
             continue
         if not (folder / "config.yaml").is_file() or not cheap(folder / "config.yaml"):
             continue
-        done = bench.run(output, *said, timeout=120)
+        done = bench.run(output, *said)
         if done.code and chosen.get("stage", "all") not in ("all", "plan") and not (why := unclear(done)):
             continue  # inputs of a stage by itself are not there
         if done.code:

@@ -147,7 +147,7 @@ class Command:
         """Process ids of what it has started."""
         return descendants(self.pid)
 
-    def end(self, timeout: float = 60.0) -> Ended:
+    def end(self, timeout: float = 300.0) -> Ended:
         """Wait for it; one that takes longer is killed with all that it started."""
         late = False
         while self.running():

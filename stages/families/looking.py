@@ -19,11 +19,12 @@ from stages.regions.types import Regions
 
 
 class StageLook(NamedTuple):
-    """What a stage needs: its models, and ``extra`` bytes besides, ``disk`` bytes of scratch files, ``code`` bytes of
-    libraries that other stages do not import."""
+    """What a stage needs: its models, ``extra`` bytes besides, ``before`` bytes that are free again when a model is
+    opened, ``disk`` bytes of scratch files, ``code`` bytes of libraries that other stages do not import."""
 
     models: tuple[ModelProfile, ...]
     extra: int = 0
+    before: int = 0
     disk: int = 0
     code: int = 0
 

@@ -189,11 +189,6 @@ class Checkpoint:
         class_name = _WITHOUT_HEAD.get(class_name, class_name)
         if "encoder" not in name:  # of diffusers, whether its config says so or not
             config = {"_class_name": class_name, **config}
-        if name == "unet" and config.get("in_channels", 4) != 4:
-            raise CheckpointError(
-                f"unet: got in_channels={config['in_channels']} (an inpainting, depth or image-variation model), "
-                "expected 4: give a text-to-image checkpoint as model.path."
-            )
         identities: tuple[str, ...] = ()
         if name in self._files:
             from stages.models.single_file import denoiser_tensors

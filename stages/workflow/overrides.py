@@ -16,7 +16,7 @@ from stages.documents import escape
 from stages.files import write_json
 from stages.paths import anchored
 from stages.workflow.saved import SAVED, settings
-from stages.workflow.words import meant, sampler
+from stages.workflow.words import meant, nearest, sampler
 
 CONF = ROOT / "conf"
 _TEXT = {"prompt", "negative_prompt"}
@@ -99,7 +99,8 @@ def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> 
             nothing = plain == "null" and key in _OPTIONAL
             if plain not in options[key] and not nothing and not re.search(r"[\[\](){}*]", plain):
                 expected = f"one of {', '.join(options[key])}"
-                raise ConfigError(key, plain, expected, close_match(plain, options[key]))
+                near = nearest(plain) if key == "scheduler" else ""
+                raise ConfigError(key, plain, expected, near or close_match(plain, options[key]))
     elif key not in options and key not in known_keys():
         near = meant(key) or close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
         raise ConfigError(key, f"{key}={override.value[:40]}", "a known key", near or "See python runner.py --help")
@@ -139,7 +140,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         ConfigError: an argument that is not ``key=value``, an unknown key or option, a bad run name.
     """
     multirun = any(argument in ("-m", "--multirun") for argument in arguments)
-    options = {} if {"--config-dir", "-cd", "--config-path", "-cp"} & set(arguments) else groups()
+    elsewhere = {"--config-dir", "-cd", "--config-path", "-cp"} & {one.partition("=")[0] for one in arguments}
+    options = {} if elsewhere else groups()  # folders of the person's own may hold others
     flags, overrides, takes_value = [], [], False
     for argument in arguments:
         if takes_value or (argument.startswith("-") and not parse(argument)) or argument.startswith("--"):

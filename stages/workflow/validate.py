@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stages.config import (
     DTYPES,
     GUIDE_MODES,
     WEIGHTS,
+    Config,
     ConfigError,
     SchedulerConfig,
     close_match,
@@ -54,6 +56,10 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     Raises:
         ConfigError: a value that cannot work.
     """
+    for field in fields(Config):
+        below = OmegaConf.select(config, field.name, throw_on_missing=False)
+        if is_dataclass(field.default_factory) and not isinstance(below, DictConfig):  # by an interpolation
+            raise ConfigError(field.name, below, f"{field.name}.NAME=VALUE, as there are keys below it")
     OmegaConf.update(config, "output_dir", escape_all(str(anchored(config.output_dir))))
     if isinstance(config.regions, str):
         _read_regions(config)

@@ -26,7 +26,24 @@ _MEANT = {
     ("out", "output", "outdir", "output_path"): "output_dir=FOLDER",
     ("model.lora", "lora", "loras"): "nothing that is here: LoRA files are not supported; merge one into a checkpoint",
 }
-_SAMPLERS = {"euler_a": "euler_ancestral", "plms": "pndm", "uni_pc": "unipc", "dpm_2m": "dpmpp_2m"}
+_SAMPLERS = {
+    "euler_a": "euler_ancestral",
+    "plms": "pndm",
+    "uni_pc": "unipc",
+    "uni_pc_bh2": "unipc",
+    "dpm_2m": "dpmpp_2m",
+}
+_NEAREST = {  # of those that diffusers does not have
+    **dict.fromkeys(("dpmpp_2s_a", "dpmpp_2s_ancestral"), "dpmpp_sde"),
+    **dict.fromkeys(("dpmpp_3m_sde", "er_sde", "seeds_2"), "dpmpp_2m_sde"),
+    **dict.fromkeys(("dpm_fast", "dpm_adaptive", "res_multistep", "ipndm", "deis", "gradient_estimation"), "dpmpp_2m"),
+    "ddpm": "euler_ancestral",
+    "restart": "heun",
+    "heunpp2": "heun",
+    "dpm2": "heun",
+    "dpm_2": "heun",
+    **dict.fromkeys(("dpm2_a", "dpm_2_a", "dpm_2_ancestral"), "euler_ancestral"),
+}
 
 
 def meant(key: str) -> str:
@@ -39,6 +56,18 @@ def sampler(name: str, options: Collection[str]) -> str:
     """The option that a sampler's name in A1111 or ComfyUI stands for (``DPM++ 2M Karras``); else ``name``."""
     if name in options:
         return name
-    plain = re.sub(r"\W+", "_", name.strip().strip("'\"").lower().replace("++", "pp")).strip("_").removeprefix("k_")
-    plain = _SAMPLERS.get(plain, plain)
+    plain = _plain(name)
     return plain if plain in options else name
+
+
+def nearest(name: str) -> str:
+    """A sentence with the option that comes nearest to a sampler which is not here; "" for one that is not known."""
+    plain = _plain(name)
+    found = _NEAREST.get(plain.removesuffix("_karras"))
+    return f"The nearest is scheduler={found}." if found else ""
+
+
+def _plain(name: str) -> str:
+    plain = re.sub(r"\W+", "_", name.strip().strip("'\"").lower().replace("++", "pp")).strip("_")
+    plain = plain.removeprefix("k_").removesuffix("_gpu").removesuffix("_exponential")
+    return _SAMPLERS.get(plain, plain)

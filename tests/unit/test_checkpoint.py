@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import random_checkpoint
 from stages.config import ROOT
 from stages.families.schedules import make_scheduler
+from stages.families.sd import FAMILY
 from stages.memory.layout import Layout
 from stages.memory.source import CheckpointSource
 from stages.memory.tensors import read_tensor
@@ -75,8 +76,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_inpainting_is_refused(folder: Path) -> None:
     edit(folder / "unet" / "config.json", in_channels=9)
-    with pytest.raises(CheckpointError, match=r"in_channels=9 .*inpainting"):
-        Checkpoint.open(str(folder)).component("unet")
+    with pytest.raises(CheckpointError, match=r"unet: got 9 channels in .*inpainting"):
+        FAMILY.check(Checkpoint.open(str(folder)), ("unet", "vae", "text_encoder"))
     weights = load_file(folder / "sd15.safetensors")
     weights["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(16, 9, 3, 3)
     save_file(weights, folder / "inpainting.safetensors")

@@ -40,20 +40,42 @@ def test_the_key_that_is_meant(tmp_path, typed: str, ours: str) -> None:
         ("PLMS", "pndm"),
         ("LCM", "lcm"),
         ("DDIM", "ddim"),
-        ("heun", "heun"),
+        ("Heun", "heun"),
+        ("dpmpp_2m_sde", "dpmpp_2m_sde"),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde"),
+        ("DPM++ 2M SDE Karras", "dpmpp_2m_sde_karras"),
+        ("DPM++ SDE", "dpmpp_sde"),
+        ("dpmpp_sde", "dpmpp_sde"),
     ],
 )
 def test_samplers_of_other_programs(tmp_path, name: str, option: str) -> None:
     options = groups()["scheduler"]
     assert sampler(name, options) == option
     base = [f"output_dir={tmp_path}", "prompt=a"]
-    if option in options:
-        assert value_of(prepare([*base, f"scheduler={name}"]), "scheduler") == option
-        swept = prepare([*base, "-m", f"scheduler={name},lms"])
-        assert value_of(swept, "scheduler") == f"{option},lms"
-    else:
-        with pytest.raises(ConfigError, match="scheduler: got 'heun'"):
-            prepare([*base, f"scheduler={name}"])
+    assert value_of(prepare([*base, f"scheduler={name}"]), "scheduler") == option
+    swept = prepare([*base, "-m", f"scheduler={name},lms"])
+    assert value_of(swept, "scheduler") == f"{option},lms"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("DPM++ 2S a Karras", "dpmpp_sde"),
+        ("dpm_adaptive", "dpmpp_2m"),
+        ("DPM++ 3M SDE", "dpmpp_2m_sde"),
+        ("DPM2 a", "euler_ancestral"),
+    ],
+)
+def test_samplers_that_are_not_here(tmp_path, name: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"scheduler: got '.*The nearest is scheduler={near}\."):
+        prepare([f"output_dir={tmp_path}", "prompt=a", f"scheduler={name}"])
+
+
+@pytest.mark.parametrize("flags", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
+def test_options_of_a_folder_of_ones_own(tmp_path, flags: list[str]) -> None:
+    flags = [flag.format(tmp_path) for flag in flags]
+    found = prepare([*flags, f"output_dir={tmp_path}", "prompt=a", "scheduler=mine"])
+    assert found[: len(flags)] == flags and value_of(found, "scheduler") == "mine"
 
 
 def test_a_seed_of_minus_one_is_drawn_and_said(tmp_path, capsys) -> None:
