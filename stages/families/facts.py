@@ -150,6 +150,7 @@ FACTS: Mapping[str, Facts] = {
 }
 
 
+WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}  # what encodes text makes no words: checkpoints say either
 DENOISERS = tuple(dict.fromkeys(facts.denoiser for facts in FACTS.values()))  # what checkpoints call them
 
 
@@ -198,9 +199,13 @@ def family_of_classes(classes: Mapping[str, str]) -> str | None:
         (len(facts.classes), name)
         for name, facts in FACTS.items()
         if all(
-            classes.get(component, wanted if component in facts.optional else None) == wanted
+            _headless(classes.get(component, wanted if component in facts.optional else "")) == _headless(wanted)
             for component, wanted in facts.classes.items()
         )
         and not any("encoder" in component and component not in facts.opened for component in classes)
     ]
     return max(fitting)[1] if fitting else None
+
+
+def _headless(class_name: str) -> str:
+    return WITHOUT_HEAD.get(class_name, class_name)

@@ -22,7 +22,7 @@ from torch import nn
 from stages.memory.layout import Layout, owner
 from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
-from stages.memory.units import Unit
+from stages.memory.units import Unit, within
 
 
 class _Ring:
@@ -98,7 +98,7 @@ class WeightStreamer:
         self._error: BaseException | None = None
         self._closing = False
         self._position = {unit.name: i for i, unit in enumerate(self._streamed)}
-        for unit in units:
+        for unit in within(units, model):
             self._wrap(unit)
         for unit in self._streamed:
             self._drop(unit)  # meta weights of the compute dtype: ``model.dtype`` is asked before the first load

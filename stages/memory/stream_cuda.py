@@ -21,7 +21,7 @@ from stages.memory.layout import Layout, owner
 from stages.memory.micro import empty_like, mapped, micro_batched, on_meta, skips
 from stages.memory.places import Places
 from stages.memory.source import WeightSource
-from stages.memory.units import Unit
+from stages.memory.units import Unit, within
 
 STAGING_BYTES = 512 << 20  # pinned bytes that disk reads go to
 
@@ -83,7 +83,7 @@ class CudaStreamer:
         self._ran = self._issued = 0  # units so far, over all passes
         self._captures = Captures(self.device)
         numbers = {unit.name: index for index, unit in enumerate(self._streamed)}
-        for unit in units:
+        for unit in within(units, model):
             self._wrap(unit, numbers.get(unit.name))
         self._host: HostWeights | None = None
         if sizes and host == "pinned":

@@ -8,8 +8,9 @@ group size is known from one profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stages.memory.micro import micro_batched, skips
 from stages.memory.planner import Line
-from stages.memory.units import Unit
+from stages.memory.units import Unit, within
 
 _aten = torch.ops.aten
 # Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight); matrix
@@ -184,7 +185,7 @@ def trace(
 
         unit.module.forward = followed  # type: ignore[method-assign]
 
-    for unit in units:
+    for unit in within(units, model):
         wrap(unit)
     _current = follower
     try:
@@ -198,14 +199,18 @@ def trace(
 
 
 def segments(two: Trace, three: Trace) -> list[Line]:
-    """Lines through the traces of two and of three micro-batches; dominated lines of a unit are left out."""
-    if len(two.events) != len(three.events):
-        raise RuntimeError(f"traces differ: {len(two.events)} and {len(three.events)} operations")
+    """Lines through the traces of two and of three micro-batches; dominated lines of a unit are left out.
+
+    Where a network makes a loop over samples, more of them are more operations: then one line through the peaks.
+    """
     best: dict[tuple[str, int, int], int] = {}
-    for a, b in zip(two.events, three.events, strict=True):
-        slope = b.live - a.live
-        key = (a.unit, a.live - 2 * slope, slope)
-        best[key] = max(best.get(key, 0), a.workspace)
+    for unit, some, more in _stretches(two.events, three.events):
+        if len(some) != len(more):
+            some, more = ([max(events, key=lambda event: event.live + event.workspace)] for events in (some, more))
+        for a, b in zip(some, more, strict=True):
+            slope = b.live - a.live
+            key = (unit, a.live - 2 * slope, slope)
+            best[key] = max(best.get(key, 0), a.workspace)
     lines = [Line(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
     kept = []
     for unit in dict.fromkeys(line.unit for line in lines):
@@ -214,3 +219,12 @@ def segments(two: Trace, three: Trace) -> list[Line]:
         chosen = {id(max(mine, key=lambda line, n=n: line.peak(n))) for n in tops.values()}
         kept += [line for line in mine if id(line) in chosen]
     return kept
+
+
+def _stretches(two: Sequence[Event], three: Sequence[Event]) -> Iterator[tuple[str, list[Event], list[Event]]]:
+    """(unit, its operations in one trace, in the other) for each time that a unit, or what lies between, runs."""
+    found = [[(unit, list(run)) for unit, run in groupby(events, lambda event: event.unit)] for events in (two, three)]
+    if [unit for unit, _ in found[0]] != [unit for unit, _ in found[1]]:
+        raise RuntimeError(f"traces differ: {len(two)} and {len(three)} operations")
+    for (unit, some), (_, more) in zip(*found, strict=True):
+        yield unit, some, more

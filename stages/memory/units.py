@@ -56,6 +56,11 @@ class Unit:
         return self.end - self.start
 
 
+def within(units: Iterable[Unit], network: nn.Module) -> list[Unit]:
+    """Without the network itself, a unit if it has parameters beside its children: its call is of the whole group."""
+    return [unit for unit in units if not (unit.nested and unit.module is network)]
+
+
 def split_units(network: nn.Module, layout: Layout, blocks: Blocks, limit: int, stage_limit: int = 0) -> list[Unit]:
     """Cut ``network`` into units of at most ``limit`` bytes where its block structure allows it.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stages.families.facts import known_classes
+from stages.families.facts import WITHOUT_HEAD, known_classes
 from stages.memory.ggml import READABLE
 from stages.memory.imports import light_imports
 from stages.memory.refs import FLOATS, TensorRef
@@ -35,7 +35,6 @@ LARGE_INTEGER = 10**20  # transformers' own: a length of this many tokens or mor
 _VOCABULARY = ("vocab.json", "merges.txt")
 _OTHERS = ("text_projection", "logit_scale", "vision_model.", "visual_projection.", "lm_head.")  # than text encoders'
 _PREFIXES = ("text_model.", "model.")
-_WITHOUT_HEAD = {"Qwen3ForCausalLM": "Qwen3Model"}  # what encodes text makes no words
 
 __all__ = ["Checkpoint", "CheckpointError", "Component"]
 
@@ -186,7 +185,7 @@ class Checkpoint:
         """Locate component ``name`` (``unet``, ``vae``, ``text_encoder`` ...). CheckpointError if it cannot be used."""
         config = self.config(name)
         class_name = self._class(name, config)
-        class_name = _WITHOUT_HEAD.get(class_name, class_name)
+        class_name = WITHOUT_HEAD.get(class_name, class_name)
         if "encoder" not in name:  # of diffusers, whether its config says so or not
             config = {"_class_name": class_name, **config}
         identities: tuple[str, ...] = ()

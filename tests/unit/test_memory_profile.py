@@ -50,6 +50,35 @@ def test_live_bytes_and_flops_of_a_pass_that_can_be_counted_by_hand() -> None:
     assert {event.workspace for event in found.events if event.workspace} == {10 * 1000 * 4}
 
 
+class Loop(nn.Module):
+    """A parameter of its own beside a layer, and samples in a list: one by one before and after the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.up = nn.Parameter(torch.zeros(10)), nn.Linear(10, 1000, bias=False)
+
+    def forward(self, samples: list[Tensor]) -> Tensor:
+        raised = self.up(torch.stack([sample + self.shift for sample in samples]))
+        return torch.stack([row.relu() for row in raised])
+
+
+def test_a_network_that_loops_over_samples_is_called_with_the_whole_group() -> None:
+    """Two samples a micro-batch: the layer's are lines as ever, those of the loops go through their peaks."""
+    model = Loop().to("meta")
+
+    def follow(count: int) -> Trace:
+        def call() -> Any:
+            return model(list(torch.empty((2 * count, 10), device="meta")))
+
+        return traced(model, call, 2)[0]
+
+    lines = segments(follow(2), follow(3))
+    for count in (2, 5, 9):
+        found = follow(count)
+        assert found.order == ["up"] and found.flops == {"up": 2 * 2 * 10 * 1000}
+        assert max(line.peak(count) for line in lines) == max(event.live + event.workspace for event in found.events)
+
+
 def test_what_was_there_before_the_pass_is_put_back() -> None:
     model = Two().to("meta")
     before = model.up.forward
