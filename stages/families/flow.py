@@ -81,7 +81,9 @@ def unpacked(tokens: Tensor, size: Size) -> Tensor:
     return tokens.unflatten(1, size).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def tokens_at_a_time(tile: Size, device: str) -> int:
-    """Samples of ``tile`` latents that go through a block of a transformer at a time, a token being 2x2 of them."""
+def tokens_at_a_time(tile: Size, device: str, *, pairs: bool = False) -> int:
+    """Samples of ``tile`` latents that go through a block of a transformer at a time, a token being 2x2 of them: whole
+    ``pairs``, as guided tiles are, or one."""
     samples = 8 if device == "cpu" else 32
-    return max(1, min(samples, MOST_TOKENS // max(1, tile.height * tile.width // 4)))
+    most = max(1, min(samples, MOST_TOKENS // max(1, tile.height * tile.width // 4)))
+    return most // 2 * 2 if pairs and most > 1 else most

@@ -126,8 +126,7 @@ class Flux2Klein(Family):
     def micro_batch(self, network_config: Mapping[str, Any], tile: Size, device: str) -> int:
         if device == "cpu":
             return 1  # its text alone keeps a CPU busy, and a token is nine times as wide inside a block
-        most = tokens_at_a_time(tile, device)
-        return most if most == 1 else most // 2 * 2  # guided tiles are pairs
+        return tokens_at_a_time(tile, device, pairs=True)
 
     def schedule(self, scheduler: Any, tile: Size, checkpoint: Checkpoint) -> Schedule:
         return FlowSchedule(scheduler, tile.height * tile.width // 4, linear=True, shift=empirical_shift)
