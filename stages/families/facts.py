@@ -147,6 +147,20 @@ FACTS: Mapping[str, Facts] = {
         embeds=("prompt_embeds", "negative_prompt_embeds"),
         overflows=("text_encoder",),
     ),
+    "z_image": Facts(
+        module="z_image",
+        models=("z_image", "z_image_turbo"),
+        classes={"transformer": "ZImageTransformer2DModel", "text_encoder": "Qwen3Model"},
+        components=_components(("tokenizer", "text_encoder"), "transformer"),
+        denoiser="transformer",
+        latent_channels=16,
+        vae_scale_factor=8,
+        patch=2,
+        guidance="cfg",
+        flow=True,
+        embeds=("prompt_embeds", "negative_prompt_embeds", "prompt_lengths", "negative_prompt_lengths"),
+        overflows=("transformer", "text_encoder"),
+    ),
 }
 
 
