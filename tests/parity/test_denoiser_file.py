@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +16,30 @@ import torch
 from diffusers import FluxPipeline
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from in_process import Work
+from in_process import Work, look
+from omegaconf import DictConfig
 from quantised import blocks, write_gguf
 from safetensors.torch import load_file, save_file
 from small_flux import ONE_TILE, originally
 from torch import Tensor
 
+from benchmarks.original_layout import vae_name
+from stages import PIPELINE
+from stages.config import ConfigError
 from stages.families.flux import FAMILY
+from stages.job import Job
+from stages.memory.planner import plan_stage
 from stages.memory.source import CheckpointSource
 from stages.memory.tensors import read_tensors
-from stages.models.checkpoint import Checkpoint
+from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.models.loading import build
 from stages.plans import ModelPlan, StagePlan
+from stages.workflow import planning
+from stages.workflow.identity import model_identity
+from stages.workflow.model import check_path
+from stages.workflow.store import Store
 
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+WEIGHTS, T5 = "transformer/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +58,17 @@ class Stored(NamedTuple):
 
 @pytest.fixture(scope="module", params=["Q4_K", "Q8_0", "F8_E4M3"])
 def stored(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: Any) -> Stored:
+    return store(request.param, folder, tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture(scope="module")
+def gguf(folder: Path, tmp_path_factory: Any) -> Stored:
+    return store("Q4_K", folder, tmp_path_factory.mktemp("gguf"))
+
+
+def store(kind: str, folder: Path, to: Path) -> Stored:
     """The transformer in the original layout; its large weights quantised."""
-    kind, weights, numbers, raw = request.param, load_file(folder / WEIGHTS), {}, {}
+    weights, numbers, raw = load_file(folder / WEIGHTS), {}, {}
     eight = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}.get(kind)
     for seed, (name, value) in enumerate(sorted(weights.items())):
         if value.dim() < 2 or value.shape[1] % 256:
@@ -59,7 +80,7 @@ def stored(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: Any) 
             drawn = blocks(kind, tuple(value.shape), seed, float(value.std()))
             raw[name] = torch.from_numpy(drawn)
             numbers[name] = torch.from_numpy(dequantize(drawn, GGMLQuantizationType[kind]))
-    to, original = tmp_path_factory.mktemp("stored"), originally(raw)
+    original = originally(raw)
     if eight:
         scales = {
             name.replace(".weight", ".scale_weight"): torch.tensor(scale(name))
@@ -118,3 +139,111 @@ def test_bytes_of_a_pass(folder: Path, stored: Stored) -> None:
         assert source.nbytes == data and 0 <= stored.path.stat().st_size - data < 20_000  # its header and scales
         assert data < 0.4 * 4 * sum(value.numel() for value in stored.numbers.values())
         source.close()
+
+
+@pytest.fixture(scope="module")
+def described(folder: Path, tmp_path_factory: Any) -> Path:
+    """The folder without any weights."""
+    to = tmp_path_factory.mktemp("described") / "flux"
+    return shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_everything_in_one_file(folder: Path, described: Path, tmp_path: Path) -> None:
+    """As ComfyUI writes it, T5 in eight bits: the canvas and the preview of the folder with the same numbers."""
+    found = {f"model.diffusion_model.{name}": value for name, value in originally(load_file(folder / WEIGHTS)).items()}
+    for name, value in load_file(folder / "vae" / "diffusion_pytorch_model.safetensors").items():
+        conv = value[..., None, None] if ".attentions." in name and value.dim() == 2 else value
+        found[f"vae.{vae_name(name, 4)}"] = conv.contiguous()
+    for name, value in load_file(folder / "text_encoder" / "model.safetensors").items():
+        found[f"text_encoders.clip_l.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    eight = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(folder / T5).items() if value.dim() == 2}
+    for name, value in load_file(folder / T5).items():
+        found[f"text_encoders.t5xxl.transformer.{name}"] = eight.get(name, value)
+    save_file(found, tmp_path / "all.safetensors")
+    rounded = shutil.copytree(folder, tmp_path / "rounded")
+    save_file(load_file(folder / T5) | {name: value.float() for name, value in eight.items()}, rounded / T5)
+    values = {"guide.mode": "sdedit", "denoise.strength": 0.5, "lowres.num_inference_steps": 1}
+    want = canvas(Work(tmp_path / "want", rounded), values)
+    got = canvas(Work(tmp_path / "got", tmp_path / "all.safetensors"), values | {"model.config": str(described)})
+    assert torch.equal(got, want)
+    work = Work(tmp_path / "alone", tmp_path / "all.safetensors")
+    with pytest.raises(CheckpointError, match=r"those of its family are not built in: .*model\.config=FOLDER"):
+        work.run(ONE_TILE, until="text_encode")
+
+
+def test_weights_that_its_folder_lacks(folder: Path, described: Path, gguf: Stored, tmp_path: Path) -> None:
+    """``model.denoiser`` or ``model.path`` and ``model.config``: the same model, whatever transformer lies there."""
+    files = {"transformer": str(gguf.path)}
+    one = Checkpoint.open(str(described), components=("transformer", "vae"), files=files)
+    other = Checkpoint.open(str(gguf.path), components=("transformer", "vae"), config=str(folder))
+    assert one.component("transformer") == other.component("transformer")
+    assert other.component("vae") == Checkpoint.open(str(folder)).component("vae")
+    with pytest.raises(CheckpointError, match=r"no VAE, text encoder in it .*model.path=FOLDER model.denoiser=FILE"):
+        Checkpoint.open(str(gguf.path))
+    torn = Checkpoint.open(str(gguf.path), config=str(described))
+    with pytest.raises(CheckpointError, match=r"no vae in it, nor in"):
+        torn.component("vae")
+
+
+def test_what_is_read_is_in_the_fingerprint(folder: Path, gguf: Stored, tmp_path: Path) -> None:
+    def identity(file: Path | None, *components: str) -> dict[str, str]:
+        values = {**ONE_TILE, "model.denoiser": None if file is None else str(file)}
+        return model_identity(Work(tmp_path, own).config(values), components, tmp_path / "cache")
+
+    own = shutil.copytree(folder, tmp_path / "own")
+    copy = Path(shutil.copy(gguf.path, tmp_path / "copy"))
+    plain, first = identity(None, "transformer", "vae"), identity(copy, "transformer", "vae")
+    assert plain.keys() | {"denoiser"} == first.keys() and plain["vae"] == first["vae"]
+    assert plain["transformer"] != first["transformer"] and identity(copy, "vae") == identity(None, "vae")
+    (own / WEIGHTS).unlink()  # nobody reads it
+    assert identity(copy, "transformer", "vae") == first
+    content = bytearray(copy.read_bytes())
+    content[-1] ^= 1
+    copy.write_bytes(content)
+    assert identity(copy, "transformer")["denoiser"] != first["denoiser"]
+
+
+def test_refused_before_any_work(folder: Path, gguf: Stored, tmp_path: Path) -> None:
+    def of(path: Path) -> DictConfig:
+        return Work(tmp_path, folder).config({**ONE_TILE, "model.denoiser": str(path)})
+
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF" + bytes(3))
+    (tmp_path / "page.gguf").write_bytes(b"<html>")
+    (tmp_path / "model.ckpt").write_bytes(b"\x80")
+    for name, said in {
+        "torn.gguf": "its header is torn",
+        "page.gguf": "it is a web page",
+        "model.ckpt": "expected a .safetensors or .gguf file with a UNet or a transformer. Unpickling",
+        "none.gguf": "expected a .safetensors or .gguf file",
+    }.items():
+        with pytest.raises(ConfigError, match=f"model.denoiser: got .*{said}"):
+            check_path(of(tmp_path / name))
+    check_path(of(gguf.path))
+
+    def built(**tensors: Any) -> None:
+        write_gguf(tmp_path / "other.gguf", tensors, "llama")
+        files = {"transformer": str(tmp_path / "other.gguf")}
+        Checkpoint.open(str(folder), components=("transformer",), files=files).component("transformer").build()
+
+    with pytest.raises(CheckpointError, match=r"with 1 tensors such as token_embd, expected those of a FluxTransf"):
+        built(token_embd=(np.zeros((2, 2), np.float32), "F32"))
+    with pytest.raises(CheckpointError, match=r"of another shape \(proj_out.weight: file \[2, 2\], model \[64, 256\]"):
+        built(**{"proj_out.weight": (np.zeros((2, 2), np.float32), "F32")})
+    with pytest.raises(CheckpointError, match=r"1 tensors of a kind that is not read here \(proj_out.weight I8\)"):
+        built(**{"proj_out.weight": (np.zeros((64, 256), np.int8), "I8")})
+    with pytest.raises(CheckpointError, match=r"not read here \(proj_out.weight IQ1_S\); expected one of F64, F32"):
+        built(**{"proj_out.weight": (np.zeros((64, 50), np.uint8), "IQ1_S")})
+
+
+def test_no_copy_of_quantised_weights(folder: Path, gguf: Stored, tmp_path: Path) -> None:
+    """The look says that they are, and the plan names no prepared file."""
+    config = Work(tmp_path, folder).config({**ONE_TILE, "model.denoiser": str(gguf.path)})
+    profile = look(config, "denoise")["denoise"]
+    (model,) = profile.models
+    assert model.quantised
+    stage = next(stage for stage in PIPELINE if stage.name == "denoise")
+    for one, copied in ((model, False), (replace(model, quantised=False), True)):
+        found = replace(profile, models=(replace(one, steps=3),))
+        chosen = plan_stage(found, 10**9, 0, "streamed")
+        plan = planning._plan(chosen, found, stage, Job.of(config), Store(tmp_path / "store"), 0)
+        assert (plan.models["transformer"].prepared is not None) is copied
