@@ -34,7 +34,8 @@ def settings(config: DictConfig) -> dict[str, Any]:
         waiting += stage.needs(config)
     chosen = OmegaConf.create({})
     keys = {key for stage in found.values() for key in stage.parameters}
-    keys = keys.union(*(technique.keys for technique in TECHNIQUES)) - {*PATHS, *OF_THE_MODEL}
+    on = [technique for technique in TECHNIQUES if technique.decides and technique.of(config) is not None]
+    keys = keys.union(*(technique.keys for technique in on)) - {*PATHS, *OF_THE_MODEL}
     if "guide.fit" in keys and not config.guide.image:  # says nothing of a picture that nobody gave
         keys -= {"guide.fit"}
     for key in sorted(keys):

@@ -22,6 +22,7 @@ class Technique(ABC):
 
     name: str
     keys: tuple[str, ...] = ()  # of the config that it reads
+    decides = True  # a bit of the picture, where it is on
     channels_last = False  # whether 4-D weights are packed channels-last
     whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
 

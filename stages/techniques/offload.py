@@ -34,6 +34,7 @@ class Offload(Technique):
 
     name = "offload"
     keys = (KEY, GROUP)
+    decides = False
 
     @classmethod
     def of(cls, config: DictConfig) -> Offload | None:

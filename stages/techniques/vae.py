@@ -21,7 +21,7 @@ class VaeTiling(Technique):
     """The whole canvas goes to the decoder, which cuts it into tiles of the VAE's own size and blends them."""
 
     name = "vae_tiling"
-    keys = (TILING, SLICING)
+    keys = (TILING,)
 
     @classmethod
     def of(cls, config: DictConfig) -> VaeTiling | None:

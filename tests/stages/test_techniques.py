@@ -25,6 +25,7 @@ from stages.memory.trace import trace
 from stages.memory.units import split_units
 from stages.models.loading import Built, open_model, source
 from stages.plans import ModelPlan, StagePlan
+from stages.stitch import settings
 from stages.techniques import techniques_of
 from stages.techniques.offload import Offload
 from stages.techniques.tome import Merge, ToMe, destinations
@@ -325,3 +326,12 @@ def test_tiles_and_slices_that_could_not_act_are_refused(work: Work) -> None:
     small = {"technique.vae_tiling": True, "decode.mode": "independent", "decode.tile_size": 64}
     with pytest.raises(ConfigError, match="tiles of 128 pixels"):
         made(work, small, "decode", "vae")
+
+
+def test_a_picture_says_what_is_on_and_decided_it(work: Work) -> None:
+    def said(values: dict[str, Any]) -> dict[str, Any]:
+        return settings(work.config({**ONE, **values}))["technique"]
+
+    plain = {"channels_last": True, "tf32": False}
+    assert said({}) == said({"technique.offload": "none"}) == plain
+    assert said({"technique.tome.ratio": 0.25}) == {**plain, "tome": {"ratio": 0.25}}
