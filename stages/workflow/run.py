@@ -291,4 +291,6 @@ def _show_results(
         budget = megabytes(summary["device_budget_bytes"])
         shown.line(f"total {total}, peak of VRAM {megabytes(vram)} of {budget}, of RAM {peak}")
         return
+    ranks = max(results, key=lambda result: result.peak_rss_bytes).ranks
+    budget = budget if ranks == 1 else f"{ranks} x {budget}"
     shown.line(f"total {total}, peak {peak} of {budget} (runner {megabytes(summary['runner_peak_rss_bytes'])})")
