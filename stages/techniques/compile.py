@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,8 +19,13 @@ from stages.techniques.base import Technique
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.memory.planner import ModelProfile
+
 KEY = "technique.compile"
 WAYS = ("none", "compile", "trace")
+COMPILER = (
+    800_000_000  # bytes of RES on a CPU: torch's compiler 250 MB, the C++ compiler 550 MB while it works; measured
+)
 COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -58,6 +64,11 @@ class Compile(Technique):
 
     def touches(self, stage: str) -> bool:
         return stage in ("lowres", "denoise")
+
+    def planned(self, model: ModelProfile) -> ModelProfile:
+        """On a processor with what compiles there."""
+        more = COMPILER if self.way == "compile" and not self._gpu else 0
+        return replace(model, weights=model.weights + more)
 
     def on_open(self, streamer: Any) -> None:
         if self.way == "trace":

@@ -27,6 +27,7 @@ from stages.models.loading import Built, open_model, source
 from stages.plans import ModelPlan, StagePlan
 from stages.stitch import settings
 from stages.techniques import techniques_of
+from stages.techniques.compile import COMPILER, Compile
 from stages.techniques.offload import Offload
 from stages.techniques.tome import Merge, ToMe, destinations
 from stages.tiles import Tile
@@ -287,6 +288,12 @@ def test_a_compiled_model_is_called(work: Work) -> None:
         assert scales and all(type(scale) is float for scale in scales), "nothing that breaks the graph"
     with open_model(component, techniques=techniques_of(work.config(ONE), "denoise"), **options) as streamer:
         assert streamer.model._compiled_call_impl is None
+
+
+def test_a_compiler_is_planned_for(work: Work) -> None:
+    stay = {**ONE, "technique.offload": "none"}
+    for way, more in (("compile", COMPILER), ("trace", 0)):
+        assert Compile(work.config({**stay, "technique.compile": way})).planned(MODEL).weights == MODEL.weights + more
 
 
 def test_a_program_of_weights_that_leave_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
