@@ -79,7 +79,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype) if tensor.numel() < 2 else tensor.view(-1)
         if tensor.numel() == 1:  # its stride may be anything
             flat.copy_(tensor.view(-1))
-        sha.update(flat.view(torch.uint8).numpy())
+        sha.update(flat.view(torch.uint8).cpu().numpy())
     return sha.hexdigest()
 
 
