@@ -133,7 +133,7 @@ class Ranks:
         import torch.distributed as dist
 
         moved = values.contiguous().to(self._device)
-        with self._hearing("rank 0"):
+        with self._hearing("all others" if self.first else "rank 0"):
             dist.broadcast(moved, 0)
             return moved.cpu()
 

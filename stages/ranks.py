@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     processes = [subprocess.Popen(command, env=environment(rank, size, port), close_fds=False) for rank in range(size)]
     try:
         failed = watch(processes)
+        silent = [rank for rank, process in enumerate(processes) if process.poll() is None]
     finally:
         for process in processes:
             process.kill()
@@ -87,9 +88,13 @@ def main(argv: list[str] | None = None) -> int:
     if failed is None:
         return 0
     rank, code = failed
-    how = "waited in vain for another one: see launch.timeout" if code == LOST else ended(code)
-    error = to_line(Error(f"rank {rank} of {size} {how}", expected=False))
-    os.write(2 if arguments.events is None else arguments.events, error.encode())
+    names = " and ".join(f"rank {one}" for one in silent) or "another one"
+    how = f"waited in vain for {names}: see launch.timeout" if code == LOST else ended(code)
+    message = f"rank {rank} of {size} {how}"
+    if arguments.events is None:
+        print(message, file=sys.stderr)
+    else:
+        os.write(arguments.events, to_line(Error(message, expected=False)).encode())
     return 1
 
 

@@ -76,6 +76,8 @@ def plan(
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
         profiles = {name: replace(one, models=tuple(map(_stays, one.models))) for name, one in profiles.items()}
     for state in running:
+        if state.name in profiles and spread.ranks(job, state.stage) > 1:
+            profiles[state.name] = replace(profiles[state.name], base=profiles[state.name].base + RANK)
         for technique in techniques_of(config, state.stage.module) if state.name in profiles else ():
             one = profiles[state.name]
             profiles[state.name] = replace(one, models=tuple(map(technique.planned, one.models)))
@@ -123,7 +125,7 @@ def _of_stage(profile: StageProfile, stage: Stage, job: Job) -> StageProfile:
     if ranks > 1:
         models = tuple(replace(model, micro_batches=-(-model.micro_batches // ranks)) for model in models)
         rate = profile.rate if on_gpu(config) else profile.rate / ranks
-        profile = replace(profile, base=profile.base + RANK, rate=rate)
+        profile = replace(profile, rate=rate)
     if stage.phase is None:
         return replace(profile, models=models)
     share = stage.phase[0] * stage.phase[1] / (config.width * config.height)

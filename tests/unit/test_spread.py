@@ -7,8 +7,9 @@ import os
 import pytest
 
 from stages import PIPELINE, expanded
+from stages import ranks as launcher
 from stages.config import ConfigError
-from stages.distributed import Place, Ranks
+from stages.distributed import LOST, Place, Ranks
 from stages.job import Job
 from stages.memory.planner import Cut, Line, ModelProfile, StageProfile
 from stages.ranks import environment, free_port
@@ -59,7 +60,6 @@ def test_a_rank_is_planned_with_its_part_of_the_tiles(make_config):
         values = {"launch.nproc": count, "width": 1024, "height": 1024}
         found = planning._of_stage(profile, stage, Job.of(make_config(values)))
         assert (found.models[0].micro_batches, found.rate) == (batches, rate)
-        assert found.base == 100 + (planning.RANK if count > 1 else 0)
 
 
 def test_shares_are_runs_that_make_the_whole():
@@ -89,3 +89,28 @@ def test_the_environment_is_torchruns(monkeypatch):
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     assert Place.told() == Place(1, 2, 1)
+
+
+class Process:
+    """Ends with each of ``codes`` in turn; the last one stays."""
+
+    def __init__(self, *codes: int | None) -> None:
+        self.codes = list(codes)
+
+    def poll(self) -> int | None:
+        return self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        ([Process(0), Process(None, 0)], None),
+        ([Process(0), Process(None)], None),  # the result is there: the others are of no use any more
+        ([Process(None), Process(None, -9)], (1, -9)),
+        ([Process(LOST), Process(None, None, -9)], (1, -9)),  # the cause, not who noticed it
+        ([Process(LOST), Process(None)], (0, LOST)),  # it is there, and silent
+    ],
+)
+def test_which_rank_failed(monkeypatch, processes, expected):
+    monkeypatch.setattr(launcher, "_PATIENCE", 0.3)
+    assert launcher.watch(processes) == expected
