@@ -26,6 +26,7 @@ class Measured(NamedTuple):
 
     ``peak`` is the highest sum of RES over the tree that a sample saw. ``kernel_peak`` is VmHWM of the command plus the
     highest VmHWM of what it started (one at a time): no peak between samples escapes it, and it can be too high only.
+    ``read``: bytes that the tree has asked of files, cached or not, as last seen.
     """
 
     code: int
@@ -33,6 +34,7 @@ class Measured(NamedTuple):
     peak: int
     kernel_peak: int
     output: str
+    read: int = 0
 
     def check(self) -> Measured:
         """Itself. SystemExit with the end of the output if the command failed."""
@@ -80,6 +82,7 @@ def measure(
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     highest: dict[int, int] = {}
+    asked: dict[int, int] = {}
     peak = count = 0
     pids = [process.pid]
     while process.poll() is None:
@@ -87,6 +90,7 @@ def measure(
             pids = [process.pid, *descendants(process.pid)]
             for pid in pids:
                 highest[pid] = max(highest.get(pid, 0), peak_rss(pid))
+                asked[pid] = max(asked.get(pid, 0), _asked(pid))
         peak = max(peak, sum(usage(pid).rss for pid in pids))
         count += 1
         time.sleep(PERIOD)
@@ -94,7 +98,16 @@ def measure(
     seconds = time.monotonic() - begin
     output = b"".join(lines).decode("utf-8", "replace")
     own = highest.pop(process.pid, 0)
-    return Measured(process.returncode, seconds, peak, own + max(highest.values(), default=0), output)
+    kernel_peak = own + max(highest.values(), default=0)
+    return Measured(process.returncode, seconds, peak, kernel_peak, output, sum(asked.values()))
+
+
+def _asked(pid: int) -> int:
+    """Bytes that a process has read from files so far; 0 where it is gone or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/io").read_text().split()[1])
+    except OSError:
+        return 0
 
 
 def runner(output_dir: Path, *overrides: str, **options: Any) -> Measured:

@@ -46,6 +46,8 @@ class ModelConfig:
     config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
+    cpu_size: int | None = None  # native_size on a CPU, where 800 MB do not hold tiles of the trained one
+    fp32_size: int | None = None  # and where a CPU computes in float32
     vae_scale_factor: int = 8
     latent_channels: int = 4
     patch: int = 1  # latents a side that the denoiser joins to a token: sides are multiples of vae_scale_factor * patch

@@ -26,9 +26,10 @@ from stages.memory.units import Unit, within
 
 _aten = torch.ops.aten
 # Ops whose CPU kernel copies the weight into a blocked layout on every call: (op packet, index of the weight); matrix
-# products in parts: of at most so many bytes at a time, measured (``python -m benchmarks products``).
+# products copy a part of it at a time, measured (``python -m benchmarks products``).
 _REORDERS = {_aten.convolution: 1, _aten.addmm: 2, _aten.mm: 1, _aten.linear: 1}
-PACKED = 32_000_000
+PACKED = 0.4
+VECTOR = 64  # numbers of a head that attention packs at a time
 
 
 @dataclass(kw_only=True)
@@ -76,9 +77,9 @@ def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if mode is not None:
         *batch, length, width = query.shape
         mode.add_flops(4 * int(torch.Size(batch).numel()) * length * key.shape[-2] * width)
-        # the CPU kernel packs keys and values, padded to whole vectors, and accumulates in float32
-        packed = 2 * (key.numel() + value.numel()) * key.element_size()
-        mode.trace.events[-1].workspace += packed
+        if query.element_size() == 2:  # the CPU kernel packs keys, and values padded to whole vectors
+            padded = -(-value.shape[-1] // VECTOR) * VECTOR
+            mode.trace.events[-1].workspace += (key.nbytes // width + value.nbytes // value.shape[-1]) * padded
         if _cur_sdpa_kernel_backends() == [SDPBackend.MATH]:  # which keeps the scores, and what softmax makes of them
             scores = query.new_empty((2, *query.shape[:-1], key.shape[-2]))
             del scores
@@ -138,7 +139,7 @@ class _Follower(TorchDispatchMode):
         if packet in _REORDERS:
             weight = args[_REORDERS[packet]]
             workspace = weight.numel() * weight.element_size()
-            workspace = workspace if packet is _aten.convolution else min(workspace, PACKED)
+            workspace = workspace if packet is _aten.convolution else int(PACKED * workspace)
         self.trace.events.append(Event(unit=self.unit, live=self.live, workspace=workspace))
         return result
 
@@ -208,9 +209,12 @@ def segments(two: Trace, three: Trace) -> list[Line]:
         if len(some) != len(more):
             some, more = ([max(events, key=lambda event: event.live + event.workspace)] for events in (some, more))
         for a, b in zip(some, more, strict=True):
-            slope = b.live - a.live
-            key = (unit, a.live - 2 * slope, slope)
-            best[key] = max(best.get(key, 0), a.workspace)
+            slope, grown = (
+                b.live - a.live,
+                b.workspace - a.workspace,
+            )  # grown: of a kernel over the group, between units
+            key = (unit, a.live - 2 * slope, slope + grown)
+            best[key] = max(best.get(key, 0), a.workspace - 2 * grown)
     lines = [Line(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
     kept = []
     for unit in dict.fromkeys(line.unit for line in lines):

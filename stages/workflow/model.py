@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError, SchedulerConfig
+from stages.config import ConfigError, SchedulerConfig, dtype_of_component, on_gpu
 from stages.documents import escape
 from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
@@ -86,6 +86,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     if config.model.name != AUTO:
         if (classes or Path(config.model.path).is_file()) and "model.family" not in said:
             config.model.family = family
+        _size(config, said)
         _schedule(config, said)
         return
     option, native = _option(str(config.model.path), FACTS[family].models), _native(folder, config)
@@ -95,7 +96,20 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     for key, value in found.items():
         if f"model.{key}" not in said:
             OmegaConf.update(config, f"model.{key}", value)
+    _size(config, said)
     _schedule(config, said)
+
+
+def _size(config: DictConfig, said: Collection[str]) -> None:
+    """On a CPU pictures and tiles are as large as the default budget holds, which hangs on the dtype, not on the budget
+    of the run: that changes speed, never the picture."""
+    facts = FACTS.get(str(config.model.family))
+    if facts is None or on_gpu(config) or "model.native_size" in said:
+        return
+    wide = dtype_of_component(config, facts.denoiser) == "fp32"
+    most = (wide and config.model.fp32_size) or config.model.cpu_size
+    if most and not OmegaConf.is_missing(config.model, "native_size"):
+        config.model.native_size = min(config.model.native_size, most)
 
 
 def _schedule(config: DictConfig, said: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
 from stages.workflow.store import Store, fingerprint
 
+COPIES = 4  # times the bytes of a prepared copy have to be free on the disk
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known
 REHEARSED = "rehearsal.json"  # as stages/rehearsal.py writes it
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
@@ -88,6 +89,7 @@ def plan(
     check_disk(running, profiles.values())
     by_name = {state.name: state.stage for state in running}
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
+    _without_room(plans, profiles, note)
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
 
@@ -164,6 +166,23 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         ranks=ranks,
         **peak,
     )
+
+
+def _without_room(
+    plans: dict[str, StagePlan], profiles: Mapping[str, StageProfile], note: Callable[[str], None]
+) -> None:
+    """Take the prepared copies out that would fill the disk: those weights are read from the checkpoint."""
+    for name, plan in plans.items():
+        for model in profiles[name].models:
+            file = plan.model(model.component).prepared
+            if file is None or Path(file).is_file() or COPIES * model.weights <= room(Path(file).parent):
+                continue
+            read = replace(plan.model(model.component), prepared=None)
+            plans[name] = plan = replace(plan, models={**plan.models, model.component: read})
+            note(
+                f"{name}: no copy of the weights of {model.component} is kept, it would take {model.weights / 1e9:.1f} "
+                f"of the {room(Path(file).parent) / 1e9:.1f} GB that are free; they are read from the checkpoint"
+            )
 
 
 def _prepared(stage: Stage, component: str, config: DictConfig, store: Store) -> Path:

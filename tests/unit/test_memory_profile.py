@@ -47,7 +47,7 @@ def test_live_bytes_and_flops_of_a_pass_that_can_be_counted_by_hand() -> None:
     wide, narrow = 6 * 1000 * 4, 6 * 10 * 4
     assert max(event.live for event in found.events) == narrow + 2 * wide  # the input, and ReLU's argument and result
     assert found.events[-1].live == narrow * 2 + wide  # ReLU's argument is gone
-    assert {event.workspace for event in found.events if event.workspace} == {10 * 1000 * 4}
+    assert {event.workspace for event in found.events if event.workspace} == {0.4 * 10 * 1000 * 4}
 
 
 class Loop(nn.Module):
