@@ -25,12 +25,17 @@ WEIGHTS = ("auto", "streamed", "resident")
 DTYPES = ("auto", "fp32", "bf16", "fp16", "float32", "bfloat16", "float16")
 
 
+LONGEST_SAID = 500  # characters of a value in a message
+
+
 class ConfigError(ValueError):
     """A value that cannot work: names the key, what was got and what is allowed."""
 
     def __init__(self, key: str, got: Any, expected: str, hint: str = "") -> None:
         self.key = key
-        text = f"{key}: got {got!r}, expected {expected}."
+        said = repr(got)
+        said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}... ({len(said)} characters)"
+        text = f"{key}: got {said}, expected {expected}."
         super().__init__(f"{text} {hint}" if hint else text)
 
 

@@ -187,10 +187,10 @@ TRAITS: tuple[tuple[str, str, Any, str], ...] = (
     ("text_encoder", "layer_norm_eps", float("nan"), REFUSED),
 )
 SCHEDULER: tuple[tuple[str, Any, str], ...] = (
-    ("_class_name", "UNet2DConditionModel", REFUSED),
-    ("_class_name", "os.system", REFUSED),
-    ("_class_name", "FlowMatchEulerDiscreteScheduler", REFUSED),
-    ("_class_name", 3, REFUSED),
+    ("_class_name", "UNet2DConditionModel", EITHER),
+    ("_class_name", "os.system", EITHER),  # the command names another
+    ("_class_name", "FlowMatchEulerDiscreteScheduler", EITHER),
+    ("_class_name", 3, EITHER),
     ("num_train_timesteps", 10**8, REFUSED),
     ("num_train_timesteps", 0, REFUSED),
     ("num_train_timesteps", "many", REFUSED),
@@ -305,7 +305,7 @@ def run(bench: Bench) -> Tally:
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(bench.checkpoint, folder)
         change(folder)
-        shutil.rmtree(output / "x", ignore_errors=True)
+        shutil.rmtree(output, ignore_errors=True)  # a result for the same bytes would be reused
         done = bench.run(output, f"model.path={folder}")
         if (folder.parent / "code-has-run").exists():
             tally.fault("wrong picture", f"{name}: code from the checkpoint has run")

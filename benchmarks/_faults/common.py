@@ -63,6 +63,7 @@ class Bench:
     checkpoint: Path
     random: Random
     tries: int
+    variants: tuple[str, ...] = tuple(VARIANTS)
 
     def arguments(self, output: Path, *more: str) -> list[str]:
         """A whole command; later values replace earlier ones."""
@@ -89,7 +90,9 @@ class Bench:
         if not (output / "x" / "image.png").exists():
             made = self.run(output, *VARIANTS[name])
             if made.code:
-                raise SystemExit(f"the run that is to be disturbed failed:\n{made.err}\n{made.out[-2000:]}")
+                raise SystemExit(
+                    f"the run that is to be disturbed failed ({made.code}):\n{made.err}\n{made.out[-2000:]}"
+                )
         return output
 
     def copy(self, name: str) -> Path:
@@ -160,7 +163,10 @@ def last(done: Ended, length: int = 400) -> str:
     return " | ".join(done.err.strip().splitlines()[-6:])[-length:]
 
 
-_SAYS = re.compile(r"\bgot\b|expected|needs at least|cannot|not a known key|disk is full|Missing|Could not|is damaged")
+_SAYS = re.compile(
+    r"\bgot\b|expected|needs at least|cannot|not a known key|disk is full|[Mm]issing|Could not|is damaged|torn|not JSON"
+    r"|not a whole"
+)
 
 
 def unclear(done: Ended) -> str:

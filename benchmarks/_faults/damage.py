@@ -106,9 +106,8 @@ def half_done(bench: Bench, variant: str) -> Path:
 
 def run(bench: Bench) -> Tally:
     tally = Tally("damaged files")
-    names = list(VARIANTS)
     while tally.tries < bench.tries:
-        variant, random = bench.random.choice(names), bench.random
+        variant, random = bench.random.choice(bench.variants), bench.random
         unfinished = random.random() < 0.4
         output = half_done(bench, variant) if unfinished else bench.copy(variant)
         template = bench.template(variant)

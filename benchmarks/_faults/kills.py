@@ -59,9 +59,8 @@ def finished(output: Path, stages: list[str]) -> dict[str, str]:
 
 def run(bench: Bench) -> Tally:
     tally = Tally("kills")
-    names = list(VARIANTS)
     while tally.tries < bench.tries:
-        variant = bench.random.choice(names)
+        variant = bench.random.choice(bench.variants)
         template, output = bench.template(variant), bench.copy(variant)
         stages = stages_of(template)
         begin = bench.random.randrange(len(stages))

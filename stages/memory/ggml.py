@@ -54,6 +54,8 @@ class Header(NamedTuple):
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return False
     with path.open("rb") as file:
         return file.read(4) == MAGIC
 

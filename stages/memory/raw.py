@@ -67,6 +67,8 @@ def read_described(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     Raises:
         ValueError: a torn or foreign file, a header that is too long, tensors that share bytes.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: got a folder, a pipe or a device, expected a safetensors file.")
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

@@ -274,7 +274,11 @@ class Checkpoint:
                 f"or tokenizer.json, got {', '.join(sorted(p.name for p in folder.iterdir())) or 'an empty folder'}. "
                 "Download the checkpoint again."
             )
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+        except Exception as error:  # the library reads files of any shape in its own way
+            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+            raise CheckpointError(f"{folder}: cannot be read ({said}). Download the checkpoint again.") from error
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise CheckpointError(f"{folder}: its vocabulary is empty. Download the checkpoint again.")
         positions = self.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings", 77)
@@ -307,7 +311,23 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def construct(class_name: str, config: dict[str, Any]) -> nn.Module:
-    """An instance of a stock class, its parameters on ``meta``. The class is looked up by name in its library."""
+    """An instance of a stock class, its parameters on ``meta``. The class is looked up by name in its library.
+
+    Raises:
+        CheckpointError: no such class, or a config that it cannot be made from.
+    """
+    try:
+        return _constructed(class_name, config)
+    except (CheckpointError, ImportError):
+        raise
+    except Exception as error:  # of whatever kind: the values in a config are anybody's
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+        raise CheckpointError(
+            f"{class_name}: cannot be made from its config ({said}); expected that of a stock model. Download it again."
+        ) from error
+
+
+def _constructed(class_name: str, config: dict[str, Any]) -> nn.Module:
     library = "diffusers" if "_class_name" in config else "transformers"
     with light_imports(library):
         from accelerate import init_empty_weights

@@ -21,7 +21,7 @@ def explain(error: BaseException) -> str:
     wrong = re.search(_WRONG, text, re.DOTALL)
     key = re.search(r"full_key: (\S+)", text)
     if wrong and key:
-        return f"{key[1]}: got {wrong[1]!r}, expected {_A.get(wrong[2], wrong[2])}."
+        return f"{key[1]}: got {wrong[1]!r:.200}, expected {_A.get(wrong[2], wrong[2])}."
     if said := _refused(text, key[1] if key else ""):
         return said
     unknown = re.search(r"Key '([^']+)' (?:not in|is not in struct)", text)

@@ -265,6 +265,35 @@ def test_a_config_that_is_no_object(folder: Path, text: str) -> None:
         Checkpoint.open(str(folder)).component("vae")
 
 
+@pytest.mark.parametrize(
+    ("component", "changes"),
+    [
+        ("vae", {"norm_num_groups": 5}),
+        ("text_encoder", {"hidden_act": "nonsense"}),
+        ("unet", {"block_out_channels": []}),
+    ],
+)
+def test_a_config_that_makes_no_model_is_said_in_words(folder: Path, component: str, changes: dict) -> None:
+    edit(folder / component / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=r"cannot be made from its config \(\w+: .*Download it again"):
+        Checkpoint.open(str(folder)).component(component)
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", '"x"'])
+def test_a_vocabulary_of_another_shape_is_refused(folder: Path, text: str) -> None:
+    (folder / "tokenizer" / "vocab.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer: .*Download the checkpoint again"):
+        Checkpoint.open(str(folder)).tokenizer()
+
+
+def test_weights_that_are_no_file(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"got a folder, a pipe or a device"):
+        Checkpoint.open(str(folder)).component("vae")
+
+
 def test_no_class_but_those_that_families_know_is_made(folder: Path) -> None:
     for name, said in (("unet", "Transformer2DModel"), ("vae", "AutoencoderTiny"), ("text_encoder", "PreTrainedModel")):
         edit(folder / "model_index.json", **{name: ["diffusers", said]})
