@@ -32,7 +32,8 @@ class Attention(Technique):
 
     name = "attention"
     keys = (KEY,)
-    whole = frozenset({"Attention"})  # products over a batch round by its size, which has to be a micro-batch
+    # products over a batch round by its size, which has to be a micro-batch
+    whole = frozenset({"Attention", "FluxAttention", "Flux2Attention", "Flux2ParallelSelfAttention"})
 
     @classmethod
     def of(cls, config: DictConfig) -> Attention | None:

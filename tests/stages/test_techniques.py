@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from in_process import Work, look
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from stages.models.loading import Built, open_model, source
 from stages.plans import ModelPlan, StagePlan
 from stages.stitch import settings
 from stages.techniques import techniques_of
+from stages.techniques.attention import Attention
 from stages.techniques.compile import COMPILER, Compile
 from stages.techniques.offload import Offload
 from stages.techniques.tome import Merge, ToMe, destinations
@@ -95,6 +96,22 @@ def test_attention_that_is_not_there_is_refused(work: Work) -> None:
     refused(work, {"technique.attention": "xformers", "device": "cuda"}, "expected a package that is installed")
     refused(work, {"technique.attention": "slicd"}, r"got 'slicd', expected one of .* Did you mean sliced")
     refused(work, {"technique.attention": "flash"}, "for transformers")
+
+
+def test_a_transformer_asks_the_dispatcher() -> None:
+    with torch.device("meta"):
+        sides = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+        network = FluxTransformer2DModel(
+            **sides, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4)
+        )
+    try:
+        Attention("math").on_model(network, "transformer")
+        asked = [one.processor for one in network.modules() if hasattr(one, "processor")]
+        assert len(asked) == 2 and {one._attention_backend for one in asked} == {"_native_math"}
+        with pytest.raises(ConfigError, match=r"technique.attention: got 'flash', .*install"):
+            Attention("flash").on_model(network, "transformer")
+    finally:
+        network.set_attention_backend("native")
 
 
 def test_what_a_processor_has_no_units_for_is_refused(work: Work) -> None:
