@@ -13,9 +13,10 @@ from originals import FLUX2, SD3, Z_IMAGE, Table, originally
 from quantised import write_gguf
 from safetensors.torch import save_file
 from torch import nn
+from transformers.models.clip import CLIPTextConfig, CLIPTextModelWithProjection
 
 from stages.memory.tensors import read_tensor
-from stages.models.locate import CheckpointError
+from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.models.single_file import denoiser_tensors
 
 
@@ -91,3 +92,24 @@ def test_another_denoiser_and_a_torn_one(tmp_path: Path) -> None:
     save_file(original, tmp_path / "sd3.safetensors")
     with pytest.raises(CheckpointError, match=r"not a whole model in the original layout: KeyError: 'joint_blocks.1"):
         denoiser_tensors(tmp_path / "sd3.safetensors", None, "SD3Transformer2DModel", {})
+
+
+def test_the_first_clip_of_sd3_projects_nothing(tmp_path: Path) -> None:
+    """As stock single files have it, whatever projection lies in the file."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=99, projection_dim=32, **sizes)).eval()
+    clip.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    sd3().save_config(tmp_path / "transformer")
+    prefix = "text_encoders.clip_l.transformer."
+    encoder = {f"{prefix}{name}": value for name, value in clip.state_dict().items()}
+    save_file({**originally(sd3().state_dict(), SD3), **encoder}, tmp_path / "sd3.safetensors")
+    opened = Checkpoint.open(str(tmp_path / "sd3.safetensors"), config=str(tmp_path), components=("text_encoder",))
+    component = opened.component("text_encoder")
+    model = component.build()
+    model.load_state_dict({name: read_tensor(ref) for name, ref in component.tensors.items()}, assign=True)
+    clip.text_projection.weight.data = torch.eye(32)
+    ids = torch.tensor([[5, 7, 98]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).text_embeds, clip(ids).text_embeds)
