@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -85,3 +86,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; {} where there is none, or something else."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}
+
+
+def digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, read in pieces of 1 MiB."""
+    sha, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            sha.update(buffer[:size])
+    return sha.hexdigest()

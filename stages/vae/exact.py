@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.files import read_json, write_json
+from stages.files import digest, read_json, write_json
 from stages.memory.rows import Rows
 from stages.vae.exact_attention import CanvasAttention
 from stages.vae.exact_program import INPUT, Layer, Shape, shapes
@@ -90,6 +90,7 @@ class ExactPass:
         folder.mkdir(parents=True, exist_ok=True)
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self._spills: dict[str, Rows] = {}
+        self._digests: dict[str, str] = {}
         self.resumed_from = self._load()
 
     def _path(self, name: str) -> Path:
@@ -106,7 +107,9 @@ class ExactPass:
         if done and state["done"] == names[:done] and state["input"] == list(self.shapes[INPUT].size):
             wanted = [name for name in names[:done] if self._last.get(name, -1) >= done]
             nbytes = {name: self.shapes[name].numel * self.dtype.itemsize for name in wanted}
-            if all(self._path(n).is_file() and self._path(n).stat().st_size == nbytes[n] for n in wanted):
+            kept = state.get("sha256", {})
+            if all(self._intact(name, nbytes[name], kept.get(name)) for name in wanted):
+                self._digests = {name: kept[name] for name in wanted}
                 for name in wanted:
                     self._spills[name] = self._file(name)
                     var, mean = (torch.tensor(values, dtype=torch.float64) for values in state["moments"][name])
@@ -116,6 +119,10 @@ class ExactPass:
             path.unlink()
         return 0
 
+    def _intact(self, name: str, nbytes: int, expected: str | None) -> bool:
+        path = self._path(name)
+        return path.is_file() and path.stat().st_size == nbytes and digest(path) == expected
+
     def _save(self, done: int) -> None:
         kept = [layer.name for layer in self.layers[:done] if self._last.get(layer.name, -1) >= done]
         state = {
@@ -123,6 +130,7 @@ class ExactPass:
             "dtype": str(self.dtype),
             "input": list(self.shapes[INPUT].size),
             "done": [layer.name for layer in self.layers[:done]],
+            "sha256": {name: self._digests[name] for name in kept},
             "moments": {name: [values.tolist() for values in self._moments[name]] for name in kept},
         }
         write_json(self.folder / STATE, state)
@@ -171,7 +179,7 @@ class ExactPass:
         self._make(layer, source, take)
         rows, variances, means = zip(*parts, strict=True)
         self._moments[layer.name] = merge_var_mean(torch.tensor(rows), torch.stack(variances), torch.stack(means))
-        self._spills[layer.name] = target
+        self._spills[layer.name], self._digests[layer.name] = target, digest(target.path)
 
     def _make(self, layer: Layer, source: Read, take: Take) -> None:
         """The layer's result, strip by strip; a strip is nowhere kept while the next is made."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.files import TEMPORARY, make_folder, read_json, read_object, write_json
+from stages.files import TEMPORARY, digest, make_folder, read_json, read_object, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -27,15 +27,6 @@ def fingerprint(payload: Mapping[str, Any]) -> str:
     """sha256 (hex) of the payload as canonical JSON: sorted keys, no spaces, UTF-8."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def digest(path: Path) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces of 1 MiB."""
-    sha, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            sha.update(buffer[:size])
-    return sha.hexdigest()
 
 
 class Check(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from files import flip
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -141,3 +142,18 @@ def test_a_full_disk_is_refused_before_the_work(context, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(ValueError, match=r"decode needs .* GB of scratch space, 0\.0 GB are free.*decode\.mode=shared"):
         decode.run(context)
+
+
+def test_a_damaged_activation_is_made_again(context, checkpoint, monkeypatch):
+    def stop(name):
+        if name.endswith("up_blocks.0.resnets.0.conv1"):
+            raise Killed
+
+    monkeypatch.setattr(context.progress, "mark", stop)
+    with pytest.raises(Killed):
+        decode.run(context)
+    monkeypatch.undo()
+    for file in (context.output / "checkpoint_exact_decode").glob("*.raw"):
+        flip(file, 0.5)
+    decode.run(context)
+    assert worst(context, checkpoint[1]) <= 1
