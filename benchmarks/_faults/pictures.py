@@ -41,7 +41,7 @@ def cases(folder: Path) -> Iterator[tuple[Path, str]]:
     yield save(deep, "deep.png"), SHOWN
     for mode in ("RGB", "RGBA", "L", "LA", "P"):
         yield save(plain.convert(mode), f"{mode}.png"), SHOWN
-    yield save(plain.convert("L").point(lambda value: 255 * (value > 99)).convert("1"), "1.png"), SHOWN
+    yield save(plain.convert("L").point([0] * 100 + [255] * 156).convert("1"), "1.png"), SHOWN
     for mode in ("RGB", "L", "CMYK"):
         yield save(plain.convert(mode), f"{mode}.jpg", quality=95), SHOWN
         yield save(plain.convert(mode), f"{mode}.tiff"), SHOWN
