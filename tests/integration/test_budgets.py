@@ -25,7 +25,7 @@ from stages.workflow.store import Store
 CANVAS = {"width": 264, "height": 520, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, guidance: float) -> None:
     """Resident, block by block and leaf by leaf; smallest and largest rings and groups; with and without a copy."""
     values = {**CANVAS, "denoise.guidance_scale": guidance, "lowres.guidance_scale": guidance}
@@ -63,7 +63,9 @@ def test_too_small_a_budget_is_refused_before_any_stage_and_the_least_works(fini
     found = re.search(r"memory\.budget: got 290MB, but (\w+) needs at least (\d+) MB for 264x200", refused.stderr)
     assert found, refused.stderr
     assert f"Use memory.budget={found[2]}MB" in refused.stderr and "Traceback" not in refused.stderr
-    assert not [path for path in (tmp_path / ".store").glob("[a-z]*") if path.name not in ("profile", "weights")]
+    assert not [
+        path for path in (tmp_path / ".store").glob("[a-z]*") if path.name not in ("profile", "rehearsal", "weights")
+    ]
     least = start(tmp_path, checkpoint, **values, **{"memory.budget": f"{found[2]}MB", "memory.enforce": "watchdog"})
     assert least.summary["peak_rss_bytes"] <= int(found[2]) * 10**6
     roomy = start(tmp_path / "roomy", checkpoint, **values, **{"memory.budget": "4GB"})
@@ -91,11 +93,12 @@ def test_plan_computes_nothing_and_predicts_every_stage(finished: Run, tmp_path:
     done = command("run=x", "stage=plan", *arguments())
     assert done.returncode == 0, done.stderr
     assert "nothing was computed" in done.stdout
-    assert {path.name for path in (tmp_path / ".store").glob("[a-z]*")} == {"profile"}
+    assert {path.name for path in (tmp_path / ".store").glob("[a-z]*")} == {"profile", "rehearsal"}
     for name in ("text_encode", "lowres", "guide", "denoise", "decode"):
         assert re.search(rf"{name} +run +\d+ MB +\S+ s", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_an_exact_decode_keeps_its_prediction_and_says_its_disk(finished: Run, tmp_path: Path) -> None:
     checkpoint = Path(finished.command.common[-1].partition("=")[2])
     values = {"decode.mode": "exact", "width": 1024, "height": 768, "guide.mode": "none", "memory.enforce": "off"}

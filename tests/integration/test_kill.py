@@ -45,7 +45,7 @@ class Deadly(Command):
         return found
 
 
-@pytest.mark.parametrize("victim", ["stage", "runner"])
+@pytest.mark.parametrize("victim", ["stage", pytest.param("runner", marks=pytest.mark.slow)])
 def test_killed_in_every_stage_one_after_the_other(finished: Run, tmp_path: Path, victim: str) -> None:
     checkpoint = Path(finished.command.common[-1].partition("=")[2])
     run = Run(Deadly(ROOT / "runner.py", tmp_path, checkpoint), tmp_path / "x", "")

@@ -170,7 +170,7 @@ def test_weights_are_not_touched_by_inference_mode(work: Work) -> None:
     assert nn.functional.relu(latents.requires_grad_()).sum().backward() is None
 
 
-@pytest.mark.parametrize("size", [(192, 128), (200, 168)])
+@pytest.mark.parametrize("size", [(192, 128), pytest.param((200, 168), marks=pytest.mark.slow)])
 def test_dilated_sampling_joins_every_mode_and_resumes(
     work: Work, monkeypatch: pytest.MonkeyPatch, samples: list[int], size: tuple[int, int]
 ) -> None:

@@ -109,6 +109,7 @@ def test_the_whole_pipeline_with_upscaling_phases_and_guidance_one(work: Work) -
     assert canvas.shape == (1, 4, 12, 24) and canvas.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_profile_counts_the_regions_tiles(work: Work) -> None:
     def counted(values: dict[str, Any]) -> tuple[int, int, int]:
         found = look(work.config({**QUICK, "guide.mode": "sdedit", "denoise.strength": 1.0, **values}))

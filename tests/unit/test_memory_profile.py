@@ -184,6 +184,7 @@ def test_an_exact_decode_is_planned_by_its_strips_and_its_disk(small: Callable[[
     assert not any(one.disk for one in look(small_config(small("sd15"), tmp_path), "guide", "decode").values())
 
 
+@pytest.mark.slow
 def test_what_a_stage_holds_does_not_grow_with_the_canvas(small: Callable[[str], Path], tmp_path: Path) -> None:
     """Row bands: from 2048 to 8192 pixels a side the canvas itself is sixteen times as large."""
     tiles = {"denoise.tile_size": 512, "denoise.overlap": 128, "decode.tile_size": 512, "guide.tile_size": 256}

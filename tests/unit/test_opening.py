@@ -269,7 +269,7 @@ print(planned, peak_rss() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("side", [512, 4096])
+@pytest.mark.parametrize("side", [512, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", ["a.jpg", "progressive.jpg", "a.png", "alpha.png", "a.webp", "a.tiff", "strip.tiff", "ink.jpg"]
 )
