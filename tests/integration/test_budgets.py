@@ -54,6 +54,7 @@ def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, gui
         assert found["stitch"].joinpath("image.png").read_bytes() == expected, which
 
 
+@pytest.mark.slow
 def test_too_small_a_budget_is_refused_before_any_stage_and_the_least_works(finished: Run, tmp_path: Path) -> None:
     checkpoint = Path(finished.command.common[-1].partition("=")[2])
     command = Command(ROOT / "runner.py", tmp_path, checkpoint)

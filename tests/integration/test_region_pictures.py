@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from command import Command
 from in_process import Work
@@ -31,6 +32,7 @@ MODEL = {  # conf/model/embedded.yaml, few steps
 }
 
 
+@pytest.mark.slow
 def test_two_halves_of_the_embedded_model_show_what_each_was_asked(tmp_path: Path) -> None:
     work = Work(tmp_path / "outputs", ROOT / "models" / "embedded")
     values = dict(MODEL, width=512, height=256, prompt="", regions=HALVES)

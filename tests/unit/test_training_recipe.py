@@ -14,6 +14,7 @@ from training.clock import Clock, Phase
 from training.export import export
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 def _train(out: Path, *arguments: str) -> str:
