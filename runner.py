@@ -27,7 +27,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stages.config import ROOT, Config, ConfigError
+from stages.config import ROOT, ConfigError
+from stages.schema import Config
 from stages.workflow import overrides, run, signals
 from stages.workflow.errors import explain
 

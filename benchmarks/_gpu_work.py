@@ -62,7 +62,7 @@ class Work:
 
     @property
     def techniques(self) -> tuple[Technique, ...]:
-        return (ChannelsLast(),) if self.component == "unet" else ()
+        return (ChannelsLast(),) if self.facts.unet else ()
 
     def micro(self, network_config: Mapping[str, Any]) -> int:
         """Tiles that go through a block at a time, as the family says."""

@@ -32,7 +32,7 @@ from benchmarks._checkpoint_configs import KINDS, Configs, configs, scheduler_co
 from benchmarks._checkpoint_tokenizers import write_tokenizer
 from benchmarks.original_layout import Entry, Spec, entries_of
 from stages.files import atomic_path, write_json
-from stages.models.checkpoint import construct
+from stages.models.component import construct
 
 DTYPES = {"fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
 PIECE = 1 << 22  # numbers drawn at a time: 16 MB

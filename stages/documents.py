@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import Config, ConfigError
+from stages.config import ConfigError
+from stages.schema import Config
 
 OmegaConf.register_new_resolver("three_question_marks", lambda: "???", replace=True)
 

@@ -32,7 +32,7 @@ from stages.models.placement import bytes_by_gpu, caps, placed
 from stages.regions.types import Regions
 from stages.rehearsal import rehearse
 from stages.techniques.dtype import dtype_of
-from stages.workflow.device import FLOPS, LIBRARIES, slack
+from stages.workflow.device import FLOPS, LIBRARIES
 from stages.workflow.graph import active
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
@@ -82,7 +82,7 @@ def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile
     if way is None:
         return model
     limits = caps(max_memory(looking.config))
-    room = LIBRARIES + int(model.cuts[0].peak(model.together) * slack(model.component))  # on each: activations
+    room = LIBRARIES + int(model.cuts[0].peak(model.together) * model.slack)  # on each: activations
     if model.component == "vae":
         roomiest = max(limits, key=lambda index: limits[index])
         limits, way = {roomiest: limits[roomiest]}, "auto"

@@ -17,7 +17,7 @@ from stages.families import family_of
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint, open_component
 from stages.families.schedules import make_scheduler
-from stages.memory.planner import ModelProfile
+from stages.memory.planner import SLACK, ModelProfile
 from stages.memory.rows import Rows, bands
 from stages.memory.tensors import read_tensors
 from stages.techniques import techniques_of
@@ -138,6 +138,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         micro_batches=sum(-(-number // batch) for number in samples),
         together=max(1, max(view.passes for view in (*views, *more)) // batch),
         steps=1,
+        slack=family.facts.gpu_slack or SLACK,
         **measured._asdict(),
     )
     band = channels * bands(*size, channels=channels)[0][1] * size.width * 4

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ROOT, Config, resolve
+from stages.config import ROOT, resolve
 from stages.documents import escape_all
+from stages.schema import Config
 
 # as stage processes have it: with other work on the machine, threads that spin make small layers 50 times slower
 assert "torch" not in sys.modules, "torch's threads would not see the next line"

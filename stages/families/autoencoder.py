@@ -1,8 +1,8 @@
-"""The calls of an autoencoder, on meta: what the looks of ``guide`` and ``decode`` share."""
+"""Autoencoders: where they may be cut, and their calls on meta, which the looks of ``guide`` and ``decode`` share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,21 @@ from omegaconf import DictConfig
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import DECODER, ENCODER
 from stages.memory.planner import ModelProfile, joined
+from stages.memory.units import Blocks
 from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
 
 EXACT_FILES = 8_000_000  # bytes: what strips take on their way to and from files, measured (tests/integration)
 Call = Callable[[Any, int], Any]
+VAE = Blocks(classes=frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D", "Attention"}))
+
+
+def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str | None:
+    """Why an autoencoder's config cannot be used."""
+    if vae.get("_class_name") != expected:
+        return f"vae: got a {vae.get('_class_name')}, expected an {expected}."
+    return None
 
 
 def decode_call(config: DictConfig, latents: Size) -> Call:

@@ -26,6 +26,8 @@ from stages.tiles import Size, Tile
 Embeds = Mapping[str, Tensor]  # by the names of ``Facts.embeds``, one row a prompt
 Run = Callable[..., Tensor]  # ``run(call, *inputs)``: a whole pass, its result is valid until the next one
 
+TILE = 64 * 64 * 320  # activations of a 64x64 tile of Stable Diffusion, at its first level
+
 
 def plainly(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``call(*inputs)``."""
@@ -180,6 +182,16 @@ class Family(ABC):
         """
         if why := self.refuse(checkpoint, components):
             raise CheckpointError(f"model.path={checkpoint.folder}: {why}")
+
+
+def on_cpu(one: int) -> int:
+    """Samples that go through a block at a time on a CPU: whole pairs, of about one 64x64 tile of Stable Diffusion; of
+    larger tiles the halves of a pair one after the other.
+
+    Args:
+        one: activations of a sample, at the first level.
+    """
+    return 2 * min(8, TILE // one) if one <= TILE else 1
 
 
 def example_tiles(tile: Size, samples: int, channels: int) -> TileBatch:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from stages.families.encoders import Encoders
 from stages.families.text import say_truncated, tokenize
+from stages.memory.units import Blocks
+
+CLIP = Blocks(classes=frozenset({"CLIPEncoderLayer"}))
 
 
 class Encoded(NamedTuple):

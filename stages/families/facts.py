@@ -20,7 +20,8 @@ class Facts:
     Sides are multiples of ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one
     row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
     (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
-    family gets first. ``module``: its file in ``stages/families``.
+    family gets first. ``module``: its file in ``stages/families``. ``gpu_slack``: of its denoiser, where
+    it was measured (:data:`stages.memory.planner.SLACK`).
     """
 
     module: str
@@ -37,6 +38,12 @@ class Facts:
     flow: bool = False
     embeds: tuple[str, ...]
     overflows: tuple[str, ...] = ()
+    gpu_slack: float | None = None
+
+    @property
+    def unet(self) -> bool:
+        """Whether a UNet denoises; else a transformer."""
+        return self.denoiser == "unet"
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -127,6 +134,7 @@ FACTS: Mapping[str, Facts] = {
         flow=True,
         embeds=("prompt_embeds", "pooled_prompt_embeds"),
         overflows=("text_encoder_2",),
+        gpu_slack=1.3,  # 1.23 and 1.24, `benchmarks gpu`
     ),
     "flux2_klein": Facts(
         module="flux2_klein",

@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
+from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
+from stages.families.clip import CLIP
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call
 from stages.families.text import tokenize
-from stages.families.unet import CLIP, VAE, refuse_vae
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
 from stages.canvas.space import Space
+from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
 from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_unused
 from stages.families.schedules import Schedule
-from stages.families.unet import VAE, refuse_vae
 from stages.files import read_json
 from stages.memory.tensors import read_tensor
 from stages.memory.units import Blocks

@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
-from stages.families.base import Denoiser, Embeds, Family, example_tiles
-from stages.families.clip import clip_call, encode_clips
+from stages.families.autoencoder import VAE, refuse_vae
+from stages.families.base import Denoiser, Embeds, Family, example_tiles, on_cpu
+from stages.families.clip import CLIP, clip_call, encode_clips
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call
-from stages.families.unet import CLIP, VAE, on_cpu, refuse_vae
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size

@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
+from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
-from stages.families.clip import clip_call, encode_clips
+from stages.families.clip import CLIP, clip_call, encode_clips
 from stages.families.encoders import Encoders
 from stages.families.schedules import Schedule
-from stages.families.unet import CLIP, UNET, VAE, UNetDenoiser, micro_batch, refuse_unet, refuse_vae
+from stages.families.unet import UNET, UNetDenoiser, micro_batch, refuse_unet
 from stages.files import read_json
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint

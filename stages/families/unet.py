@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
-from stages.families.base import Denoiser
+from stages.families.base import TILE, Denoiser, on_cpu
 from stages.memory.units import Blocks
 from stages.tiles import Size
 
@@ -23,7 +23,6 @@ _INPUTS: Mapping[str, Any] = {
     "attention_type": "default",
 }
 GPU_TILES = 2  # 64x64 tiles of Stable Diffusion that keep a large GPU busy: more of them are hardly faster
-TILE = 64 * 64 * 320  # activations of one at its first level
 
 
 def _parkable(network: nn.Module) -> tuple[tuple[str, ...], str]:
@@ -42,8 +41,6 @@ UNET = Blocks(
     stages=frozenset({"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}),
     parkable=_parkable,
 )
-VAE = Blocks(classes=frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D", "Attention"}))
-CLIP = Blocks(classes=frozenset({"CLIPEncoderLayer"}))
 
 
 def refuse_unet(unet: Mapping[str, Any], known: Mapping[str, Any], *, width: int, latent_channels: int) -> str | None:
@@ -71,23 +68,6 @@ def refuse_unet(unet: Mapping[str, Any], known: Mapping[str, Any], *, width: int
     if set(across if isinstance(across, list | tuple) else [across]) != {width}:
         return f"unet: got cross_attention_dim={across}, expected the text encoder's width {width}: not of one model."
     return None
-
-
-def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str | None:
-    """Why an autoencoder's config cannot be used."""
-    if vae.get("_class_name") != expected:
-        return f"vae: got a {vae.get('_class_name')}, expected an {expected}."
-    return None
-
-
-def on_cpu(one: int) -> int:
-    """Samples that go through a block at a time on a CPU: whole pairs, of about one 64x64 tile of Stable Diffusion; of
-    larger tiles the halves of a pair one after the other.
-
-    Args:
-        one: activations of a sample, at the first level.
-    """
-    return 2 * min(8, TILE // one) if one <= TILE else 1
 
 
 def micro_batch(network_config: Mapping[str, Any], tile: Size, device: str = "cpu") -> int:

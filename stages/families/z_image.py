@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch, View
-from stages.families.base import Denoiser, Embeds, Family, example_tiles
+from stages.families.autoencoder import VAE, refuse_vae
+from stages.families.base import Denoiser, Embeds, Family, example_tiles, on_cpu
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, tokens_at_a_time
 from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_unused
 from stages.families.schedules import Schedule
-from stages.families.unet import VAE, on_cpu, refuse_vae
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size

@@ -209,10 +209,7 @@ def segments(two: Trace, three: Trace) -> list[Line]:
         if len(some) != len(more):
             some, more = ([max(events, key=lambda event: event.live + event.workspace)] for events in (some, more))
         for a, b in zip(some, more, strict=True):
-            slope, grown = (
-                b.live - a.live,
-                b.workspace - a.workspace,
-            )  # grown: of a kernel over the group, between units
+            slope, grown = b.live - a.live, b.workspace - a.workspace  # of kernels over the group, between units
             key = (unit, a.live - 2 * slope, slope + grown)
             best[key] = max(best.get(key, 0), a.workspace - 2 * grown)
     lines = [Line(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]

@@ -24,7 +24,7 @@ from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.tensors import TensorRef
 from stages.memory.trim import drop_clean_pages
 from stages.memory.units import Blocks, split_units
-from stages.models.checkpoint import Component
+from stages.models.component import Component
 from stages.models.large import without_large
 from stages.models.locate import CheckpointError
 from stages.plans import ModelPlan

@@ -45,7 +45,7 @@ class Attention(Technique):
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
-        kind, unet = config.technique.attention, facts_of(config).denoiser == "unet"
+        kind, unet = config.technique.attention, facts_of(config).unet
         if unet and kind not in NAMES:
             hint = close_match(kind, NAMES) or "Names of diffusers' attention dispatcher are for transformers."
             raise ConfigError(KEY, kind, f"one of {', '.join(NAMES)} for a UNet", hint)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError, GroupOffloadConfig, close_match, on_gpu
+from stages.config import ConfigError, close_match, on_gpu
+from stages.schema import GroupOffloadConfig
 from stages.techniques.base import Technique
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ class ToMe(Technique):
         ratio = config.technique.tome.ratio
         if not 0 <= ratio <= MOST:
             raise ConfigError(KEY, ratio, f"0 (off) to {MOST}, a share of the tokens")
-        if ratio and facts_of(config).denoiser != "unet":
+        if ratio and not facts_of(config).unet:
             raise ConfigError(KEY, ratio, "0 for a transformer", "It merges the tokens of a UNet's finest level.")
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:

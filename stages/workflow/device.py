@@ -7,10 +7,6 @@ from dataclasses import replace
 from stages.memory.planner import PINNED_RATE, Line, ModelProfile, StageProfile
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
-# of activations: copies that kernels make for themselves, holes that fit nothing (measured with `benchmarks gpu`: UNets
-# 1.2 to 1.5, FLUX.1 1.23 and 1.24)
-SLACK = {"transformer": 1.3}
-MOST_SLACK = 1.55
 FLOPS = 2e14  # of a large GPU in fp16; only ranks plans, as the rates do
 READ_RATES = {"pinned": PINNED_RATE, "disk": 8e9}  # bytes a second to the device
 START_SECONDS = 2e-3  # to begin a pass
@@ -23,11 +19,6 @@ ENVIRONMENT = {
     "CUBLASLT_WORKSPACE_SIZE": "8192",
     "CUDNN_CONV_WSCAP_DBG": "64",  # MiB: the choice of a kernel must not depend on what happens to be free
 }
-
-
-def slack(component: str) -> float:
-    """What the activations of a component are multiplied by."""
-    return SLACK.get(component, MOST_SLACK)
 
 
 def for_device(stage: StageProfile, host: str) -> StageProfile:
@@ -47,10 +38,9 @@ def for_device(stage: StageProfile, host: str) -> StageProfile:
 
 
 def _model(model: ModelProfile) -> ModelProfile:
-    factor = slack(model.component)
-    cuts = tuple(replace(cut, lines=tuple(_line(line, factor) for line in cut.lines)) for cut in model.cuts)
+    cuts = tuple(replace(cut, lines=tuple(_line(line, model.slack) for line in cut.lines)) for cut in model.cuts)
     return replace(model, cuts=cuts, keep=KEEP, streams=model.ordered)
 
 
-def _line(line: Line, factor: float) -> Line:
-    return replace(line, fixed=int(line.fixed * factor), slope=int(line.slope * factor), workspace=0)
+def _line(line: Line, slack: float) -> Line:
+    return replace(line, fixed=int(line.fixed * slack), slope=int(line.slope * slack), workspace=0)

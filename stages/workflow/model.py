@@ -8,13 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError, SchedulerConfig, dtype_of_component, on_gpu
+from stages.config import ConfigError, dtype_of_component, on_gpu
 from stages.documents import escape
 from stages.families.facts import DENOISERS, FACTS, family_of_classes
 from stages.files import read_json
 from stages.memory.ggml import names_of
 from stages.models.originals import original_of
 from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
+from stages.schema import SchedulerConfig
 from stages.workflow.identity import snapshot
 from stages.workflow.overrides import CONF
 

@@ -11,10 +11,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.config import ROOT, Config, ConfigError, close_match
+from stages.config import ROOT, ConfigError, close_match
 from stages.documents import escape
 from stages.files import write_json
 from stages.paths import anchored
+from stages.schema import Config
 from stages.workflow.saved import SAVED, settings
 from stages.workflow.words import meant, nearest, sampler
 

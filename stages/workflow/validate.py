@@ -19,9 +19,7 @@ from stages.config import (
     DTYPES,
     GUIDE_MODES,
     WEIGHTS,
-    Config,
     ConfigError,
-    SchedulerConfig,
     close_match,
     dtype_of_component,
     max_memory,
@@ -35,6 +33,7 @@ from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
 from stages.regions.files import overrides
+from stages.schema import Config, SchedulerConfig
 from stages.techniques import TECHNIQUES
 from stages.workflow import model
 from stages.workflow.identity import is_remembered

@@ -10,13 +10,14 @@ from unittest.mock import patch
 from omegaconf import DictConfig, OmegaConf
 
 from stages import PIPELINE, PROFILE, __main__
-from stages.config import Config, resolve
+from stages.config import resolve
 from stages.context import Progress
 from stages.documents import escape_all, save_text
 from stages.events import Event, Note
 from stages.files import write_json, write_text
 from stages.job import Job
 from stages.plans import StagePlan
+from stages.schema import Config
 from stages.workflow.graph import StageState, active, build, seen, state_of
 from stages.workflow.store import Store
 from stages.workflow.validate import validate

@@ -11,7 +11,8 @@ import torch
 
 from stages.families.sd import FAMILY
 from stages.memory.layout import Layout
-from stages.models.checkpoint import Checkpoint, Component
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component
 from stages.models.loading import Built, Streamer, build, open_model
 from stages.plans import ModelPlan
 from stages.techniques.channels_last import ChannelsLast

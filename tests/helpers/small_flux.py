@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import small_models
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from small_models import keys_of, letters_t5, stirred, vae_of_sixteen_channels
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import T5Config, T5EncoderModel
 from transformers.models.clip import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-ONE_TILE = {
-    "model.family": "flux",
-    "model.latent_channels": 16,
-    "model.patch": 2,
-    "model.size_multiple": 16,
-    "scheduler.class_name": None,
-    "width": 128,
-    "height": 64,
-    "guide.mode": "none",
-    "denoise.tile_size": 128,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
-    "denoise.guidance_scale": 3.5,
-    "seed": 7,
-    "technique.channels_last": False,
-}
+ONE_TILE = {**small_models.ONE_TILE, **keys_of("flux", 16), "denoise.guidance_scale": 3.5}
 
 
 def write(to: Path, tokenizer: Path, *, dev: bool = True, head: int = 16, joint: int = 48, pooled: int = 32) -> None:
@@ -44,18 +30,7 @@ def write(to: Path, tokenizer: Path, *, dev: bool = True, head: int = 16, joint:
         guidance_embeds=dev,
         axes_dims_rope=(head // 4, head * 3 // 8, head * 3 // 8),
     )
-    kind: Any = AutoencoderKL
-    vae = kind(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = vae_of_sixteen_channels(0.3611, 0.1159)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=1024,
@@ -72,12 +47,7 @@ def write(to: Path, tokenizer: Path, *, dev: bool = True, head: int = 16, joint:
             vocab_size=1100, d_model=joint, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
         )
     )
-    letters = [*((chr(code), -2.0) for code in range(97, 123)), ("▁", -2.0)]
-    tokenizer_2 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters])
-    for model in (transformer, vae, clip, t5):
-        model.eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    stirred(transformer, vae, clip, t5)
     FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
@@ -85,7 +55,7 @@ def write(to: Path, tokenizer: Path, *, dev: bool = True, head: int = 16, joint:
         text_encoder=clip,
         tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
         text_encoder_2=t5,
-        tokenizer_2=tokenizer_2,
+        tokenizer_2=letters_t5(),
     ).save_pretrained(to)
 
 

@@ -20,7 +20,8 @@ from stages.families.flux import FAMILY
 from stages.memory.layout import Layout
 from stages.memory.tensors import TensorRef, read_tensors
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import construct
 from stages.models.large import without_large
 from stages.plans import ModelPlan, StagePlan
 from stages.tiles import Size

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -20,6 +21,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from in_process import Work
 from omegaconf import OmegaConf
 from qwen import letters_tokenizer, tiny_qwen3
+from small_models import keys_of, stirred
 from torch import Tensor, nn
 
 from stages.canvas.space import Space
@@ -29,7 +31,8 @@ from stages.families.flux2_klein import FAMILY, empirical_shift
 from stages.memory.tensors import TensorRef, read_tensors
 from stages.memory.trace import trace
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, Component, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component, construct
 from stages.models.loading import Built, build
 from stages.models.single_file import CONFIGS
 from stages.plans import ModelPlan, StagePlan
@@ -38,24 +41,12 @@ from stages.workflow.identity import model_identity
 from stages.workflow.model import classes_of
 
 FAMILY_KEYS = {
-    "model.family": "flux2_klein",
-    "model.latent_channels": 32,
-    "model.patch": 2,
-    "model.size_multiple": 16,
+    **keys_of("flux2_klein", 32),
     "scheduler.class_name": None,
     "technique.channels_last": False,
     "seed": 7,
 }
-ONE_TILE = {
-    **FAMILY_KEYS,
-    "width": 128,
-    "height": 64,
-    "guide.mode": "none",
-    "denoise.tile_size": 128,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
-    "denoise.guidance_scale": 4.0,
-}
+ONE_TILE = {**small_models.ONE_TILE, **FAMILY_KEYS, "denoise.guidance_scale": 4.0}
 FULL = Checkpoint(CONFIGS / "flux2_klein")  # of the published 4B
 
 
@@ -75,10 +66,7 @@ def make(to: Path, distilled: bool) -> Path:
     statistics: Any = vae.bn
     statistics.running_mean.normal_(0.0, 0.5)
     statistics.running_var.uniform_(0.5, 3.0)
-    for model in (transformer, vae):
-        model.eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    stirred(transformer, vae)
     Flux2KleinPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

@@ -18,7 +18,8 @@ from stages.memory.layout import Layout
 from stages.memory.tensors import read_header
 from stages.memory.units import split_units
 from stages.models import checkpoint as checkpoint_module
-from stages.models.checkpoint import Checkpoint, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import construct
 from stages.models.loading import Streamer, build, open_model
 from stages.models.locate import CheckpointError
 from stages.models.measure import cuts

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 from in_process import Work, look
+from small_models import keys_of, letters_t5, stirred, vae_of_sixteen_channels
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import T5Config, T5EncoderModel
 from transformers.models.clip import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stages.config import ConfigError
@@ -28,27 +29,13 @@ from stages.families.sd3 import FAMILY
 from stages.memory.layout import Layout
 from stages.memory.tensors import read_tensors
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import construct
 from stages.models.loading import build
 from stages.plans import ModelPlan, StagePlan
 from stages.workflow.model import classes_of
 
-ONE_TILE = {
-    "model.family": "sd3",
-    "model.latent_channels": 16,
-    "model.patch": 2,
-    "model.size_multiple": 16,
-    "scheduler.class_name": None,
-    "width": 128,
-    "height": 64,
-    "guide.mode": "none",
-    "denoise.tile_size": 128,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
-    "denoise.guidance_scale": 5.0,
-    "seed": 7,
-    "technique.channels_last": False,
-}
+ONE_TILE = {**small_models.ONE_TILE, **keys_of("sd3", 16), "denoise.guidance_scale": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +55,7 @@ def folder(small: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = vae_of_sixteen_channels(1.5305, 0.0609)
     clips = [
         CLIPTextModelWithProjection(
             CLIPTextConfig(
@@ -99,19 +76,8 @@ def folder(small: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
             vocab_size=1100, d_model=80, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
         )
     )
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        *((chr(code), -2.0) for code in range(97, 123)),
-        ("▁", -2.0),
-    ]
-    t5_tokenizer = T5TokenizerFast(vocab=pieces)
     clip_tokenizers = [CLIPTokenizer.from_pretrained(small("sdxl") / name) for name in ("tokenizer", "tokenizer_2")]
-    for model in (transformer, vae, *clips, t5):
-        model.eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    stirred(transformer, vae, *clips, t5)
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -121,7 +87,7 @@ def folder(small: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
         text_encoder_2=clips[1],
         tokenizer_2=clip_tokenizers[1],
         text_encoder_3=t5,
-        tokenizer_3=t5_tokenizer,
+        tokenizer_3=letters_t5(),
     ).save_pretrained(to)
     return to
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from files import rows_of
@@ -23,7 +24,8 @@ from stages.memory.layout import Layout
 from stages.memory.rows import Window
 from stages.memory.tensors import read_tensor, read_tensors
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import construct
 from stages.models.single_file import CONFIGS
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.dtype import dtype_name
@@ -31,18 +33,7 @@ from stages.tiles import Size, grid
 from stages.workflow.identity import model_identity
 from stages.workflow.model import recognise
 
-ONE_TILE = {
-    "model.family": "sdxl",
-    "scheduler.class_name": None,
-    "width": 128,
-    "height": 64,
-    "guide.mode": "none",
-    "denoise.tile_size": 128,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
-    "seed": 7,
-    "technique.channels_last": False,
-}
+ONE_TILE = {**small_models.ONE_TILE, "model.family": "sdxl"}
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     ZImageImg2ImgPipeline,
     ZImagePipeline,
@@ -19,6 +19,7 @@ from diffusers import (
 )
 from in_process import Work
 from qwen import letters_tokenizer, tiny_qwen3
+from small_models import keys_of, stirred, vae_of_sixteen_channels
 from torch import Tensor
 
 from stages.canvas.mixture import TileBatch
@@ -28,7 +29,8 @@ from stages.memory.layout import Layout
 from stages.memory.tensors import read_tensors
 from stages.memory.trace import trace
 from stages.memory.units import rungs, split_units
-from stages.models.checkpoint import Checkpoint, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import construct
 from stages.models.loading import build, open_model
 from stages.models.measure import cuts
 from stages.plans import ModelPlan, StagePlan
@@ -36,20 +38,12 @@ from stages.tiles import Size, Tile
 from stages.workflow.model import classes_of
 
 ONE_TILE = {
-    "model.family": "z_image",
-    "model.latent_channels": 16,
-    "model.patch": 2,
-    "model.size_multiple": 16,
-    "scheduler.class_name": None,
+    **small_models.ONE_TILE,
+    **keys_of("z_image", 16),
     "width": 96,
     "height": 80,  # 30 tokens: they are padded too
-    "guide.mode": "none",
     "denoise.tile_size": 96,
-    "denoise.overlap": 32,
-    "denoise.num_inference_steps": 3,
     "denoise.guidance_scale": 0.0,
-    "seed": 7,
-    "technique.channels_last": False,
 }
 LONG = "a lighthouse on a cliff, " * 3  # of more than 64 tokens
 
@@ -69,23 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         axes_dims=[4, 6, 6],
         axes_lens=[600, 32, 32],
     )
-    kind: Any = AutoencoderKL
-    vae = kind(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 16, 16),
-        norm_num_groups=4,
-        latent_channels=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = vae_of_sixteen_channels(0.3611, 0.1159)
     text_encoder = tiny_qwen3(3).model
-    for model in (transformer, vae):
-        model.eval()
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    stirred(transformer, vae)
     ZImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

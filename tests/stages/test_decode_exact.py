@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from stages import PIPELINE, decode
-from stages.config import Config, resolve
+from stages.config import resolve
 from stages.context import Progress, StageContext
 from stages.events import Advance, Note, Start
 from stages.memory import disk
 from stages.plans import ModelPlan, StagePlan
+from stages.schema import Config
 from stages.tiles import latent_grid
 from stages.vae import exact, exact_size
 from stages.vae.tiled import to_uint8

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from stages import PIPELINE, stitch
-from stages.config import Config, ConfigError, resolve
+from stages.config import ConfigError, resolve
 from stages.context import StageContext
 from stages.picture.tile_strips import TileStrips, feather, segments
+from stages.schema import Config
 from stages.tiles import latent_grid, spread
 
 Image.MAX_IMAGE_PIXELS = None

@@ -53,7 +53,7 @@ def chosen(stage: StageProfile, host: str, budget: int) -> Choice:
 def test_nothing_of_the_process_counts_and_small_units_stay() -> None:
     plan = chosen(PROFILE, "disk", 500 * MB)
     assert plan.model.resident == ("norm",)
-    activations = (20 + 10 * plan.group) * MB * device.slack("unet")
+    activations = (20 + 10 * plan.group) * MB * PROFILE.models[0].slack
     assert plan.peak == pytest.approx(device.LIBRARIES + plan.model.ring_bytes + 1000 + activations)
 
 

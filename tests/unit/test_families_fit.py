@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import random_checkpoint
 from stages import denoise, text_encode
-from stages.config import Config
 from stages.families.facts import facts_of
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint
 from stages.job import Job
 from stages.memory.planner import Chosen, StageProfile, plan_stage
+from stages.schema import Config
 from stages.workflow.validate import complete
 
 RUNNER, BASE = 45_000_000, 285_000_000  # bytes, as measured: the runner, and a stage's process without weights

@@ -17,7 +17,7 @@ HEAVY = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sympy", "peft", 
 
 SCRIPT = """
 import json, sys, torch
-from stages.models.checkpoint import construct
+from stages.models.component import construct
 from stages.memory.imports import light_imports
 config = json.loads(sys.argv[1])
 model = construct(config.pop("class"), config)

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ReadonlyConfigError
 
 from stages import PIPELINE, PROFILE, Stage
-from stages.config import Config
 from stages.mask import RUN_WIDE, UndeclaredRead, masked
+from stages.schema import Config
 
 TOY = Stage("toy", 1, ("prompt", "seed", "denoise", "guide.mode", "scheduler.options"), lambda config: ())
 

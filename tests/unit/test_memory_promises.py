@@ -24,7 +24,8 @@ from stages.memory.tensors import TensorRef
 from stages.memory.trace import trace
 from stages.memory.units import Unit, rungs, split_units
 from stages.models import loading
-from stages.models.checkpoint import Checkpoint, Component, construct
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component, construct
 from stages.models.loading import Built, build, open_model
 from stages.plans import ModelPlan
 from stages.techniques import techniques_of

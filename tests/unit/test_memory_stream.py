@@ -24,7 +24,8 @@ from stages.memory.source import CheckpointSource
 from stages.memory.stream import WeightStreamer
 from stages.memory.tensors import write_tensors
 from stages.memory.units import split_units
-from stages.models.checkpoint import Checkpoint, Component
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component
 from stages.models.loading import prepared
 from stages.vae.shared import SharedStatistics
 

@@ -11,8 +11,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stages.config import ROOT, Config, ConfigError
+from stages.config import ROOT, ConfigError
 from stages.files import read_json
+from stages.schema import Config
 from stages.workflow.overrides import SAVED, merge, parse, prepare, quote, save, value_of
 
 HOSTILE = [

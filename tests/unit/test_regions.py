@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from stages.config import Config, ConfigError
+from stages.config import ConfigError
 from stages.regions.config import Reroll, from_config, parse, uncovered
 from stages.regions.files import overrides
 from stages.regions.sketch import sketch
+from stages.schema import Config
 from stages.tiles import Size, Tile
 
 SIZE = Size(1024, 2048)

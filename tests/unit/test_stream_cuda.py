@@ -23,7 +23,8 @@ from stages.memory.prepared import PreparedSource
 from stages.memory.source import CheckpointSource
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.units import split_units
-from stages.models.checkpoint import Checkpoint, Component
+from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component
 from stages.models.loading import prepared
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,203 @@
+"""Every key of the configuration: its type and its default. None is derived from the others (:mod:`stages.config`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which checkpoint, and what cannot be read from it."""
+
+    name: str = MISSING
+    family: str = MISSING  # sd
+    path: str = MISSING  # diffusers folder, hub id, or a single .safetensors file
+    denoiser: str | None = None  # a .safetensors or .gguf file whose UNet or transformer takes the place of path's
+    revision: str | None = None  # of a hub id
+    config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
+    prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
+    native_size: int = MISSING  # pixels a side that the denoiser was trained at
+    cpu_size: int | None = None  # native_size on a CPU, where 800 MB do not hold tiles of the trained one
+    fp32_size: int | None = None  # and where a CPU computes in float32
+    vae_scale_factor: int = 8
+    latent_channels: int = 4
+    patch: int = 1  # latents a side that the denoiser joins to a token: sides are multiples of vae_scale_factor * patch
+    size_multiple: int = 8  # low-res sides are rounded to this many pixels
+    phase_growth: float = 4.0  # how much larger one upscaling phase may make the picture
+    guidance_scale: float = 7.5  # default of lowres.guidance_scale
+    tile_guidance_scale: float = 7.5  # default of denoise.guidance_scale with a guide
+    strength: float = 0.4  # default of denoise.strength
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """A diffusers scheduler class, made from the checkpoint's scheduler config plus ``options``."""
+
+    name: str = MISSING
+    class_name: str | None = None  # None: the class named in the checkpoint
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """The declared budget and how it is kept."""
+
+    budget: str = "800MB"  # peak RES of runner + stage
+    enforce: str = "auto"  # auto | cgroup | watchdog | off
+    device_budget: str | None = None  # what the GPU allocator may reserve; None: no limit
+    host: str = "pinned"  # pinned | disk: where a GPU run keeps the weights
+    weights: str = "auto"  # auto | streamed | resident: what the planner may choose; the picture is the same
+    prepared: bool = True  # keep a copy of streamed weights in compute layout in the store
+
+
+@dataclass(kw_only=True)
+class GroupOffloadConfig:
+    """diffusers' group offload, for ``technique.offload=group``."""
+
+    level: str = "leaf_level"  # leaf_level | block_level
+    stream: bool = True  # the next group comes while one computes
+    disk: bool = False  # groups wait in files, not in RAM
+
+
+@dataclass(kw_only=True)
+class TomeConfig:
+    """Token merging, of UNets."""
+
+    ratio: float = 0.0  # share of the tokens of the finest level that are merged, at most 0.75; 0: off
+
+
+@dataclass(kw_only=True)
+class TechniqueConfig:
+    """Numeric switches that can be compared."""
+
+    dtype: str = "auto"  # auto | fp32 | bf16 | fp16 (or float32 | bfloat16 | float16): of the computation
+    component_dtype: dict[str, str] = field(default_factory=dict)  # of one component: technique.dtype.vae=fp32
+    channels_last: bool = True
+    tf32: bool = False
+    attention: str = "auto"  # auto | sdpa | math | sliced | xformers, or a name of diffusers' dispatcher
+    offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
+    group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
+    tome: TomeConfig = field(default_factory=TomeConfig)
+    vae_tiling: bool = False  # diffusers' own tiles, of the whole canvas, with decode.mode=independent
+    vae_slicing: bool = False
+    compile: str = "none"  # none | compile (torch.compile) | trace (torch.jit.trace), with offload=none
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How stage processes are started and watched."""
+
+    threads: int | None = None  # torch threads; None: all cores
+    sample_seconds: float = 0.02  # memory sampling period
+    nproc: int = 1  # ranks of a stage that share its tiles, each with a GPU of its own and memory.budget for itself
+    backend: str = "auto"  # auto | gloo | nccl: how they talk; auto: gloo on the CPU, nccl on GPUs
+    timeout: float = 1800.0  # seconds that one waits for another
+
+
+@dataclass(kw_only=True)
+class TextEncodeConfig:
+    """Prompt to embeddings."""
+
+    clip_skip: int | None = None  # as in diffusers: layers skipped from the end
+
+
+@dataclass(kw_only=True)
+class LowresConfig:
+    """The low-resolution picture that guides the canvas."""
+
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None  # derived: model.guidance_scale
+    width: int | None = None  # derived: the canvas' shape at the native area
+    height: int | None = None
+
+
+@dataclass(kw_only=True)
+class GuideConfig:
+    """How the low-res picture (or the user's own) guides the canvas."""
+
+    mode: str = "sdedit"
+    image: str | None = None
+    fit: str = "crop"  # crop | stretch: an image of another shape than the canvas
+    upscale: str = "lanczos"  # lanczos | latent
+    phases: Any = None  # long sides of smaller canvases on the way up, pixels; [] for none; derived
+    vae_mode: str = "shared"  # independent | shared | exact, as decode.mode
+    tile_size: int | None = None  # of the tiled encode, pixels; derived
+    hold_steps: float = 0.3  # hold: share of the steps that are overwritten with the noised guide
+    skip_residual_power: float = 3.0  # skip_residual: exponent a of DemoFusion's cosine weight
+
+
+@dataclass(kw_only=True)
+class DilatedConfig:
+    """DemoFusion's dilated sampling: a global look at the canvas in every step, up to twice the passes."""
+
+    enabled: bool = False
+    cosine_scale: float = 1.0  # exponent of its weight, which falls with the noise
+    sigma: float = 0.8  # latents: of the blur before it, where the noise is strongest
+    sigma_scale: float = 1.0  # exponent of the blur's fall
+
+
+@dataclass(kw_only=True)
+class DenoiseConfig:
+    """Mixture of Diffusers over the canvas."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float | None = None  # derived: model.tile_guidance_scale; without a guide model.guidance_scale
+    strength: float | None = None  # derived: model.strength
+    tile_size: int | None = None  # pixels; derived: native size
+    overlap: int | None = None  # pixels; derived: a quarter of the tile
+    blend: str = "gaussian"
+    dilated: DilatedConfig = field(default_factory=DilatedConfig)
+
+
+@dataclass(kw_only=True)
+class DecodeConfig:
+    """Latents to pixels, tile by tile."""
+
+    mode: str = "shared"
+    tile_size: int | None = None  # pixels of a decoded tile without its halo; derived
+    overlap: int | None = None  # pixels that neighbours share and stitch blends; derived
+    halo: int | None = None  # pixels of context decoded around a tile and thrown away; derived
+
+
+@dataclass(kw_only=True)
+class StitchConfig:
+    """Pixel tiles to one file."""
+
+    format: str = "png"  # png | tiff | deepzoom: what is written beside image.png
+    compression: int = 6  # zlib level of the PNG
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run is made from."""
+
+    prompt: str | None = None  # required; the empty text is a prompt too
+    negative_prompt: str = ""
+    prompt_file: str | None = None
+    width: int = 2048
+    height: int = 2048
+    seed: int = 0
+    run: str | None = None  # folder under output_dir; derived from prompt and parameters
+    stage: Any = "all"  # all | plan | NAME | [NAME, NAME]
+    force: bool = False
+    progress: bool = True
+    output_dir: str = "outputs"
+    regions: Any = None  # a list, a mapping, or the name of a file with either
+    reroll: list[Any] = field(default_factory=list)
+    device: str = "cpu"
+    device_map: str | None = None  # balanced | auto: a model's weights over all GPUs (device.device_map=)
+    max_memory: Any = None  # of it: a size for every GPU, or {GPU: size} (device.max_memory=)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    technique: TechniqueConfig = field(default_factory=TechniqueConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    text_encode: TextEncodeConfig = field(default_factory=TextEncodeConfig)
+    lowres: LowresConfig = field(default_factory=LowresConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
+    denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    stitch: StitchConfig = field(default_factory=StitchConfig)
