@@ -90,10 +90,10 @@ def resolve(config: DictConfig) -> DictConfig:
         denoise["tile_size"] = native
     if denoise["overlap"] is None:
         denoise["overlap"] = denoise["tile_size"] // 4 // token * token
-    # 32 + 2*2 latents of tile and overlap and an 8-latent halo: the decoder sees 52x52 latents; in float32, with twice
-    # the bytes, 44x44 (Stable Diffusion 1.5 then fits 800 MB on a processor without bf16 too: 750 MB for 840)
     if decode["tile_size"] is None and c["technique"]["vae_tiling"]:
         decode["tile_size"] = -(-max(c["width"], c["height"]) // factor) * factor
+    # 32 + 2*2 latents of tile and overlap and an 8-latent halo: the decoder sees 52x52 latents; in float32, with twice
+    # the bytes, 44x44 (Stable Diffusion 1.5 then fits 800 MB on a processor without bf16 too: 750 MB for 840)
     if decode["tile_size"] is None:
         wide = dtype_of_component(config, "vae") == "fp32"
         decode["tile_size"] = (28 if wide else 36) * factor

@@ -112,38 +112,13 @@ def open_model(
     Yields the streamer; its ``.model`` is the stock model.
     """
     built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
-    layout = built.layout
-    limit = layout.nbytes if plan.unit_limit is None else plan.unit_limit
-    units = split_units(built.network, layout, built.blocks, limit, plan.stage_limit)
-    order = {name: index for index, name in enumerate(plan.order)}
-    units.sort(key=lambda unit: order.get(unit.name, len(order)))
-    drop_clean_pages()  # all is imported, nothing is loaded yet
-    resident = frozenset(unit.name for unit in units) if plan.resident == "all" else frozenset(plan.resident)
-    common: dict[str, Any] = {
-        "layout": layout,
-        "units": units,
-        "source": source(built, techniques, plan.prepared, note),
-        "resident": resident,
-        "ring_bytes": plan.ring_bytes,
-        "micro_batch": micro_batch,
-        "mark": mark,
-    }
     if device != "cpu":
         limit_device(device, plan.device_budget)
-    made = (technique.streamer(built.network, layout, common["source"], device) for technique in techniques)
-    streamer: Any = None
-    if plan.placement:
-        for index, nbytes in plan.limits.items():
-            limit_device(f"cuda:{index}", nbytes)
-        where = partial(device_of, placement=plan.placement)
-        hooked = dispatched(plan.placement)
-        streamer = StockModel(built.network, layout=layout, source=common["source"], device=where, hooked=hooked)
-    streamer = streamer or next((one for one in made if one is not None), None)
-    if streamer is None and device == "cpu":
-        streamer = WeightStreamer(built.network, **common)
-    elif streamer is None:
-        parked = frozenset(plan.parked)
-        streamer = CudaStreamer(built.network, device=device, host=plan.host, parked=parked, **common)
+    drop_clean_pages()  # all is imported, nothing is loaded yet
+    read = source(built, techniques, plan.prepared, note)
+    streamer = _spread(built, plan, read) or _by_technique(built, techniques, read, device)
+    if streamer is None:
+        streamer = _streaming(built, plan, read, device, micro_batch=micro_batch, mark=mark)
     try:
         for technique in techniques:
             technique.on_open(streamer)
@@ -151,6 +126,36 @@ def open_model(
             yield streamer
     finally:
         streamer.close()
+
+
+def _spread(built: Built, plan: ModelPlan, read: WeightSource) -> Streamer | None:
+    """Over several GPUs, if the plan says so."""
+    if not plan.placement:
+        return None
+    for index, nbytes in plan.limits.items():
+        limit_device(f"cuda:{index}", nbytes)
+    where, hooked = partial(device_of, placement=plan.placement), dispatched(plan.placement)
+    return StockModel(built.network, layout=built.layout, source=read, device=where, hooked=hooked)
+
+
+def _by_technique(built: Built, techniques: Sequence[Technique], read: WeightSource, device: str) -> Streamer | None:
+    """As the first technique says that has a way of its own."""
+    made = (technique.streamer(built.network, built.layout, read, device) for technique in techniques)
+    return next((one for one in made if one is not None), None)
+
+
+def _streaming(built: Built, plan: ModelPlan, read: WeightSource, device: str, **options: Any) -> Streamer:
+    """Unit by unit, as planned; all of them may stay."""
+    layout = built.layout
+    limit = layout.nbytes if plan.unit_limit is None else plan.unit_limit
+    units = split_units(built.network, layout, built.blocks, limit, plan.stage_limit)
+    order = {name: index for index, name in enumerate(plan.order)}
+    units.sort(key=lambda unit: order.get(unit.name, len(order)))
+    resident = frozenset(unit.name for unit in units) if plan.resident == "all" else frozenset(plan.resident)
+    options |= {"layout": layout, "units": units, "source": read, "resident": resident, "ring_bytes": plan.ring_bytes}
+    if device == "cpu":
+        return WeightStreamer(built.network, **options)
+    return CudaStreamer(built.network, device=device, host=plan.host, parked=frozenset(plan.parked), **options)
 
 
 def limit_device(device: str, nbytes: int | None) -> None:
