@@ -12,14 +12,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from stages import PIPELINE, Stage, expanded
 from stages.config import ConfigError, close_match
 from stages.families.facts import facts_of
+from stages.hashes import file_hash, fingerprint
 from stages.job import Job
 from stages.mask import masked
 from stages.regions.scale import parameter as region_parameter
 from stages.techniques import TECHNIQUES, techniques_of
 from stages.techniques.dtype import dtype_names
-from stages.workflow.identity import file_hash, model_identity
+from stages.workflow.identity import model_identity
 from stages.workflow.machine import machine
-from stages.workflow.store import Entry, Store, fingerprint
+from stages.workflow.store import Entry, Store
 
 
 class MissingInput(RuntimeError):

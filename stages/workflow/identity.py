@@ -1,7 +1,4 @@
-"""Which model a stage opens, as a hash: of a folder's files, of a single file, or the revision of a hub id.
-
-Hashes are remembered in the store by path, size, time and inode, so that gigabytes are read once.
-"""
+"""Which model a stage opens, as a hash: of a folder's files, of a single file, or the revision of a hub id."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError
 from stages.families.facts import facts_of
-from stages.files import read_json, write_json
+from stages.files import read_json
+from stages.hashes import file_hash, fingerprint
 from stages.models.locate import class_in_index
 from stages.paths import PICKLES, is_hub_id
-from stages.workflow.store import digest, fingerprint
 
 DISTILLED = "is_distilled"
 _IGNORED = {*PICKLES, ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
@@ -25,36 +22,6 @@ import sys
 from huggingface_hub import HfApi
 print(HfApi().model_info(sys.argv[1], revision=sys.argv[2]).sha)
 """
-
-
-def _note(path: Path, cache: Path) -> Path:
-    return cache / f"{fingerprint({'path': str(path)})[:32]}.json"
-
-
-def is_remembered(path: Path, cache: Path) -> bool:
-    """Whether a file was hashed before, by this path."""
-    known = read_json(_note(path.resolve(), cache))
-    return isinstance(known, dict) and isinstance(known.get("sha256"), str)
-
-
-def file_hash(path: Path, cache: Path) -> str:
-    """sha256 of a file, remembered under ``cache`` until its path, size, mtime or inode changes.
-
-    A file that is gone is what it was last. FileNotFoundError for one that never was.
-    """
-    path = path.resolve()
-    note = _note(path, cache)
-    known = read_json(note)
-    known = known if isinstance(known, dict) else {}
-    if not path.exists() and is_remembered(path, cache):
-        return known["sha256"]
-    stat = path.stat()
-    key = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    if known.get("key") == key:
-        return known["sha256"]
-    found = digest(path)
-    write_json(note, {"key": key, "sha256": found})
-    return found
 
 
 def snapshot(repository: str, revision: str | None = None) -> Path | None:

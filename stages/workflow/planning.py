@@ -14,6 +14,7 @@ from stages import PROFILE, REHEARSAL, Stage
 from stages.config import on_gpu
 from stages.families.facts import running_steps
 from stages.files import read_json, write_json
+from stages.hashes import fingerprint
 from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
@@ -24,7 +25,7 @@ from stages.techniques.dtype import dtype_names
 from stages.workflow import device, launch, spread
 from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
-from stages.workflow.store import Store, fingerprint
+from stages.workflow.store import Store
 
 COPIES = 4  # times the bytes of a prepared copy have to be free on the disk
 LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stage, but by how much has to be known

@@ -6,8 +6,6 @@ Without a manifest whose digests match, a result is not done; what lies there is
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,12 +19,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"  # files so named are a stage's own and vanish when it commits
-
-
-def fingerprint(payload: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the payload as canonical JSON: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 class Check(NamedTuple):

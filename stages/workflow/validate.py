@@ -29,6 +29,7 @@ from stages.config import (
 )
 from stages.documents import escape_all
 from stages.families.facts import facts_of, running_steps
+from stages.hashes import is_remembered
 from stages.job import Job
 from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
@@ -36,7 +37,6 @@ from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
 from stages.techniques import TECHNIQUES
 from stages.workflow import model
-from stages.workflow.identity import is_remembered
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 

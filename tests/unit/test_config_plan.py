@@ -12,10 +12,11 @@ from stages import PIPELINE
 from stages.config import ConfigError, parse_bytes, resolve_dtype
 from stages.documents import load, save_text
 from stages.files import write_text
+from stages.hashes import file_hash
 from stages.job import Job
 from stages.regions.scale import lowres_side
 from stages.workflow.graph import MissingInput, active, asked, build, check_inputs, differences
-from stages.workflow.identity import file_hash, model_identity, resolve_revision
+from stages.workflow.identity import model_identity, resolve_revision
 from stages.workflow.store import Store
 from stages.workflow.validate import complete, validate
 
@@ -262,7 +263,7 @@ def test_file_hash_is_remembered_and_notices_change(tmp_path, monkeypatch):
     file = tmp_path / "f"
     file.write_bytes(b"1")
     first = file_hash(file, tmp_path / "cache")
-    monkeypatch.setattr("stages.workflow.identity.digest", lambda path: "read again")
+    monkeypatch.setattr("stages.hashes.digest", lambda path: "read again")
     assert file_hash(file, tmp_path / "cache") == first
     os.utime(file, ns=(1, 1))
     assert file_hash(file, tmp_path / "cache") == "read again"

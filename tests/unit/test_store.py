@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from stages.config import ROOT
 from stages.files import atomic_path, read_json, write_text
-from stages.workflow.store import Store, fingerprint
+from stages.hashes import fingerprint
+from stages.workflow.store import Store
 
 PRINT = "f" * 64
 
