@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -16,10 +17,11 @@ _numbers = count()
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, later: Syncs | None = None) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` (same suffix); on success it is synced and renamed to ``path``.
 
     On an error the temporary file is removed and ``path`` is as it was: a reader sees the old file or the new one.
+    ``later``: has it synced after it was renamed, for what a digest vouches for and an older copy can replace.
 
     Raises:
         FileNotFoundError: nothing was written under the temporary name.
@@ -30,11 +32,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
     try:
         yield temporary
-        _sync(temporary)
+        if later is None:
+            _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        if later is None:
+            _sync(path.parent)
+        else:
+            later.add(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Syncs:
+    """Files that a thread has on the disk while work goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._waiting: list[Future[None]] = []
+
+    def add(self, path: Path) -> None:
+        """``path`` and its name in its folder are synced soon."""
+        for one in (path, path.parent):
+            self._waiting.append(self._thread.submit(_sync, one))
+
+    def wait(self) -> None:
+        """Until all are on the disk. OSError of the first that could not be brought there."""
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.result()
 
 
 def make_folder(path: Path) -> None:

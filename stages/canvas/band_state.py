@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stages.files import atomic_path
+from stages.files import Syncs, atomic_path
 from stages.memory.tensors import read_checked, read_tensors, write_tensors
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -61,18 +61,29 @@ class BandStates:
     def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
         self.folder, self._shapes = folder, shapes
         self.damaged = ""  # why the newer of two sets cannot be used, where ``last_step`` found the older one
+        self._syncs, self._synced = Syncs(), 0  # step that is on the disk, or on its way
 
     def _file(self, step: int, band: int) -> Path:
         return self.folder / f"{'even' if step % 2 == 0 else 'odd'}_{band:03d}.safetensors"
 
     def write(self, band: int, state: BandState) -> None:
-        """TypeError for a scheduler that keeps what is no tensor, list or plain value: nothing is left out."""
+        """Keep a band's state after a step; it is brought to the disk while the next step runs.
+
+        Until a step is there, the files of the one before it stay: of two sets a power cut leaves one whole.
+
+        Raises:
+            TypeError: a scheduler that keeps what is no tensor, list or plain value: nothing is left out.
+            OSError: the disk is full.
+        """
         tensors = {"latents": state.latents, "generator": state.generator}
         plain: dict[str, Any] = {"step": state.step, "scheduler": {}}
         for name, value in state.scheduler.items():
             plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
         tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
-        with atomic_path(self._file(state.step, band)) as temporary:
+        if state.step != self._synced:
+            self._syncs.wait()
+            self._synced = state.step
+        with atomic_path(self._file(state.step, band), self._syncs) as temporary:
             write_tensors(temporary, tensors, checked=True)
 
     def read(self, step: int, band: int) -> BandState:

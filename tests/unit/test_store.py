@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.config import ROOT
-from stages.files import atomic_path, read_json, write_text
+from stages.files import Syncs, atomic_path, read_json, write_text
 from stages.hashes import fingerprint
 from stages.workflow.store import Store
 
@@ -173,3 +173,15 @@ def test_stats_are_not_part_of_the_result(tmp_path):
     assert entry.stats() == {"seconds": 2.5}
     assert entry.manifest() == manifest
     assert read_json(tmp_path / "missing.json") is None
+
+
+def test_a_path_synced_later_is_there_at_once_and_its_errors_are_told(tmp_path):
+    syncs = Syncs()
+    with atomic_path(tmp_path / "a.txt", syncs) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    syncs.wait()
+    syncs.add(tmp_path / "not there")
+    with pytest.raises(FileNotFoundError):
+        syncs.wait()
+    syncs.wait()
