@@ -70,6 +70,14 @@ class TomeConfig:
 
 
 @dataclass(kw_only=True)
+class LinfusionConfig:
+    """LinFusion: self-attention of UNets that is linear in the number of tokens."""
+
+    path: str | None = None  # folder with config.json and its weights; None: off
+    scope: str = "tile"  # tile: each tile attends to itself
+
+
+@dataclass(kw_only=True)
 class TechniqueConfig:
     """Numeric switches that can be compared."""
 
@@ -81,6 +89,7 @@ class TechniqueConfig:
     offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
     group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
     tome: TomeConfig = field(default_factory=TomeConfig)
+    linfusion: LinfusionConfig = field(default_factory=LinfusionConfig)
     vae_tiling: bool = False  # diffusers' own tiles, of the whole canvas, with decode.mode=independent
     vae_slicing: bool = False
     compile: str = "none"  # none | compile (torch.compile) | trace (torch.jit.trace), with offload=none

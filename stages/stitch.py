@@ -21,7 +21,8 @@ from stages.techniques import TECHNIQUES
 from stages.tiles import Size, latent_grid
 
 OF_THE_MODEL = ("model.native_size", "model.vae_scale_factor", "model.latent_channels", "model.patch")  # it says so
-PATHS = ("guide.image",)  # say nothing about the picture to someone else, and too much about whose it is
+# say nothing about the picture to someone else, and too much about whose it is
+PATHS = ("guide.image", "technique.linfusion.path")
 
 
 def settings(config: DictConfig) -> dict[str, Any]:

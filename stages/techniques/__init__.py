@@ -8,12 +8,13 @@ from stages.techniques.attention import Attention
 from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
 from stages.techniques.compile import Compile
+from stages.techniques.linfusion import LinFusion
 from stages.techniques.offload import Offload
 from stages.techniques.tf32 import Tf32
 from stages.techniques.tome import ToMe
 from stages.techniques.vae import VaeTiling
 
-TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32, Attention, ToMe, VaeTiling, Offload, Compile)
+TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32, LinFusion, Attention, ToMe, VaeTiling, Offload, Compile)
 
 
 def techniques_of(config: DictConfig, stage: str) -> tuple[Technique, ...]:

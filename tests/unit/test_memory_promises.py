@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import linfusions
 import pytest
 import torch
 from in_process import small_config
@@ -71,7 +72,12 @@ def peak(built: Built, call: Callable[[nn.Module], Any], micro_batch: int = 0) -
 
 def test_activations_of_one_pass_of_the_unet(config: Any) -> None:
     """One pair of 64x64 latents: the way up joins skips of 320 channels, 2 x 64 x 64 of them, where it is widest."""
-    built, family, side = opened("unet", config), family_of(config), Size(64, 64)
+    assert denoiser_peak(opened("unet", config), config) == pytest.approx(136.86, rel=0.005)
+
+
+def denoiser_peak(built: Built, config: Any) -> float:
+    """MB of activations of a pair of 64x64 latents."""
+    family, side = family_of(config), Size(64, 64)
     batch, embeds = family.example(Checkpoint(CONFIGS).config("unet"), side, 2)
 
     def call(network: nn.Module) -> Any:
@@ -86,7 +92,18 @@ def test_activations_of_one_pass_of_the_unet(config: Any) -> None:
         )
         return denoiser(batch, torch.empty((), device="meta"))
 
-    assert peak(built, call, 2) == pytest.approx(136.86, rel=0.005)
+    return peak(built, call, 2)
+
+
+def test_linear_attention_of_the_unet(config: Any, tmp_path: Path) -> None:
+    """Eight matrices a layer instead of four, and activations that are not more: never cut inside of a product."""
+    config.technique.linfusion.path = str(linfusions.write_hollow(tmp_path / "linear", opened("unet", config).network))
+    built = opened("unet", config)
+    assert built.layout.nbytes == 1_818_364_864
+    whole, finest = cut(built, built.layout.nbytes), kinds(cut(built, 1))
+    assert not [unit.name for unit in whole if "keys" in unit.name] and finest["LinearKeys"] == 16
+    assert finest["LinearQueries"] == 16 and "LayerNorm" in finest
+    assert denoiser_peak(built, config) == pytest.approx(136.86, rel=0.005)
 
 
 def test_activations_of_one_decode_and_one_encode(config: Any) -> None:
