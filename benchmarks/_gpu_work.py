@@ -98,7 +98,7 @@ class Work:
 
 
 WORKS = {
-    # 2048x2048 pixels each, but for flux_tile
+    # 2048x2048 pixels each, but for flux_tile, 1360x768
     "sd15": Work(
         family="sd",
         tile=Size(64, 64),
@@ -123,6 +123,14 @@ WORKS = {
         tiles=9,
         dtype=torch.bfloat16,
         micros=(1, 3),
+        offloaded=1,
+    ),
+    "flux_768": Work(
+        family="flux",
+        tile=Size(96, 96),
+        tiles=16,
+        dtype=torch.bfloat16,
+        micros=(1, 2, 4),
         offloaded=1,
     ),
     "flux_tile": Work(

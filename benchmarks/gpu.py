@@ -3,6 +3,7 @@
     python -m benchmarks gpu                                   # SD 1.5 in fp16, 2048x2048 as 25 tiles with guidance
     python -m benchmarks gpu --work sdxl --budget 1200         # 9 tiles of 1024x1024
     python -m benchmarks gpu --work flux --budget 1500         # FLUX.1 in bf16, 9 tiles of 1024x1024
+    python -m benchmarks gpu --work flux_768 --budget 1500     # 16 of 768x768
     python -m benchmarks gpu --work flux_tile --budget 1000    # one tile of 1360x768
 
 (a) the whole canvas at once, resident; (b) a loop over tiles, resident, at several micro-batches; (c) diffusers' group
@@ -43,6 +44,7 @@ MOST = {
     "sd15": {"pinned": 1.4, "disk": 3.0, "offload": 0.125},
     "sdxl": {"pinned": 1.3, "offload": 1.0},
     "flux": {"pinned": 1.15, "offload": 1.0},
+    "flux_768": {"pinned": 1.15, "offload": 1.0},
     "flux_tile": {"offload": 1.0},
 }
 
