@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def sample(
         noise, generator = canvas_noise(path, canvas.size, channels, config.seed, canvas.rerolls, space.patch)
     else:
         noise, generator = Rows.create(path, (channels, *canvas.size)), torch.Generator()
-    views = family.asks(canvas.views, checkpoint)
+    views, techniques = family.asks(canvas.views, checkpoint), techniques_of(config, context.stage.module)
     sampler = Sampler(
         schedule=family.schedule(scheduler, views[0].tile.size, checkpoint),
         mixture=Mixture(views),
@@ -71,6 +72,7 @@ def sample(
         dilated=dilated and dilated.asked(lambda views: family.asks(views, checkpoint)),
         space=space,
         ranks=ranks,
+        period=lcm(*(technique.period for technique in techniques)),
         **guide,
     )
     try:
@@ -85,7 +87,7 @@ def sample(
         return sampler
 
     batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
-    with open_component(context, checkpoint, name, micro_batch=batch) as streamer:
+    with open_component(context, checkpoint, name, techniques=techniques, micro_batch=batch) as streamer:
         denoiser = family.denoiser(
             streamer.model,
             read_tensors(context.inputs["text_encode"] / "embeddings.safetensors"),
@@ -93,11 +95,13 @@ def sample(
             canvas=canvas.size,
             dtype=dtype_of(config, name),
             device=config.device,
-            techniques=techniques_of(config, context.stage.module),
+            techniques=techniques,
             run=streamer.graphed,
         )
         group_size = context.plan.group_size or batch
         while not sampler.finished:
+            for technique in techniques:
+                technique.begin(sampler.step, folder)
             sampler.advance(denoiser, group_size)
             if ranks.first:
                 progress.advance()
@@ -132,12 +136,14 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     samples = [
         sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
     ]
+    state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques_of(config, stage))
     profile = ModelProfile(
         component=name,
         micro_batch=batch,
         micro_batches=sum(-(-number // batch) for number in samples),
         together=max(1, max(view.passes for view in (*views, *more)) // batch),
         steps=1,
+        state=state,
         slack=family.facts.gpu_slack or SLACK,
         **measured._asdict(),
     )
@@ -146,4 +152,5 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     blurred = 4 * band if more else 0  # twice, with padding
     # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of
     # latents and predictions that the tiles of the moment lie in
-    return StageLook((profile,), extra=blurred + 12 * band + 2 * rows)
+    kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
+    return StageLook((profile,), extra=blurred + 12 * band + 2 * rows, disk=kept)

@@ -78,6 +78,14 @@ class LinfusionConfig:
 
 
 @dataclass(kw_only=True)
+class StepCacheConfig:
+    """What the deep layers of a UNet give, used again."""
+
+    interval: int = 1  # steps that use what the first of them computed; 1: off
+    depth: int = 0  # the skip connection below which layers are deep; 0: the first, fastest
+
+
+@dataclass(kw_only=True)
 class TechniqueConfig:
     """Numeric switches that can be compared."""
 
@@ -90,6 +98,7 @@ class TechniqueConfig:
     group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
     tome: TomeConfig = field(default_factory=TomeConfig)
     linfusion: LinfusionConfig = field(default_factory=LinfusionConfig)
+    step_cache: StepCacheConfig = field(default_factory=StepCacheConfig)
     vae_tiling: bool = False  # diffusers' own tiles, of the whole canvas, with decode.mode=independent
     vae_slicing: bool = False
     compile: str = "none"  # none | compile (torch.compile) | trace (torch.jit.trace), with offload=none

@@ -56,15 +56,18 @@ class BandStates:
     Args:
         folder: named as a checkpoint, so that it vanishes when the stage commits.
         shapes: ``(1, C, h, W)`` of each band's latents.
+        period: the steps that work may be taken up after are its multiples; those between have files of their own.
     """
 
-    def __init__(self, folder: Path, shapes: list[tuple[int, ...]]) -> None:
-        self.folder, self._shapes = folder, shapes
+    def __init__(self, folder: Path, shapes: list[tuple[int, ...]], period: int = 1) -> None:
+        self.folder, self._shapes, self._period = folder, shapes, period
         self.damaged = ""  # why the newer of two sets cannot be used, where ``last_step`` found the older one
         self._syncs, self._synced = Syncs(), 0  # step that is on the disk, or on its way
 
     def _file(self, step: int, band: int) -> Path:
-        return self.folder / f"{'even' if step % 2 == 0 else 'odd'}_{band:03d}.safetensors"
+        whole, rest = divmod(step, self._period)
+        turn = "odd" if (rest or whole) % 2 else "even"
+        return self.folder / f"{'between_' if rest else ''}{turn}_{band:03d}.safetensors"
 
     def write(self, band: int, state: BandState) -> None:
         """Keep a band's state after a step; it is brought to the disk while the next step runs.
@@ -108,9 +111,9 @@ class BandStates:
             ValueError: there are files of a step, but none that is whole and of this canvas.
         """
         found, reason = [], ""
-        for parity in (0, 1):
+        for turn in (0, self._period):
             try:
-                steps = {self._step_of(parity, band) for band in range(len(self._shapes))}
+                steps = {self._step_of(turn, band) for band in range(len(self._shapes))}
                 if len(steps) == 1:
                     found += steps
             except FileNotFoundError:
@@ -122,22 +125,23 @@ class BandStates:
         self.damaged = reason
         return max(found, default=0)
 
-    def _step_of(self, parity: int, band: int) -> int:
-        file = self._file(parity, band)
+    def _step_of(self, turn: int, band: int) -> int:
+        file = self._file(turn, band)
         try:
             tensors = read_checked(file)
             plain = json.loads(bytes(tensors[_STATE].numpy()))
             step, shape = plain["step"], tuple(tensors["latents"].shape)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file.name} is not a checkpoint of this canvas ({error!r})") from error
-        if not isinstance(step, int) or step < 1 or step % 2 != parity or shape != self._shapes[band]:
+        if not isinstance(step, int) or step < 1 or self._file(step, band) != file or shape != self._shapes[band]:
             raise ValueError(f"{file.name} is not a checkpoint of this canvas (step {step} of latents {shape})")
         return step
 
     def clear(self) -> None:
         """Remove all of them."""
-        for file in [*self.folder.glob("even_*.safetensors"), *self.folder.glob("odd_*.safetensors")]:
-            file.unlink()
+        for pattern in ("even_*.safetensors", "odd_*.safetensors", "between_*.safetensors"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

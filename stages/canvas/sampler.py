@@ -58,6 +58,7 @@ class Sampler:
         hold_share, skip_residual_power: see :mod:`stages.canvas.guides`.
         dilated: the global term that joins every prediction, if there is one.
         space: of the denoiser; noise and prediction are in it, the guide is not.
+        period: steps after each of which a run may be taken up again.
         ranks: that share the tiles. Only the first one's noise and guide are read, and only it keeps a checkpoint.
 
     Raises:
@@ -80,6 +81,7 @@ class Sampler:
         skip_residual_power: float = 3.0,
         dilated: Dilated | None = None,
         space: Space = Space(),  # noqa: B008 - frozen
+        period: int = 1,
         ranks: Ranks = ALONE,
     ) -> None:
         self.ranks = ranks
@@ -99,12 +101,13 @@ class Sampler:
         self._fresh = {name: copied(value) for name, value in attributes(scheduler).items()}
         self._folder, self._shape = folder, (noise.channels, noise.height, noise.width)
         shapes = [(1, noise.channels, bottom - top, noise.width) for top, bottom in self.bands]
-        self._states = BandStates(folder, shapes)
+        self._states = BandStates(folder, shapes, period)
         self._scaled = Rows.create(folder / "scaled.safetensors", self._shape)
         self._prediction = Rows.create(folder / "prediction.safetensors", self._shape)
 
     def resume(self) -> bool:
-        """Go on after the last whole step that an earlier sampler with the same arguments left; False if none did.
+        """Go on after the last whole step (of those that ``period`` allows) that an earlier sampler with the same
+        arguments left; False if none did.
 
         Raises:
             ValueError: what lies in the folder is of no such sampler; it has been removed.

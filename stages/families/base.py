@@ -85,7 +85,9 @@ class Denoiser(ABC):
         def call(*values: Tensor) -> Tensor:
             return self.predict(**dict(zip(names, values, strict=True)))
 
-        predicted = self._run(call, *inputs.values())
+        predicted: Any = self._run(call, *inputs.values())
+        for technique in self._techniques:
+            predicted = technique.after_call(timestep, predicted)
         return self.outputs(predicted, batch).float().to(batch.samples.device)
 
     @abstractmethod

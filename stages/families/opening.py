@@ -15,6 +15,7 @@ from stages.models.checkpoint import Checkpoint
 from stages.models.loading import Built, Streamer, build, open_model
 from stages.plans import described
 from stages.techniques import techniques_of
+from stages.techniques.base import Technique
 from stages.techniques.dtype import dtype_of
 
 ENCODER, DECODER = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
@@ -41,15 +42,22 @@ def open_checkpoint(config: DictConfig, components: Sequence[str], note: Callabl
 
 @contextmanager
 def open_component(
-    context: StageContext, checkpoint: Checkpoint, name: str, *, micro_batch: int = 0, drop: Sequence[str] = ()
+    context: StageContext,
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    techniques: Sequence[Technique] | None = None,
+    micro_batch: int = 0,
+    drop: Sequence[str] = (),
 ) -> Iterator[Streamer]:
-    """One component with its weights, see ``models.loading.open_model``."""
+    """One component with its weights, see ``models.loading.open_model``; ``techniques``: those of the stage, where the
+    caller asks them too."""
     config, stage, family = context.config, context.stage.module, family_of(context.config)
     with open_model(
         checkpoint.component(name),
         dtype=dtype_of(config, name),
         blocks=family.blocks(name),
-        techniques=techniques_of(config, stage),
+        techniques=techniques_of(config, stage) if techniques is None else techniques,
         plan=context.plan.model(name),
         micro_batch=micro_batch,
         mark=context.progress.mark,

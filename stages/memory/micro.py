@@ -29,7 +29,7 @@ def micro_batched(
     given = _tensors((*args, *kwargs.values()))
     count = given[0].shape[0] if given else 0
     if count <= size:
-        return mapped(_laid_out, forward(*args, **kwargs))
+        return mapped(laid_out, forward(*args, **kwargs))
     result = whole(count)
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -41,7 +41,7 @@ def micro_batched(
         if result is None:
             result = mapped(lambda tensor: empty_like(tensor, count), part)
         for target, tensor in zip(_tensors(result), _tensors(part), strict=True):
-            target[start:stop].copy_(tensor if target.device == tensor.device else _laid_out(tensor), non_blocking=True)
+            target[start:stop].copy_(tensor if target.device == tensor.device else laid_out(tensor), non_blocking=True)
         del part, tensor
         if only_first:
             break
@@ -80,7 +80,7 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any, known: 
     return known[id(value)]
 
 
-def _laid_out(tensor: torch.Tensor) -> torch.Tensor:
+def laid_out(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the strides that gathering gives it: later kernels choose by them how they round."""
     wanted = empty_like(tensor, tensor.shape[0], torch.device("meta")).stride()
     if tensor.stride() == wanted:

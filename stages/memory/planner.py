@@ -45,6 +45,7 @@ class Cut:
     nbytes: Mapping[str, int]
     flops: Mapping[str, int]  # of one micro-batch
     lines: tuple[Line, ...]
+    kept: tuple[str, ...] = ()  # units that every pass needs, where some passes leave the others out
 
     @property
     def largest(self) -> int:
@@ -56,7 +57,8 @@ class Cut:
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Cut:
         lines = tuple(Line(**line) for line in data["lines"])
-        return cls(**{**data, "order": tuple(data["order"]), "parked": tuple(data["parked"]), "lines": lines})
+        names = {key: tuple(data[key]) for key in ("order", "parked", "kept")}
+        return cls(**{**data, **names, "lines": lines})
 
 
 def joined(cuts: Sequence[Cut]) -> Cut:
@@ -78,6 +80,7 @@ class ModelProfile:
     most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
     any number), ``together``: the least (both halves of a guided tile). ``quantised``: its files hold fewer bits
     than it computes with, and are read at their size. ``slack``: what activations on a GPU are multiplied by.
+    ``cached`` of the steps run a cut's ``kept`` units only, with ``state`` bytes that a sample left for them.
     """
 
     component: str
@@ -93,6 +96,8 @@ class ModelProfile:
     together: int = 1
     quantised: bool = False
     slack: float = SLACK
+    cached: int = 0
+    state: int = 0
     placement: Mapping[str, int] = field(default_factory=dict)
     gpus: Mapping[str, int] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -197,9 +202,13 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
     def peak(held: int) -> int:
         return runner + max(stage.imports, stage.base + stage.extra + held)
 
-    total = model.micro_batches
-    compute = sum(model.cuts[0].flops.values()) * total * model.steps / stage.rate
+    def again(cut: Cut) -> float:
+        """Seconds of one micro-batch in a step that runs what is kept only."""
+        return sum(cut.flops.get(name, 0) for name in cut.kept) / stage.rate
+
+    total, full = model.micro_batches, model.steps - model.cached
     whole = model.cuts[0]
+    compute = total * (sum(whole.flops.values()) * full / stage.rate + again(whole) * model.cached)
     for group in _groups(model) if stage.start_seconds else [model.together]:
         starts = model.steps * -(-total // group) * stage.start_seconds
         yield Choice(
@@ -209,7 +218,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
             seconds=compute + model.weights / READ_RATE + starts,
         )
     for cut in model.cuts if model.streams else ():
-        kept = tuple(name for name in cut.order if cut.nbytes[name] <= model.keep)
+        kept = tuple(name for name in cut.order if cut.nbytes[name] <= model.keep or name in cut.kept)
         pair = max(
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
         )
@@ -218,7 +227,8 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
             for group in _groups(model):
                 rounds = -(-total // group)
                 rates = stage.rate, stage.read_rate, stage.copy_rate
-                seconds = pass_seconds(cut, min(group, total), ring, *rates) + stage.start_seconds
+                seconds = rounds * (pass_seconds(cut, min(group, total), ring, *rates) + stage.start_seconds)
+                cached = rounds * stage.start_seconds + total * again(cut)
                 yield Choice(
                     model=ModelPlan(
                         resident=kept,
@@ -230,7 +240,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
                     ),
                     group=group,
                     peak=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
-                    seconds=model.steps * (rounds * seconds + total * 2 * cut.parked_bytes / PINNED_RATE),
+                    seconds=full * (seconds + total * 2 * cut.parked_bytes / PINNED_RATE) + model.cached * cached,
                 )
 
 

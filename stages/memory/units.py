@@ -20,12 +20,14 @@ class Blocks:
     depending on another, so that it can run in micro-batches: it is loaded whole where it fits, however deep it lies.
     ``stages`` are several of these with the skip connections between them: whole on a GPU where they are small and
     their activations large. ``whole`` are never cut, however large they are. ``parkable(network)`` names units (one
-    giving, the others between) whose skip connections nothing needs until the last of them.
+    giving, the others between) whose skip connections nothing needs until the last of them. ``kept`` are names of
+    modules that every pass needs, where some passes leave the others out.
     """
 
     classes: frozenset[str]
     stages: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
     parkable: Callable[[nn.Module], tuple[tuple[str, ...], str]] | None = None
 
     def known(self, network: nn.Module) -> bool:

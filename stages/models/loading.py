@@ -87,10 +87,15 @@ def build(
         )
     for technique in techniques:
         technique.on_model(network, component.name)
-    whole = blocks.whole.union(*(technique.whole for technique in techniques))
+    blocks = replace(
+        blocks,
+        whole=blocks.whole.union(*(technique.whole for technique in techniques)),
+        stages=blocks.stages if all(technique.joins for technique in techniques) else frozenset(),
+        kept=frozenset[str]().union(*(technique.kept(network) for technique in techniques)),
+    )
     tensors = without_large(network, component.tensors, dtype)
     layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
-    return Built(network, layout, tensors, replace(blocks, whole=whole))
+    return Built(network, layout, tensors, blocks)
 
 
 @contextmanager

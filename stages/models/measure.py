@@ -57,6 +57,7 @@ def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_
                 nbytes=nbytes,
                 flops={name: traces[0].flops_of(name, counts[0]) for name in nbytes},
                 lines=tuple(lines if size else (replace(line, slope=0) for line in lines)),
+                kept=tuple(name for name in order if name in blocks.kept),
             )
         )
     return Measured(layout.nbytes, tuple(found), any(ref.quantised for ref in built.tensors.values()))

@@ -10,11 +10,22 @@ from stages.techniques.channels_last import ChannelsLast
 from stages.techniques.compile import Compile
 from stages.techniques.linfusion import LinFusion
 from stages.techniques.offload import Offload
+from stages.techniques.step_cache import StepCache
 from stages.techniques.tf32 import Tf32
 from stages.techniques.tome import ToMe
 from stages.techniques.vae import VaeTiling
 
-TECHNIQUES: tuple[type[Technique], ...] = (ChannelsLast, Tf32, LinFusion, Attention, ToMe, VaeTiling, Offload, Compile)
+TECHNIQUES: tuple[type[Technique], ...] = (
+    ChannelsLast,
+    Tf32,
+    LinFusion,
+    Attention,
+    StepCache,
+    ToMe,
+    VaeTiling,
+    Offload,
+    Compile,
+)
 
 
 def techniques_of(config: DictConfig, stage: str) -> tuple[Technique, ...]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stages.memory.layout import Layout
     from stages.memory.planner import ModelProfile
     from stages.memory.source import WeightSource
+    from stages.tiles import Size
 
 
 class Technique(ABC):
@@ -25,6 +26,8 @@ class Technique(ABC):
     decides = True  # a bit of the picture, where it is on
     channels_last = False  # whether 4-D weights are packed channels-last
     whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
+    joins = True  # whether blocks with the skip connections between them may be one unit (``Blocks.stages``)
+    period = 1  # steps after which it keeps nothing for the next one: a run can be taken up again there
 
     @classmethod
     @abstractmethod
@@ -54,6 +57,15 @@ class Technique(ABC):
         """Change what the bytes of the weights are (LoRA, quantised files)."""
         return source
 
+    def kept(self, network: nn.Module) -> frozenset[str]:
+        """Names of the modules whose weights every pass needs, where some passes leave others out; none: all passes
+        are alike."""
+        return frozenset()
+
+    def state(self, network_config: Mapping[str, Any], tile: Size) -> int:
+        """Numbers, of the denoiser's dtype, that a sample of ``tile`` latents leaves for the next step."""
+        return 0
+
     def streamer(self, network: nn.Module, layout: Layout, source: WeightSource, device: str) -> Any:
         """What gives the network its weights in place of the streaming that was planned; None: as planned."""
         return None
@@ -65,8 +77,17 @@ class Technique(ABC):
     def on_open(self, streamer: Any) -> None:  # noqa: B027
         """Change an open model (``models.loading.Streamer``)."""
 
+    def begin(  # noqa: B027
+        self, step: int, folder: Path
+    ) -> None:
+        """A step begins, the first is 0; its calls are of the same batches in every step. ``folder``: for scratch."""
+
     def before_call(  # noqa: B027
         self, batch: Any, step: Tensor, inputs: dict[str, Tensor]
     ) -> None:
-        """Change a denoiser's keyword arguments, each with a row a sample. A pure function of (batch, step): any
-        group size and any resume give the same bytes."""
+        """Change a denoiser's keyword arguments, each with a row a sample. A pure function of (batch, step) and of
+        what was kept since the last ``period``: any group size and any resume give the same bytes."""
+
+    def after_call(self, step: Tensor, predicted: Any) -> Any:
+        """What a denoiser's network gave, valid until the next call; what it leaves here is the prediction."""
+        return predicted

@@ -169,6 +169,7 @@ CHANGES = {
     "technique.attention": ("math", "lowres"),
     "technique.tome.ratio": (0.5, "lowres"),
     "technique.compile": ("compile", "lowres"),
+    "technique.step_cache.interval": (5, "lowres"),
     "technique.vae_tiling": (True, "decode"),
     "device": ("cuda", "text_encode"),
 }
