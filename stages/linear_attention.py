@@ -18,11 +18,11 @@ EPSILON = 1e-4
 class Exchange(Protocol):
     """What knows of the tokens of other tiles."""
 
-    def weights(self, tokens: int) -> Tensor:
-        """``[B, tokens]``: how much each token of the tiles at hand counts."""
+    def weights(self, tokens: Tensor) -> Tensor:
+        """``[B, N]``: how much each of the ``tokens [B, N, width]`` at hand counts."""
         ...
 
-    def means(self, values: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def means(self, values: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of all tiles, from those of the tiles at hand: ``[B, heads, d, d]`` and ``[B, heads, d]``."""
         ...
 
@@ -74,8 +74,9 @@ class LinearAttention(nn.Module):
         """``[B, N, width]`` of the same; masks and the rest of what diffusers gives belong to cross-attention."""
         if self.exchange is None:
             return self.queries(hidden_states, *self.keys(hidden_states))
-        found = self.keys(hidden_states, self.exchange.weights(hidden_states.shape[1]))
-        return self.queries(hidden_states, *self.exchange.means(*found))
+        weights = self.exchange.weights(hidden_states)
+        values, keys = self.keys(hidden_states, weights)
+        return self.queries(hidden_states, *self.exchange.means(values, keys, weights))
 
 
 def projection(width: int, hidden: int) -> nn.Module:

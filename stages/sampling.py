@@ -86,6 +86,7 @@ def sample(
     if sampler.finished:
         return sampler
 
+    sampler.mixture.turns = next((turns for one in techniques if (turns := one.turns(folder))), None)
     batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
     with open_component(context, checkpoint, name, techniques=techniques, micro_batch=batch) as streamer:
         denoiser = family.denoiser(
@@ -153,4 +154,6 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of
     # latents and predictions that the tiles of the moment lie in
     kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
+    if any(technique.through for technique in techniques_of(config, stage)):  # tiles that stand still
+        kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
     return StageLook((profile,), extra=blurred + 12 * band + 2 * rows, disk=kept)

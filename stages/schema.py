@@ -74,7 +74,7 @@ class LinfusionConfig:
     """LinFusion: self-attention of UNets that is linear in the number of tokens."""
 
     path: str | None = None  # folder with config.json and its weights; None: off
-    scope: str = "tile"  # tile: each tile attends to itself
+    scope: str = "tile"  # tile | canvas: what a tile attends to, itself or all of the canvas
 
 
 @dataclass(kw_only=True)

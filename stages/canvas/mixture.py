@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ class TileBatch:
     """A group of crops for the denoiser, one row a sample; the two samples of a guided view lie next to each other.
 
     ``samples [N, C, h, w]`` float32; ``prompt_rows``, ``unconditional`` (take the negative embedding of that row),
-    ``tiles``, ``guidance_scales`` and ``pictures`` (of the views) have N entries. Any even micro-batch of a guided
-    group is whole pairs: u0 c0 u1 c1 ...
+    ``tiles``, ``guidance_scales``, ``pictures`` and ``weights`` (of the views) have N entries. Any even micro-batch
+    of a guided group is whole pairs: u0 c0 u1 c1 ...
     """
 
     samples: Tensor
@@ -52,9 +53,11 @@ class TileBatch:
     tiles: tuple[Tile, ...]
     guidance_scales: tuple[float, ...] = ()
     pictures: tuple[Tile | None, ...] = ()
+    weights: tuple[Weight, ...] = ()
 
 
 Denoise = Callable[[TileBatch], Tensor]
+Turns = Callable[[Sequence[Callable[[], Tensor]]], Iterator[Tensor]]  # what each call gives, in their order
 
 
 def grid_views(tiles: Sequence[Tile], size: Size, *, blend: str, guidance_scale: float, row: int = 0) -> list[View]:
@@ -91,6 +94,7 @@ def batch(latents: Window, group: Sequence[View]) -> TileBatch:
         tiles=tuple(view.tile for view in group for _ in range(passes)),
         guidance_scales=tuple(view.guidance_scale for view in group for _ in range(passes)),
         pictures=tuple(view.picture for view in group for _ in range(passes)),
+        weights=tuple(view.weight for view in group for _ in range(passes)),
     )
 
 
@@ -109,12 +113,15 @@ class Mixture:
 
     Args:
         views: of the canvas; their weights must add up to 1 at every latent.
+
+    ``turns`` runs the groups of a step where their tiles need one another; None: one after the other will do.
     """
 
     def __init__(self, views: Sequence[View]) -> None:
         if not views:
             raise ValueError("a canvas needs at least one view.")
         self.views = list(views)
+        self.turns: Turns | None = None
 
     def predict(
         self,
@@ -144,7 +151,12 @@ class Mixture:
         def shape(group: list[View]) -> tuple[int, ...]:
             return (len(group), latents.channels, *group[0].tile.size)
 
-        for group, predictions in ranks.ordered(list(groups(self.views, group_size)), predicted, shape):
+        each = list(groups(self.views, group_size))
+        if self.turns is None:
+            found = ranks.ordered(each, predicted, shape)
+        else:
+            found = zip(each, self.turns([partial(predicted, group) for group in each]), strict=True)
+        for group, predictions in found:
             for view, prediction in zip(group, predictions, strict=True):
                 target.add(view.tile.top, view.tile.left, prediction * view.weight.map(prediction.device))
         target.flush()

@@ -1,4 +1,4 @@
-"""Room on the disk for the scratch files of exact passes: what is there, and the refusal. No torch."""
+"""Room on the disk for scratch files of exact passes and of tiles that wait: what is there, the refusal. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 from stages import Stage
 
 SCRATCH = "checkpoint_exact"  # begins the names of scratch folders in a stage's output; they go when the stage ends
-_MODE = {"decode": "decode.mode", "guide": "guide.vae_mode"}
+_SCOPE = ("technique.linfusion.scope=canvas", "technique.linfusion.scope=tile")
+_WAYS = {  # (what needs it, what does not)
+    "decode": ("decode.mode=exact", "decode.mode=shared"),
+    "guide": ("guide.vae_mode=exact", "guide.vae_mode=shared"),
+    "lowres": _SCOPE,
+    "denoise": _SCOPE,
+}
 
 
 def room(output: Path) -> int:
@@ -20,8 +26,8 @@ def room(output: Path) -> int:
 
 def refusal(stage: Stage, needed: int, there: int) -> str:
     """What to do where ``needed`` bytes are more than ``there`` are."""
-    key = _MODE[stage.module]
+    way, other = _WAYS[stage.module]
     return (
-        f"{key}=exact: {stage.name} needs {needed / 1e9:.1f} GB of scratch space, {there / 1e9:.1f} GB are free. "
-        f"Free some, set output_dir to another disk, or use {key}=shared."
+        f"{way}: {stage.name} needs {needed / 1e9:.1f} GB of scratch space, {there / 1e9:.1f} GB are free. "
+        f"Free some, set output_dir to another disk, or use {other}."
     )

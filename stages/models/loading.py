@@ -89,6 +89,7 @@ def build(
         technique.on_model(network, component.name)
     blocks = replace(
         blocks,
+        classes=blocks.classes.difference(*(technique.through for technique in techniques)),
         whole=blocks.whole.union(*(technique.whole for technique in techniques)),
         stages=blocks.stages if all(technique.joins for technique in techniques) else frozenset(),
         kept=frozenset[str]().union(*(technique.kept(network) for technique in techniques)),

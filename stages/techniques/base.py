@@ -25,6 +25,7 @@ class Technique(ABC):
     keys: tuple[str, ...] = ()  # of the config that it reads
     decides = True  # a bit of the picture, where it is on
     channels_last = False  # whether 4-D weights are packed channels-last
+    through: frozenset[str] = frozenset()  # classes of modules that tiles stand still inside of: always cut further
     whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
     joins = True  # whether blocks with the skip connections between them may be one unit (``Blocks.stages``)
     period = 1  # steps after which it keeps nothing for the next one: a run can be taken up again there
@@ -73,6 +74,10 @@ class Technique(ABC):
     def planned(self, model: ModelProfile) -> ModelProfile:
         """A model's profile as this leaves it: what stays in memory, how many samples go at once."""
         return model
+
+    def turns(self, folder: Path) -> Any:
+        """``canvas.mixture.Turns`` where the tiles of a step need one another, with scratch files in ``folder``."""
+        return None
 
     def on_open(self, streamer: Any) -> None:  # noqa: B027
         """Change an open model (``models.loading.Streamer``)."""

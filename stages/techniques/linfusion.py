@@ -6,13 +6,14 @@ attention modules are replaced, and a safetensors file with ``{index}.to_q.weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ConfigError, close_match
+from stages.config import ConfigError, close_match, on_gpu
 from stages.families.facts import facts_of
 from stages.files import read_json
 from stages.hashes import file_hash, fingerprint
@@ -22,13 +23,24 @@ from stages.techniques.base import Technique
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.canvas.key_means import CanvasMeans
+    from stages.canvas.mixture import Turns
     from stages.memory.layout import Layout, Slot
     from stages.memory.refs import TensorRef
     from stages.memory.source import WeightSource
 
 PATH, SCOPE = "technique.linfusion.path", "technique.linfusion.scope"
-SCOPES = ("tile",)
+_APART = {
+    "launch.nproc": 1,
+    "denoise.dilated.enabled": False,
+    "technique.offload": "stream",
+    "technique.compile": "none",
+    "technique.tome.ratio": 0,
+    "technique.step_cache.interval": 1,
+}
+SCOPES = ("tile", "canvas")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_AROUND = frozenset({"Transformer2DModel", "BasicTransformerBlock"})  # self-attention
 _FOLDER = "a folder with config.json and a .safetensors file"
 _FETCH = "The published ones: hf download Yuanshi/LinFusion-1-5 --local-dir FOLDER (LinFusion-2-1, LinFusion-XL)."
 
@@ -71,6 +83,9 @@ class LinFusion(Technique):
     def __init__(self, config: DictConfig) -> None:
         self.folder, self.scope = Path(config.technique.linfusion.path), config.technique.linfusion.scope
         self._own: dict[str, TensorRef] = {}
+        self._means: CanvasMeans | None = None
+        if self.scope == "canvas":
+            self.through, self.joins = _AROUND, False
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
@@ -81,6 +96,8 @@ class LinFusion(Technique):
             return
         if not facts_of(config).unet:
             raise ConfigError(PATH, folder, "none for a transformer", "It replaces the self-attention of a UNet.")
+        if scope == "canvas":
+            _check_canvas(config)
         if Path(folder).is_dir():  # one that is gone is what it was: its results may all be there
             _check(Path(folder))
         elif cls(config)._unknown(Path(config.output_dir) / ".store" / ".identity"):
@@ -107,6 +124,11 @@ class LinFusion(Technique):
         from stages.memory.layout import owner
         from stages.memory.tensors import read_header
 
+        if self.scope == "canvas":
+            from stages.canvas.key_means import CanvasMeans
+            from stages.canvas.turns import meet
+
+            self._means = CanvasMeans(meet)
         refs, modules = read_header(weights_file(self.folder)), dict(network.named_modules())
         for index, part in enumerate(modules_list(self.folder)):
             found = _width(modules.get(part.name))
@@ -116,9 +138,26 @@ class LinFusion(Technique):
                 raise ConfigError(PATH, f"a {component} with {got}", f"{part.name} of {part.width} channels", hint)
             with torch.device("meta"):
                 linear = LinearAttention(part.width, part.heads, part.hidden).requires_grad_(False).eval()
+            linear.exchange = self._means
             parent, last = owner(network, part.name)
             setattr(parent, last, linear)
             self._own |= {f"{part.name}.{here}": refs[f"{index}.{there}"] for here, there, _ in part.shapes()}
+
+    def before_call(self, batch: Any, step: Tensor, inputs: dict[str, Tensor]) -> None:
+        if self._means is not None and not batch.samples.is_meta:
+            self._means.begin(batch)
+
+    def turns(self, folder: Path) -> Turns | None:
+        if self.scope != "canvas":
+            return None
+        from stages.canvas.turns import in_turns
+
+        def run(calls: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+            assert self._means is not None
+            self._means.start()
+            return in_turns(calls, folder / "waiting.bin")
+
+        return run
 
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         from stages.memory.source import CheckpointSource
@@ -187,6 +226,19 @@ def _check(folder: Path) -> None:
         if found.get(name) != shape:
             got = f"{file.name} with {name} {list(found[name])}" if name in found else f"{file.name} without {name}"
             raise ConfigError(PATH, got, f"{name} {list(shape)}, as its config.json says", _FETCH)
+
+
+def _check_canvas(config: DictConfig) -> None:
+    """That all tiles are in one process and stand still where they have to."""
+    hint = f"With {SCOPE}=canvas every tile waits for all the others at each attention."
+    if find_spec("greenlet") is None:
+        raise ConfigError(SCOPE, "canvas", "tile without the package greenlet", "pip install greenlet")
+    if on_gpu(config):
+        raise ConfigError(SCOPE, "canvas", "tile on a GPU", "There a pass is one recording, which cannot stand still.")
+    for key, off in _APART.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value != off:
+            raise ConfigError(key, value, f"{off} with {SCOPE}=canvas", hint)
 
 
 def _width(module: Any) -> int | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from in_process import Work
+from linfusions import by_hand, published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,40 +49,6 @@ def denoised(work: Work, values: dict[str, Any], **plan: Any) -> Tensor:
     stages = {"denoise": StagePlan(**plan)} if plan else None
     found = work.run(values, until="denoise", plan=stages, force=True)
     return read_tensors(found["denoise"] / "canvas.safetensors")["latents"]
-
-
-def features(x: Tensor, weights: dict[str, Tensor], kind: str) -> Tensor:
-    """``elu(W (x + f(x))) + 1`` of queries or keys."""
-    names = {name.removeprefix(f"to_{kind}_."): value for name, value in weights.items() if f"to_{kind}_." in name}
-    h = x @ names["0.weight"].T + names["0.bias"]
-    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    h = h * names["1.weight"] + names["1.bias"]
-    h = torch.where(h > 0, h, 0.01 * h) @ names["3.weight"].T + names["3.bias"]
-    y = (x + h) @ weights[f"to_{kind}.weight"].T
-    return torch.where(y > 0, y + 1, y.exp())
-
-
-def by_hand(x: Tensor, weights: dict[str, Tensor], heads: int, of: Tensor | None = None) -> Tensor:
-    """The published formula, ``[B, N, C]``, quadratic and head by head; ``of``: tokens that are attended to."""
-    of = x if of is None else of
-    q, k, v = features(x, weights, "q"), features(of, weights, "k"), of @ weights["to_v.weight"].T
-    found = []
-    for a, b, c in zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True):
-        shares = a @ b.transpose(1, 2) / of.shape[1]
-        found.append(shares @ c / (shares.sum(-1, keepdim=True) + 1e-4))
-    return torch.cat(found, -1) @ weights["to_out.0.weight"].T + weights["to_out.0.bias"]
-
-
-def published(folder: Path) -> list[tuple[Part, dict[str, Tensor]]]:
-    """Each module of a folder with its weights, as they are named there."""
-    listed, tensors = json.loads((folder / "config.json").read_text())["modules_list"], load_file(folder / WEIGHTS)
-    return [
-        (
-            Part(one["module_name"], one["dim_n"], one["heads"], one["projection_mid_dim"] or one["dim_n"]),
-            {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(f"{index}.")},
-        )
-        for index, one in enumerate(listed)
-    ]
 
 
 def test_a_layer_is_the_published_formula(folder: Path) -> None:
