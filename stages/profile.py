@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -43,17 +44,19 @@ STAGE_SECONDS = 2.5  # to start a process and import
 
 def run(context: StageContext) -> None:
     """Write ``profile.json``."""
-    found = {name: stage.as_json() for name, stage in profile_run(context.config, context.regions).items()}
-    write_json(context.output / "profile.json", found)
+    found = profile_run(context.config, context.regions, context.progress.note)
+    write_json(context.output / "profile.json", {name: stage.as_json() for name, stage in found.items()})
 
 
-def profile_run(config: DictConfig, regions: Regions) -> dict[str, StageProfile]:
+def profile_run(
+    config: DictConfig, regions: Regions, note: Callable[[str], None] = lambda text: None
+) -> dict[str, StageProfile]:
     """A profile of every stage of this run that opens a model."""
     if on_gpu(config) and not torch.cuda.is_available():
         hint = "Use device=cpu, or a build of torch for this machine's GPU."
         raise ConfigError("device", config.device, "a GPU that torch can use", hint)
     stages = {stage.module: importlib.import_module(f"stages.{stage.module}") for stage in active(config)}
-    imports, base, looking = process(config, regions)
+    imports, base, looking = process(config, regions, note)
     rate = FLOPS if on_gpu(config) else flops_per_second(dtype_of(config, looking.family.facts.denoiser))
     found = {}
     with light_imports("transformers"):  # passes on meta too would import the graph compiler
@@ -97,13 +100,15 @@ def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile
     )
 
 
-def process(config: DictConfig, regions: Regions) -> tuple[int, int, Looking]:
+def process(
+    config: DictConfig, regions: Regions, note: Callable[[str], None] = lambda text: None
+) -> tuple[int, int, Looking]:
     """(peak of importing, RES before the first weight, the run's checkpoint): nothing has been computed yet."""
     with light_imports():
         from accelerate import init_empty_weights  # noqa: F401
         from diffusers import AutoencoderKL  # noqa: F401
     checkpoint = open_checkpoint(config, facts_of(config).opened, lambda _: None)
-    rehearse(config, checkpoint)
+    rehearse(config, checkpoint, note)
     looking = Looking(config=config, regions=regions, checkpoint=checkpoint)
     held = (
         make_scheduler(checkpoint, config.scheduler.class_name, config.scheduler.options),

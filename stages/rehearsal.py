@@ -7,6 +7,7 @@ other steps, another scheduler or strength are rehearsed in a process of their o
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from stages.families.schedules import Schedule, make_scheduler
 from stages.files import write_json
 from stages.memory.finite import refuse_absurd
 from stages.models.checkpoint import Checkpoint
+from stages.techniques.lora_file import open_adapter, place, strengths
+from stages.techniques.lora_fit import fits
 from stages.tiles import Size
 
 _SIDE = 8  # latents
@@ -31,18 +34,23 @@ _SIDE = 8  # latents
 def run(context: StageContext) -> None:
     """Write ``rehearsal.json``: that nothing was refused."""
     config = context.config
-    rehearse(config, open_checkpoint(config, facts_of(config).opened, context.progress.note))
+    note = context.progress.note
+    rehearse(config, open_checkpoint(config, facts_of(config).opened, note), note)
     write_json(context.output / "rehearsal.json", {"refused": None})
 
 
-def rehearse(config: DictConfig, checkpoint: Checkpoint) -> None:
-    """Every step of ``lowres`` and ``denoise`` as their sampler takes it, with a prediction that fits.
+def rehearse(config: DictConfig, checkpoint: Checkpoint, note: Callable[[str], None] = lambda text: None) -> None:
+    """Every step of ``lowres`` and ``denoise`` as their sampler takes it, with a prediction that fits; adapters beside
+    the weights that they are for. ``note``: told what of them is not used.
 
     Raises:
-        ConfigError: a scheduler, its options or a number of steps that cannot work, more ``clip_skip`` than layers.
+        ConfigError: a scheduler, its options or a number of steps that cannot work, more ``clip_skip`` than layers,
+            an adapter that fits nothing.
         ValueError: the same of a schedule, in its own words.
     """
     _layers(config, checkpoint)
+    for text in _adapters(config, checkpoint):
+        note(text)
     factor, guided = config.model.vae_scale_factor, config.guide.mode != "none"
     runs = [("denoise", config.denoise.tile_size, config.denoise.strength if guided else None)]
     if guided and not config.guide.image:
@@ -85,3 +93,18 @@ def _layers(config: DictConfig, checkpoint: Checkpoint) -> None:
     most = min((number for number in layers if isinstance(number, int)), default=None)
     if skip is not None and most is not None and skip > (most := most - (len(encoders) > 1)):
         raise ConfigError("text_encode.clip_skip", skip, f"at most {most}, as the text encoder has so many layers")
+
+
+def _adapters(config: DictConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """What of ``model.loras`` is not used, in words."""
+    facts, wanted = facts_of(config), set()
+    for one in strengths(config):
+        wanted |= {place(name, facts)[0] for name in open_adapter(Path(one.path)).modules}
+    described = {}
+    for name in facts.opened if wanted else ():
+        if name in wanted and checkpoint.has_config(name):
+            own = checkpoint.component(name)
+            tensors = ((*tensor.rpartition(".")[::2], ref.shape) for tensor, ref in own.tensors.items())
+            weights = {module: shape for module, last, shape in tensors if last == "weight"}
+            described[name] = own.class_name, own.config, weights
+    yield from fits(config, described)

@@ -18,6 +18,8 @@ class ModelConfig:
     denoiser: str | None = None  # a .safetensors or .gguf file whose UNet or transformer takes the place of path's
     revision: str | None = None  # of a hub id
     config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
+    loras: Any = field(default_factory=list)  # adapters: [{path: FILE, scale: 1.0}, FILE, FILE:0.8], in order
+    lora_dir: str | None = None  # where <lora:NAME:0.8> in a prompt finds NAME.safetensors, in any folder below
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
     cpu_size: int | None = None  # native_size on a CPU, where 800 MB do not hold tiles of the trained one

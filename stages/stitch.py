@@ -18,6 +18,8 @@ from stages.picture.seam_map import heat_map, plain
 from stages.picture.seams import Gradients, Meter, judge
 from stages.picture.tile_strips import TileStrips
 from stages.techniques import TECHNIQUES
+from stages.techniques.lora_file import KEY as LORAS
+from stages.techniques.lora_file import strengths
 from stages.tiles import Size, latent_grid
 
 OF_THE_MODEL = ("model.native_size", "model.vae_scale_factor", "model.latent_channels", "model.patch")  # it says so
@@ -39,15 +41,17 @@ def settings(config: DictConfig) -> dict[str, Any]:
     keys = keys.union(*(technique.keys for technique in on)) - {*PATHS, *OF_THE_MODEL}
     if "guide.fit" in keys and not config.guide.image:  # says nothing of a picture that nobody gave
         keys -= {"guide.fit"}
-    for key in sorted(keys):
+    for key in sorted(keys - {LORAS}):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
+    if loras := [{"name": Path(one.path).stem, "scale": one.scale} for one in strengths(config)]:
+        OmegaConf.update(chosen, LORAS, loras, force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]
 
 
 def parameters(config: DictConfig) -> str:
     """The settings as AUTOMATIC1111's web UI writes them and many programs read them."""
     denoise = config.denoise
-    lines = [config.prompt or ""]
+    lines = [" ".join([config.prompt or "", *(one.tag for one in strengths(config))])]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
     values = {

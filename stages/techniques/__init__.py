@@ -9,6 +9,7 @@ from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
 from stages.techniques.compile import Compile
 from stages.techniques.linfusion import LinFusion
+from stages.techniques.lora import Lora, TextLora
 from stages.techniques.offload import Offload
 from stages.techniques.step_cache import StepCache
 from stages.techniques.tf32 import Tf32
@@ -19,6 +20,8 @@ TECHNIQUES: tuple[type[Technique], ...] = (
     ChannelsLast,
     Tf32,
     LinFusion,
+    Lora,
+    TextLora,
     Attention,
     StepCache,
     ToMe,

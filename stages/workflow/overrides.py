@@ -11,6 +11,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import DictConfig, OmegaConf
+
 from stages.config import ROOT, ConfigError, close_match
 from stages.documents import escape
 from stages.files import write_json
@@ -21,7 +23,7 @@ from stages.workflow.words import meant, nearest, sampler
 
 CONF = ROOT / "conf"
 _TEXT = {"prompt", "negative_prompt"}
-_PATHS = {"run", "output_dir", "model.path", "guide.image", "prompt_file"}
+_PATHS = {"run", "output_dir", "model.path", "model.lora_dir", "guide.image", "prompt_file"}
 _DTYPE = "technique.dtype."
 _FREE = (
     "technique.component_dtype",
@@ -268,13 +270,16 @@ def _literal(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def save(run_dir: Path, overrides: Iterable[str], prompt: str) -> None:
-    """Keep a run's overrides as the base of its next command; a prompt read from a file is kept as text."""
+def save(run_dir: Path, overrides: Iterable[str], config: DictConfig) -> None:
+    """Keep a run's overrides as the base of its next command; a prompt read from a file is kept as text, and the
+    adapters that it named as a list."""
     kept = []
     for text in overrides:
         override = parse(text)
         if override and override.key == "prompt_file":
-            kept.append(f"prompt={quote(prompt)}")
+            kept.append(f"prompt={quote(config.prompt)}")
+            if config.model.loras:
+                kept.append(_said("model.loras", OmegaConf.to_container(config.model.loras)))
         elif override and override.key not in _TRANSIENT and not override.key.startswith("hydra"):
             kept.append(text)
     write_json(run_dir / SAVED, merge([], kept))

@@ -86,7 +86,7 @@ def _execute(
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         before = _kept(run_dir)
         write_text(run_dir / "config.yaml", save_text(config))
-        overrides.save(run_dir, said, config.prompt)
+        overrides.save(run_dir, said, config)
         link_results(run_dir, states)
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
         if config.stage != "plan":

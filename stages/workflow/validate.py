@@ -36,7 +36,7 @@ from stages.regions.document import read_document
 from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
 from stages.techniques import TECHNIQUES
-from stages.workflow import model
+from stages.workflow import loras, model
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 from stages.workflow.overrides import parse as parse_override
 
@@ -69,12 +69,15 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if value and not (key == "model.path" and is_hub_id(value)):
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
+    loras.complete(config)
     model.check_path(config)
     model.recognise(config, keys)
     _check_sizes_known(config)
     config = resolve(config)
     validate(config)
-    return Job.of(config)  # boxes off the canvas, parts that no region covers
+    job = Job.of(config)  # boxes off the canvas, parts that no region covers
+    loras.refuse_elsewhere(job.regions)
+    return job
 
 
 def _read_prompt(config: DictConfig) -> None:

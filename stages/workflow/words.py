@@ -24,7 +24,7 @@ _MEANT = {
     ("tile_size",): "denoise.tile_size=N or decode.tile_size=N",
     ("budget", "max_memory"): "memory.budget=SIZE",
     ("out", "output", "outdir", "output_path"): "output_dir=FOLDER",
-    ("model.lora", "lora", "loras"): "nothing that is here: LoRA files are not supported; merge one into a checkpoint",
+    ("model.lora", "lora", "loras", "lora_weights"): "model.loras=[FILE:0.8]",
 }
 _SAMPLERS = {
     "euler_a": "euler_ancestral",

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from stages.config import ROOT, ConfigError
 from stages.files import read_json
@@ -168,7 +169,7 @@ def test_merge_new_wins_and_prompt_excludes_prompt_file():
 
 def test_save_keeps_what_belongs_to_the_run(tmp_path):
     said = ["prompt_file=gone.txt", "seed=1", "stage=plan", "run='x'", "force=true", "hydra.run.dir='y'"]
-    save(tmp_path, said, "it's")
+    save(tmp_path, said, OmegaConf.create({"prompt": "it's", "model": {"loras": []}}))
     assert read_json(tmp_path / SAVED) == ["prompt='it\\'s'", "seed=1"]
 
 

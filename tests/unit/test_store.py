@@ -147,6 +147,7 @@ def test_the_lock_excludes_other_processes_and_falls_with_them(tmp_path):
     code = f"""
 import time
 from pathlib import Path
+from stages.hashes import fingerprint
 from stages.workflow.store import Store
 lock = Store(Path({str(tmp_path)!r})).entry("draw", {PRINT!r}).lock()
 lock.acquire()

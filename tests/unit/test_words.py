@@ -18,7 +18,7 @@ from stages.workflow.words import meant, sampler
         ("batch_size=4", "-m seed=1,2,3"),
         ("init_image=a.png", "guide.image"),
         ("denoising_strength=0.3", "denoise.strength"),
-        ("model.lora=x", "not supported"),
+        ("model.lora=x", "model.loras=[FILE:0.8]"),
         ("promt=x", "Did you mean prompt?"),
     ],
 )
