@@ -52,16 +52,21 @@ def _ours(name: str, *, work: str = "512", published: str = "", devices: tuple[s
 
 
 STAY: dict[str, Any] = {"technique__offload": "none"}
+MERGED: dict[str, Any] = {"technique__tome__ratio": 0.5}
+CACHED: dict[str, Any] = {"technique__step_cache__interval": 5}
+WHOLE: dict[str, Any] = {"work": "1024", "denoise__tile_size": 1024}  # one tile, as the libraries do it
+LARGE: dict[str, Any] = {"work": "4k", "devices": ("cuda",), "budget": "1500MB"}
+DEEP = "arXiv 2312.00858: 2.3x with 50 PLMS steps"
 ROWS = (
     Row(name="fp32", published=f"{RTX}: 8.4 GB, 7.51 it/s; {TITAN}: 9.50 s", devices=BOTH),
-    Row(name="fp16", options=HALF, published=f"{TITAN}: 3.61 s (2.63x)"),
+    Row(name="fp16, SDPA", options=HALF, published=f"{TITAN}: 3.61 s (2.63x)"),
     Row(
         name="sequential", options={**HALF, "offload": "sequential"}, published="< 3 GB (slicing alone 3.2)", share=0.4
     ),
     _ours("offload=stream, least memory", budget="least"),
     _ours("offload=stream, 800 MB", budget="800MB"),
     Row(name="4K, tiled VAE", work="4k", options={**HALF, "vae_tiling": True}, published="8 GB"),
-    _ours("4K, offload=stream, 1.5 GB", work="4k", devices=("cuda",), budget="1500MB"),
+    _ours("4K, offload=stream, 1.5 GB", **LARGE),
     _ours("UNet stays, the rest leaves (stages)", published=f"{RTX}: 3.2 of 8.4 GB (0.38)", **STAY),
     Row(name="TF32", options={"tf32": True}),
     Row(name="bf16", options={"dtype": "bfloat16"}, published=f"{RTX}: 4.7 GB (0.56), 19.1 it/s (2.54x)", devices=BOTH),
@@ -94,7 +99,10 @@ ROWS = (
         published=f"{TITAN}: 3.21 s (2.96x)",
     ),
     Row(name="fp32, traced", options={"compile": "trace"}, devices=("cpu",)),
-    _ours("ToMe 0.5 (stages)", published=f"{RTX}: 19 to 20 it/s (1.05x)", technique__tome__ratio=0.5, **STAY),
+    _ours("ToMe 0.5 (stages)", published=f"{RTX}: 19 to 20 it/s (1.05x)", **MERGED, **STAY),
+    _ours("step cache 5 (stages)", published=DEEP, **CACHED, **STAY),
+    _ours("step cache 5, offload=stream, 800 MB", published=DEEP, budget="800MB", **CACHED),
+    _ours("ToMe 0.5, offload=stream, 800 MB", budget="800MB", **MERGED),
     Row(name="1024x1024", work="1024", options=HALF, published=f"{RTX}: 7.6 GB"),
     Row(
         name="1024x1024, VAE tiling",
@@ -102,10 +110,13 @@ ROWS = (
         options={**HALF, "vae_tiling": True},
         published=f"{RTX}: 5.1 GB (0.67)",
     ),
-    _ours(
-        "1024x1024 whole, ToMe 0.5 (stages)", work="1024", technique__tome__ratio=0.5, denoise__tile_size=1024, **STAY
-    ),
-    _ours("1024x1024 whole (stages)", work="1024", denoise__tile_size=1024, **STAY),
+    _ours("1024x1024 whole (stages)", **WHOLE, **STAY),
+    _ours("1024x1024 whole, ToMe 0.5 (stages)", **WHOLE, **MERGED, **STAY),
+    _ours("1024x1024 whole, step cache 5 (stages)", **WHOLE, **CACHED, **STAY),
+    _ours("1024x1024 whole, offload=stream, least memory", **WHOLE, budget="least"),
+    _ours("1024x1024 in tiles, offload=stream, 800 MB", work="1024", budget="800MB"),
+    _ours("4K, ToMe 0.5, offload=stream, 1.5 GB", **LARGE, **MERGED),
+    _ours("4K, step cache 5, offload=stream, 1.5 GB", **LARGE, **CACHED),
     Row(name="batch of 32", work="batch", options=HALF),
     Row(name="batch of 32, VAE slicing", work="batch", options={**HALF, "vae_slicing": True}),
     _ours("attention=math (stages)", technique__attention="math", **STAY),

@@ -5,10 +5,10 @@
     python -m benchmarks techniques --list
 
 Each row is a process of its own: a picture to set all up, one that is measured. Steps are fewer than a picture takes,
-their median counts. 'stock' rows are diffusers' pipeline with its own switches, all of it in one process; 'ours' are
-the stages of ``runner.py`` with the overrides shown, one after the other. PSNR is to the picture of the first row of
-the same work and as many steps. Memory: the allocator's peaks (allocated, reserved), the highest that ``nvidia-smi``
-showed of the card, RES of the process.
+their median counts (with a step cache the mean of whole intervals). 'stock' rows are diffusers' pipeline with its own
+switches, all of it in one process; 'ours' are the stages of ``runner.py`` with the overrides shown, one after the
+other. PSNR is to the picture of the first row of the same work and as many steps. Memory: the allocator's peaks
+(allocated, reserved), the highest that ``nvidia-smi`` showed of the card, RES of the process.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Bench:
 
     def steps(self, row: Row) -> int:
         """That are run, those included that are not timed."""
-        return max(3, round((self._steps or WORKS[row.work].steps[self.device]) * row.share))
+        intervals = 2 * row.options.get("technique.step_cache.interval", 1)
+        return max(3, intervals, round((self._steps or WORKS[row.work].steps[self.device]) * row.share))
 
     def planned(self, row: Row) -> str:
         """``stage=plan`` of one of ours; why it was refused, or ""."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._techniques_rows import ROWS, WORKS
+from benchmarks._techniques_ways import speed
 from benchmarks.techniques import front, markdown
 from stages.workflow.overrides import known_keys
 
@@ -42,3 +43,9 @@ def test_rows_ask_for_what_there_is() -> None:
     for one in ROWS:
         assert one.work in WORKS and one.devices
         assert one.kind == "stock" or set(one.options) <= known, one.name
+
+
+def test_steps_of_an_interval_count_together() -> None:
+    ends = [0.0, 1, 2, 7, 8, 9, 14, 15]  # of steps 0 to 7, every third as long as five
+    assert speed(ends)["step_seconds"] == 1
+    assert speed(ends, 3) == {"step_seconds": round(7 / 3, 5), "steps": 3}
