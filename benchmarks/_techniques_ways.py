@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -34,7 +34,7 @@ def peaks(job: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def speed(marks: list[float], interval: int = 1) -> dict[str, float]:
+def speed(marks: Sequence[float], interval: int = 1) -> dict[str, float]:
     """Of the moments at which steps ended: the first is the beginning. Steps of an ``interval`` are not alike: the mean
     of all of them, but for the first interval."""
     seconds = [after - before for before, after in pairwise(marks)]
@@ -43,6 +43,24 @@ def speed(marks: list[float], interval: int = 1) -> dict[str, float]:
         return {"step_seconds": round(fmean(timed), 5), "steps": len(timed)}
     timed = seconds[WARM:] or seconds
     return {"step_seconds": round(median(timed), 5), "steps": len(timed)}
+
+
+class Clock:
+    """The moments at which steps ended, and the CPU-seconds of this process then: what other work on the machine does
+    not add to."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self._marks.append((time.perf_counter(), time.process_time()))
+
+    def speed(self, interval: int = 1) -> dict[str, float]:
+        moments, worked = zip(*self._marks, strict=True)
+        return {**speed(moments, interval), "cpu_seconds": speed(worked, interval)["step_seconds"]}
 
 
 def stock(job: dict[str, Any]) -> dict[str, Any]:
@@ -75,12 +93,12 @@ def stock(job: dict[str, Any]) -> dict[str, Any]:
         pipe.unet.compile(dynamic=False)
     elif options.get("compile") == "trace":
         _trace(pipe, work, device, dtype)
-    marks: list[float] = []
+    clock = Clock()
 
     def ended(*arguments: Any) -> dict[str, Any]:
         if on_gpu(job):
             torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+        clock.mark()
         return arguments[-1]
 
     def picture(steps: int) -> Any:
@@ -89,12 +107,12 @@ def stock(job: dict[str, Any]) -> dict[str, Any]:
         return pipe(PROMPT, **call, callback_on_step_end=ended).images[0]
 
     picture(1)  # all libraries are set up, all is compiled
-    marks.clear()
+    clock.restart()
     begin = time.perf_counter()
     made = picture(job["steps"])
     seconds = time.perf_counter() - begin
     made.save(job["picture"])
-    return {**speed(marks), "picture_seconds": round(seconds, 2), **peaks(job)}
+    return {**clock.speed(), "picture_seconds": round(seconds, 2), **peaks(job)}
 
 
 def _offload(pipe: Any, way: str, device: str) -> None:
@@ -141,24 +159,24 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     run_dir = Path(job["run_dir"])
     run = Job.of(load(run_dir / "config.yaml"))
     states = build(run, Store(Path(run.config.output_dir) / ".store"), verify=False)
-    marks: list[float] = []
+    clock = Clock()
 
-    class Clock(Progress):
+    class Steps(Progress):
         def advance(self, n: int = 1) -> None:
-            marks.append(time.perf_counter())
+            clock.mark()
 
     found: dict[str, Any] = {"stages": {}}
     for state in states:
-        marks.clear()
+        clock.restart()
         if on_gpu(job):
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        __main__.run(state.name, run_dir, "stages", Clock(), True)
+        __main__.run(state.name, run_dir, "stages", Steps(), True)
         found["stages"][state.name] = {"seconds": round(time.perf_counter() - begin, 2), **peaks(job)}
         if state.name == "denoise":
-            found |= speed(marks, run.config.technique.step_cache.interval)
+            found |= clock.speed(run.config.technique.step_cache.interval)
     for name in peaks(job):
         found[name] = max(stage[name] for stage in found["stages"].values())
     image = states[-1].entry.path / "image.png"
