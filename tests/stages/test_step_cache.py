@@ -169,3 +169,13 @@ def test_other_blocks_are_refused(work: Work) -> None:
     network.down_blocks[0] = torch.nn.Identity()
     with pytest.raises(ConfigError, match=f"{INTERVAL}: got 3, expected 1. .*other blocks"):
         StepCache(work.config(ON)).on_model(network, "unet")
+
+
+def test_passes_are_recorded_apart(work: Work) -> None:
+    """As on a GPU, where every pass is a recording: one that is whole, one that is not, merged tokens drawn anew."""
+    stay = {**TILES, "technique.offload": "none", "technique.tome.ratio": 0.5, "denoise.num_inference_steps": 4}
+    expected = denoised(work, stay)
+    with patch.object(torch.jit, "trace", side_effect=torch.jit.trace) as traces:
+        found = denoised(work, {**stay, "technique.compile": "trace"})
+    assert traces.call_count == 2, "four steps"
+    assert torch.equal(found, expected)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from in_process import Work, look
 from torch import Tensor
 
@@ -96,6 +96,17 @@ def test_attention_that_is_not_there_is_refused(work: Work) -> None:
     refused(work, {"technique.attention": "xformers", "device": "cuda"}, "expected a package that is installed")
     refused(work, {"technique.attention": "slicd"}, r"got 'slicd', expected one of .* Did you mean sliced")
     refused(work, {"technique.attention": "flash"}, "for transformers")
+
+
+def test_kernels_that_know_no_meta_tensors_are_set_when_a_call_begins(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Attention, "check", classmethod(lambda cls, config: None))
+    stock = UNet2DConditionModel.enable_xformers_memory_efficient_attention
+    monkeypatch.setattr(UNet2DConditionModel, stock.__name__, lambda unet: asked.append(unet.device.type))
+    denoised(work, {**ONE, "technique.attention": "xformers"})
+    assert asked == ["cpu"]
 
 
 def test_a_transformer_asks_the_dispatcher() -> None:
