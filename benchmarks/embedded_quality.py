@@ -16,6 +16,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +109,16 @@ def judge_accuracy(count: int) -> dict[str, float]:
     return {name: round(value / count, 3) for name, value in right.items()}
 
 
-def make_pictures(model: Path, prompts: list[Asked], guidance: float) -> list[Path]:
-    """A native-size picture for each prompt with stock diffusers; DPM-Solver++ 2M, one seed for each prompt."""
+def make_pictures(
+    model: Path,
+    prompts: list[Asked],
+    guidance: float,
+    folder: Path = FOLDER,
+    change: Callable[[Any], None] = lambda unet: None,
+) -> list[Path]:
+    """A native-size picture for each prompt with stock diffusers; DPM-Solver++ 2M, one seed for each prompt.
+
+    ``change``: what is done to the UNet before."""
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -118,7 +127,8 @@ def make_pictures(model: Path, prompts: list[Asked], guidance: float) -> list[Pa
         pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )
     pipeline.set_progress_bar_config(disable=True)
-    paths = [FOLDER / f"{number:02}.png" for number in range(len(prompts))]
+    change(pipeline.unet)
+    paths = [folder / f"{number:02}.png" for number in range(len(prompts))]
     for first in range(0, len(prompts), BATCH):
         begin, some = time.monotonic(), prompts[first : first + BATCH]
         made = pipeline(
