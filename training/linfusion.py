@@ -1,4 +1,4 @@
-"""Distil linear attention for the embedded model: ``python -m training.linfusion``, minutes on a GPU or a CPU core.
+"""Distil linear attention for the embedded model: ``python -m training.linfusion``, a minute on a GPU.
 
 Every self-attention of the UNet gets a linear one beside it (LinFusion, arXiv 2409.02097), which begins with its
 projections. In the first phase each learns to say what its attention says of the same tokens, and what it says goes on
@@ -163,14 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="diffusers folder of the model")
     parser.add_argument("--out", type=Path, default=MODEL / "linfusion", help="folder for config.json and weights")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of training; scenes are rendered before")
+    parser.add_argument("--minutes", type=float, default=0.85, help="of training; scenes are rendered before")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--groups", type=int, default=24)
-    parser.add_argument("--per-group", type=int, default=8)
-    parser.add_argument("--fill", type=int, default=24, help="groups that are rendered, whole scenes and crops")
-    parser.add_argument("--pool", type=int, default=192)
+    parser.add_argument("--groups", type=int, default=200)
+    parser.add_argument("--per-group", type=int, default=64)
+    parser.add_argument("--fill", type=int, default=100, help="groups that are rendered, whole scenes and crops")
+    parser.add_argument("--pool", type=int, default=6400)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)

@@ -1,0 +1,66 @@
+"""Linear attention for the embedded model: what ships predicts what the stock network does; the whole command."""
+
+import argparse
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from linfusions import published
+
+from benchmarks.linfusion import mounted
+from training.linfusion import MODEL, distil, error, main, write
+from training.models import make_unet
+
+
+def test_what_ships_predicts_what_the_stock_network_does() -> None:
+    unet: Any = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet", torch_dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 4, 32, 32, generator=draw), torch.tensor(900), torch.randn(2, 77, 160, generator=draw)
+    with torch.no_grad():
+        stock = unet(*inputs).sample
+        mounted(MODEL / "linfusion")(unet)
+        linear = unet(*inputs).sample
+    assert len(published(MODEL / "linfusion")) == 7
+    assert 0 < (linear - stock).square().mean() / stock.square().mean() < 0.02
+
+
+class Inputs:
+    """In the place of ``training.linfusion.Work``: noise."""
+
+    alphas = torch.zeros(1)
+
+    def draw(self, batch: int) -> dict[str, Any]:
+        sample, states = torch.randn(batch, 4, 8, 8), torch.randn(batch, 77, 160)
+        return {
+            "sample": sample,
+            "timestep": torch.full((batch,), 9),
+            "encoder_hidden_states": states,
+            "return_dict": False,
+        }
+
+
+def test_pupils_learn_and_nothing_else_changes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stock = make_unet(tiny=True).eval().requires_grad_(False)
+    unet, before = copy.deepcopy(stock), {name: value.clone() for name, value in stock.state_dict().items()}
+    work: Any = Inputs()
+    found = distil(unet, stock, work, argparse.Namespace(minutes=0.05, batch=4, lr=2e-3))
+    assert all(torch.equal(before[name], value) for name, value in stock.state_dict().items())
+    kept = {name: value for name, value in unet.state_dict().items() if "attn1" not in name}
+    assert kept and all(torch.equal(before[name], value) for name, value in kept.items())
+    after = error(unet, stock, work, 2)
+    write(tmp_path, found)
+    again = copy.deepcopy(stock)
+    mounted(tmp_path)(again)
+    assert error(again, stock, work, 2) == pytest.approx(after, rel=0.3)
+    assert [part.name for part, _ in published(tmp_path)] == list(found)
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--device cpu --minutes 0.05 --batch 2 --groups 2 --per-group 2 --fill 2 --pool 8 --size 64"
+    main(["--out", str(tmp_path), *small.split()])
+    assert "error of predictions" in capsys.readouterr().out
+    assert len(published(tmp_path)) == 7
