@@ -176,7 +176,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         __main__.run(state.name, run_dir, "stages", Steps(), True)
         found["stages"][state.name] = {"seconds": round(time.perf_counter() - begin, 2), **peaks(job)}
         if state.name == "denoise":
-            found |= clock.speed(run.config.technique.step_cache.interval)
+            found |= clock.speed(run.config.technique.step_cache.interval or 1)
     for name in peaks(job):
         found[name] = max(stage[name] for stage in found["stages"].values())
     image = states[-1].entry.path / "image.png"

@@ -83,7 +83,7 @@ class LinfusionConfig:
 class StepCacheConfig:
     """What the deep layers of a UNet give, used again."""
 
-    interval: int = 1  # steps that use what the first of them computed; 1: off
+    interval: int | None = 1  # steps that use what the first of them computed; 1 or null: off
     depth: int = 0  # the skip connection below which layers are deep; 0: the first, fastest
 
 

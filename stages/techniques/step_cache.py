@@ -46,10 +46,10 @@ class StepCache(Technique):
 
     @classmethod
     def of(cls, config: DictConfig) -> StepCache | None:
-        return cls(config) if config.technique.step_cache.interval != 1 else None
+        return cls(config) if _interval(config) != 1 else None
 
     def __init__(self, config: DictConfig) -> None:
-        self.period, self.depth = config.technique.step_cache.interval, config.technique.step_cache.depth
+        self.period, self.depth = _interval(config), config.technique.step_cache.depth
         self._gpu = on_gpu(config)
         self._full, self._number = True, -1  # whether all runs in this step, and which of its calls is due
         self._held: Tensor | None = None  # of the last call
@@ -58,7 +58,7 @@ class StepCache(Technique):
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
-        interval, depth = config.technique.step_cache.interval, config.technique.step_cache.depth
+        interval, depth = _interval(config), config.technique.step_cache.depth
         if not 1 <= interval <= 1000:
             raise ConfigError(INTERVAL, interval, "1 (off) to 1000 steps")
         if depth < 0 or (depth and interval == 1):
@@ -176,6 +176,11 @@ class StepCache(Technique):
         start = self._lying[-1].end if self._lying else 0
         self._lying.append(_Lying.write(self._file, start, features))
         self._held = None
+
+
+def _interval(config: DictConfig) -> int:
+    interval = config.technique.step_cache.interval
+    return 1 if interval is None else interval
 
 
 class _Lying(NamedTuple):

@@ -153,6 +153,7 @@ def test_kept_layers_and_features_are_planned_for(work: Work) -> None:
 
 def test_what_cannot_be_cut_is_refused(work: Work) -> None:
     refused(work, {INTERVAL: 0}, rf"{INTERVAL}: got 0, expected 1 \(off\) to 1000 steps")
+    assert StepCache.of(work.config({INTERVAL: None})) is None
     refused(work, {DEPTH: 2}, rf"{DEPTH}: got 2, expected 0 with {INTERVAL}=1")
     refused(work, {INTERVAL: 2, DEPTH: -1}, rf"{DEPTH}: got -1, expected 0 or more")
     on, gpu = {INTERVAL: 2}, {INTERVAL: 2, "device": "cuda"}
