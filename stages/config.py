@@ -65,6 +65,8 @@ def dtype_of_component(config: DictConfig, component: str) -> str:
 
 def resolve(config: DictConfig) -> DictConfig:
     """Fill derived defaults in, so that the saved ``config.yaml`` names every value that is used."""
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(missing[0], "???", "a value")
     c = OmegaConf.to_container(config, resolve=False)
     assert isinstance(c, dict)
     native, factor = c["model"]["native_size"], c["model"]["vae_scale_factor"]

@@ -26,9 +26,7 @@ def atomic_path(path: Path, later: Syncs | None = None) -> Iterator[Path]:
     Raises:
         FileNotFoundError: nothing was written under the temporary name.
     """
-    make_folder(path.parent)
-    if path.is_dir():
-        set_aside(path)
+    free(path)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
     try:
         yield temporary
@@ -69,6 +67,16 @@ def make_folder(path: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         set_aside(next(one for one in (path, *path.parents) if os.path.lexists(one) and not one.is_dir()))
         path.mkdir(parents=True, exist_ok=True)
+
+
+def free(path: Path) -> Path:
+    """``path`` for a file that is to be written anew: its folder is there, no folder or link stands in its place."""
+    make_folder(path.parent)
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        set_aside(path)
+    return path
 
 
 def set_aside(path: Path) -> Path:

@@ -28,7 +28,7 @@ from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import digest_of
 from stages.models.loading import Streamer
-from stages.picture.opening import look_at, open_picture, opening_bytes
+from stages.picture.opening import check_whole, look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
 from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
@@ -237,6 +237,7 @@ def look(looking: Looking) -> StageLook:
     enlarged = Size(source.height * f, source.width * f)
     image, canvas = Path(config.guide.image or ""), Size(config.height, config.width)
     if image.is_file():  # else its guide is there, or it is refused when the stage begins
+        check_whole(image, canvas, config.guide.fit, f)
         opened = opening_bytes(image, canvas, config.guide.fit, f)
         enlarged = look_at(image).kept(canvas, config.guide.fit, f)
     return found._replace(extra=_held_bytes(config, enlarged) + keys, before=opened)

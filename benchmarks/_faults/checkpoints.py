@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,8 @@ def _entry(key: str, value: Any, header: dict[str, Any]) -> None:
 
 def _overlapping(header: dict[str, Any]) -> None:
     names = [name for name in header if name != "__metadata__"]
-    shape = header[names[0]]["shape"]
-    same = next(name for name in names[1:] if header[name]["shape"] == shape)
-    header[same]["data_offsets"] = header[names[0]]["data_offsets"]
+    one, same = next(pair for pair in combinations(names, 2) if header[pair[0]]["shape"] == header[pair[1]]["shape"])
+    header[same]["data_offsets"] = header[one]["data_offsets"]
 
 
 def _raw(component: str, change: Callable[[bytes], bytes], folder: Path) -> None:

@@ -165,7 +165,7 @@ def last(done: Ended, length: int = 400) -> str:
 
 _SAYS = re.compile(
     r"\bgot\b|expected|needs at least|cannot|not a known key|disk is full|[Mm]issing|Could not|is damaged|torn|not JSON"
-    r"|not a whole"
+    r"|not a whole|NaN or infinite|do not fit"
 )
 
 

@@ -25,6 +25,9 @@ def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str |
     """Why an autoencoder's config cannot be used."""
     if vae.get("_class_name") != expected:
         return f"vae: got a {vae.get('_class_name')}, expected an {expected}."
+    scale = vae.get("scaling_factor")
+    if scale is not None and not (isinstance(scale, int | float) and 0 < abs(scale) < float("inf")):
+        return f"vae: got scaling_factor={scale!r:.40}, expected a number that is not 0."
     return None
 
 

@@ -134,7 +134,6 @@ FACTS: Mapping[str, Facts] = {
         flow=True,
         embeds=("prompt_embeds", "pooled_prompt_embeds"),
         overflows=("text_encoder_2",),
-        gpu_slack=1.3,  # 1.23 and 1.24, `benchmarks gpu`
     ),
     "flux2_klein": Facts(
         module="flux2_klein",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -144,6 +144,11 @@ def _check_length(config: Mapping[str, Any]) -> None:
     count = config.get("num_train_timesteps", 1000)
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
         raise ConfigError("scheduler.options.num_train_timesteps", count, f"1 to {MOST_TIMESTEPS}")
+    betas = config.get("trained_betas")
+    listed = isinstance(betas, Sequence) and not isinstance(betas, str)
+    if betas is not None and not (listed and len(betas) == count):
+        got = f"{len(betas)} of them" if listed else betas
+        raise ConfigError("scheduler.options.trained_betas", got, f"as many as num_train_timesteps, {count}")
 
 
 def _import_scipy() -> None:

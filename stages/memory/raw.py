@@ -113,6 +113,8 @@ def _not_whole(path: Path, size: int, head: bytes) -> str:
 
 def _entry(path: Path, name: str, entry: Any, base: int, size: int) -> Entry:
     kind, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str):
+        raise ValueError(f"{path}: tensor {name}: got the dtype {kind!r:.40}, expected one such as F16.")
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError(f"{path}: tensor {name} of shape {shape} at {start} to {end}: expected whole numbers from 0.")
     nbytes = math.prod(shape) * ITEM_BYTES[kind] if kind in ITEM_BYTES else max(0, end - start)

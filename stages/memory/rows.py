@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stages.files import free
 from stages.memory.raw import RowFile, pwrite_all
 from stages.memory.refs import DTYPES
 from stages.memory.tensors import read_header
@@ -60,8 +61,7 @@ class Rows:
         entry = {"dtype": kind, "shape": [1, *shape], "data_offsets": [0, nbytes]}
         header = json.dumps({name: entry}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with free(path).open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             file.truncate(8 + len(header) + nbytes)
         return cls._planes(path, 8 + len(header), (1, *shape), dtype)
@@ -76,7 +76,8 @@ class Rows:
         """``shape`` (C, H, W) with channels last and nothing else in the file, which may be there: a strip of rows is
         one range of bytes. It is not synced, and counts only together with a state that names it as whole."""
         channels, height, width = shape
-        path.touch()
+        if not path.is_file():
+            free(path).touch()
         return cls(RowFile(path, 0, 1, height, width * channels * dtype.itemsize), (1, *shape), dtype)
 
     @property

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stages.models.single_file import SingleFile
 
 LARGE_INTEGER = 10**20  # transformers' own: a length of this many tokens or more is none
+MOST_LAYERS = 1000  # of a kind in one network
 _VOCABULARY = ("vocab.json", "merges.txt")
 
 __all__ = ["Checkpoint", "CheckpointError"]
@@ -105,6 +106,7 @@ class Checkpoint:
     def config(self, name: str) -> dict[str, Any]:
         """The config of component ``name``, without what says how it is run."""
         found = _json(self.folder / name / "config.json")
+        _check_layers(self.folder / name, found)
         return plain(found) if "encoder" in name else found
 
     def has_config(self, name: str) -> bool:
@@ -164,15 +166,12 @@ class Checkpoint:
                 raise
             raise CheckpointError(f"{self._single.path}: no {name} in it, nor in {self.folder}: {error}") from None
         if not weights.main.endswith(".json"):
-            return with_scales(read_header(self.folder / weights.main))
+            return with_scales(read_header(_there(self.folder / weights.main)))
         index = self.folder / weights.main
         placed = weight_map(index)
         refs: dict[str, TensorRef] = {}
         for shard in sorted(set(placed.values())):
-            path = self.folder / name / shard
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing, but named by {weights.main}. Download it again.")
-            refs |= read_header(path)
+            refs |= read_header(_there(self.folder / name / shard, f", but named by {weights.main}"))
         if lost := [key for key in placed if key not in refs]:
             raise CheckpointError(f"{index}: names {some(lost)}, in none of its shards. Download it again.")
         return with_scales({key: refs[key] for key in placed})
@@ -200,7 +199,7 @@ class Checkpoint:
         if not folder.is_dir():
             if self._single is not None:
                 return self._single.tokenizer(name)
-            raise CheckpointError(f"{self.folder}: no {name} folder in it. Download the checkpoint again.")
+            raise CheckpointError(f"{self.folder}: got no {name} folder, expected one. Download the checkpoint again.")
         if not ((folder / "tokenizer.json").is_file() or all((folder / file).is_file() for file in _VOCABULARY)):
             raise CheckpointError(
                 f"{folder}: no vocabulary in it (every prompt would be the same); expected {' and '.join(_VOCABULARY)} "
@@ -223,6 +222,14 @@ class Checkpoint:
                 f"{positions} positions of the text encoder: set it in tokenizer_config.json."
             )
         return tokenizer
+
+
+def _there(path: Path, why: str = "") -> Path:
+    """``path``, if it or what it links to exists."""
+    if not path.exists():
+        link = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+        raise CheckpointError(f"{path}{link}: missing{why}. Download it again.")
+    return path
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -253,9 +260,23 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if "_implementation" not in key and key != "auto_map"}
 
 
+def _check_layers(folder: Path, config: Mapping[str, Any]) -> None:
+    """A network of more layers than there are would be made for hours before its weights are seen not to fit."""
+    for key, value in config.items():
+        numbers = [value] if isinstance(value, int) else value if isinstance(value, list) else []
+        if "layers" in key and any(isinstance(number, int) and number > MOST_LAYERS for number in numbers):
+            raise CheckpointError(f"{folder}: got {key}={value!r:.60}, expected at most {MOST_LAYERS}.")
+
+
+def _number(text: str) -> float:
+    if text == "NaN":  # infinities stand in published configs
+        raise ValueError("NaN is no number of a config")
+    return float(text)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_number)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing. Expected a diffusers folder with it; download it again.") from None
     except (ValueError, RecursionError) as error:

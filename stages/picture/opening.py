@@ -26,6 +26,7 @@ PIXELS = 1 << 28  # of a picture that is opened: 16384x16384
 TEXT = 8 << 20  # bytes of a text chunk of a PNG; workflows of other programs take more than Pillow's one megabyte
 _STRIP = 1 << 18  # pixels of a strip
 _WORKING = 24 << 20  # bytes: strips on their way from the decoder to the file
+_ENDS, _TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what a whole file has in its last bytes
 _TURN = 1 << 21  # pixels of a strip of a picture that is turned
 _FLIPS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -135,6 +136,19 @@ def opening_bytes(path: Path, canvas: Size, fit: str, unit: int) -> int:
     with _opened(path) as picture:
         seen = _seen(picture, path)
         return _WORKING + decoder_bytes(picture, path, seen.shrink(canvas, fit, unit))
+
+
+def check_whole(path: Path, canvas: Size, fit: str, unit: int) -> None:
+    """Refuse a torn picture before any work: one that does not end as its format does is read to its end.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    with _opened(path) as picture, path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        if _ENDS.get(picture.format or "", b"no such") not in file.read():
+            for _ in strips(picture, path, _seen(picture, path).shrink(canvas, fit, unit), _STRIP).rows:
+                pass
 
 
 def open_picture(

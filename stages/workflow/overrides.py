@@ -100,7 +100,9 @@ def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> 
         for value in values:
             plain = value.strip().strip("'\"")
             nothing = plain == "null" and key in _OPTIONAL
-            if plain not in options[key] and not nothing and not re.search(r"[\[\](){}*]", plain):
+            several = plain[:1] in ("[", "{") and key not in _OPTIONAL
+            swept = re.search(r"[\[\](){}*]", plain) is not None and not several
+            if plain not in options[key] and not nothing and not swept:
                 expected = f"one of {', '.join(options[key])}"
                 near = nearest(plain) if key == "scheduler" else ""
                 raise ConfigError(key, plain, expected, near or close_match(plain, options[key]))

@@ -279,11 +279,45 @@ def test_a_config_that_makes_no_model_is_said_in_words(folder: Path, component: 
         Checkpoint.open(str(folder)).component(component)
 
 
+@pytest.mark.parametrize(
+    ("component", "changes", "said"),
+    [
+        ("vae", {"scaling_factor": float("nan")}, "not JSON .NaN is no number"),
+        ("text_encoder", {"num_hidden_layers": 1_000_000}, "got num_hidden_layers=1000000, expected at most 1000"),
+        ("unet", {"layers_per_block": [1, 10**9]}, "got layers_per_block=.1, 1000000000., expected at most 1000"),
+    ],
+)
+def test_numbers_that_no_config_has(folder: Path, component: str, changes: dict, said: str) -> None:
+    edit(folder / component / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(str(folder)).component(component)
+
+
+def test_infinities_stand_in_published_configs(folder: Path) -> None:
+    edit(folder / "scheduler" / "scheduler_config.json", lambda_min_clipped=-float("inf"))
+    assert Checkpoint.open(str(folder)).scheduler_config()[1]["lambda_min_clipped"] == -float("inf")
+
+
+@pytest.mark.parametrize("value", [0, float("inf"), "x"])
+def test_a_scale_that_no_latents_have(folder: Path, value: object) -> None:
+    edit(folder / "vae" / "config.json", scaling_factor=value)
+    said = FAMILY.refuse(Checkpoint.open(str(folder)), ("text_encoder", "unet", "vae"))
+    assert said is not None and "vae: got scaling_factor" in said
+
+
 @pytest.mark.parametrize("text", ["", "{", "null", '"x"'])
 def test_a_vocabulary_of_another_shape_is_refused(folder: Path, text: str) -> None:
     (folder / "tokenizer" / "vocab.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer: .*Download the checkpoint again"):
         Checkpoint.open(str(folder)).tokenizer()
+
+
+def test_weights_that_link_nowhere(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.symlink_to("/nowhere")
+    with pytest.raises(CheckpointError, match=r"a link to /nowhere\): missing"):
+        Checkpoint.open(str(folder)).component("vae")
 
 
 def test_weights_that_are_no_file(folder: Path) -> None:

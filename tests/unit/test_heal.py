@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from stages.files import atomic_path, make_folder, read_json, read_object, set_aside, write_text
+from stages.memory.rows import Rows
 from stages.workflow import run
 from stages.workflow.store import Store
 
@@ -81,6 +83,15 @@ def test_an_entry_that_is_a_file_is_made_again(toy) -> None:
     done = toy("run=x")
     assert done.returncode == 0, done.stderr
     assert entry.is_dir() and (toy.output_dir / "x" / "tiles" / "tiles" / "4.txt").is_file()
+
+
+def test_a_link_to_nowhere_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    for place in ("created", "scratch"):
+        (tmp_path / place).symlink_to(tmp_path / "gone" / "file")
+    Rows.create(tmp_path / "created", (1, 2, 2)).read(0, 2)
+    Rows.scratch(tmp_path / "scratch", (1, 2, 2), torch.float32)
+    assert not (tmp_path / "created").is_symlink() and not (tmp_path / "scratch").is_symlink()
+    assert not (tmp_path / "gone").exists()
 
 
 def test_setting_aside_loses_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from stages.config import ROOT, ConfigError
 from stages.picture import opening
-from stages.picture.opening import look_at, open_picture, opening_bytes
+from stages.picture.opening import check_whole, look_at, open_picture, opening_bytes
 from stages.tiles import Size
 
 HUGE = Size(4096, 4096)  # a canvas that nothing is shrunk for
@@ -292,3 +292,21 @@ def test_the_plan_grows_with_the_canvas_not_with_the_picture(tmp_path: Path) -> 
         Image.new("RGB", (3000, 2000 * factor)).save(tmp_path / f"{name}.png")
     planned = [opening_bytes(tmp_path / f"{name}.png", Size(256, 256), "crop", 8) for name in ("small", "large")]
     assert planned[0] == planned[1]
+
+
+@pytest.mark.parametrize("name", ["torn.png", "torn.jpg", "torn.tif", "torn.webp"])
+def test_a_torn_picture_is_refused_before_work(tmp_path: Path, name: str) -> None:
+    whole, torn, canvas = tmp_path / f"whole{Path(name).suffix}", tmp_path / name, Size(64, 64)
+    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    check_whole(whole, canvas, "crop", 8)
+    torn.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"guide\.image: got .*torn.*, expected a picture that can be read"):
+        check_whole(torn, canvas, "crop", 8)
+
+
+def test_a_whole_picture_is_not_read_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.picture.opening.strips", lambda *_: pytest.fail("read"))
+    for name in ("whole.png", "whole.jpg"):
+        Image.new("RGB", (300, 200)).save(tmp_path / name)
+        check_whole(tmp_path / name, Size(64, 64), "crop", 8)

@@ -31,6 +31,10 @@ def tried(work: Work, values: dict[str, Any]) -> None:
         ({"scheduler.options": {"beta_end": 1e9}}, r"scheduler \(lowres\).*It says: latents after the last step"),
         ({"scheduler.options": {"beta_start": "many"}}, "one that takes these options"),
         ({"scheduler.options": {"num_train_timesteps": 10**8}}, "num_train_timesteps: got 100000000, expected 1 to"),
+        (
+            {"scheduler.options": {"trained_betas": [0.1]}},
+            "trained_betas: got '1 of them', expected as many as num_train",
+        ),
         ({"text_encode.clip_skip": 99}, "text_encode.clip_skip: got 99, expected at most 3"),
     ],
 )

@@ -19,7 +19,7 @@ from stages.config import ROOT, on_gpu
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.distributed import NAMES
 from stages.events import Done, Error, Event, Resumed, from_line
-from stages.files import make_folder, set_aside
+from stages.files import free, make_folder, set_aside
 from stages.job import Job
 from stages.memory.monitor import Monitor, usage
 from stages.workflow import device, enforce
@@ -89,7 +89,7 @@ class LocalProcess:
             str(os.getpid()),
         ]
         try:
-            with open(self._log, "wb") as log:
+            with free(self._log).open("wb") as log:
                 self._process = subprocess.Popen(
                     self._enforcer.command(command),
                     stdin=subprocess.DEVNULL,
