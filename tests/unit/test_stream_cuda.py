@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from opening import built
 from torch import Tensor
 
+from stages.families.sd import FAMILY
 from stages.memory import graphs
 from stages.memory.host import DiskWeights, Reader
 from stages.memory.places import Places
@@ -25,7 +28,9 @@ from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.units import split_units
 from stages.models.checkpoint import Checkpoint
 from stages.models.component import Component
-from stages.models.loading import prepared
+from stages.models.loading import build, prepared
+from stages.techniques.channels_last import ChannelsLast
+from stages.techniques.step_cache import StepCache
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -164,6 +169,48 @@ def test_out_of_order(no_gpu: None, unet: Component, tmp_path: Path) -> None:
             model.conv_out(torch.zeros(2, 16, 16, 16))
         with pytest.raises(RuntimeError, match="needs a resident model"), streamer.hold(streamer.model):
             pass
+
+
+def deep_and_above(component: Component, device: str, call: Callable[[Any, Any], Any]) -> list[Tensor]:
+    """Passes that are whole and passes that are handed the first one's deep features, in turns: what is kept stays in
+    memory, all others are streamed (``technique.step_cache``). ``call(streamer, function)`` makes the function a pass.
+    """
+    cache = StepCache(OmegaConf.create({"device": device, "technique": {"step_cache": {"interval": 2, "depth": 1}}}))
+    made = build(component, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=(ChannelsLast(), cache))
+    order = plan(component, 40_000, 0, 1.0)["order"]
+    units = sorted(split_units(made.network, made.layout, made.blocks, 40_000), key=lambda unit: order.index(unit.name))
+    resident = frozenset(unit.name for unit in units if unit.name in made.blocks.kept)
+    assert 0 < len(resident) < len(units)
+    options: dict[str, Any] = {"resident": resident, "ring_bytes": 2 * max(unit.nbytes for unit in units)}
+    source, values = CheckpointSource(component.tensors, made.layout), [value.to(device) for value in inputs()]
+    options |= {"layout": made.layout, "units": units, "source": source, "micro_batch": 2, "device": device}
+    found: list[Tensor] = []
+    with torch.inference_mode(), CudaStreamer(made.network, **options) as streamer:
+
+        def passed(image: Tensor, timestep: Tensor, embeds: Tensor, *deep: Tensor) -> Any:
+            given = {"deep_features": deep[0]} if deep else {}
+            every = {"sample": image, "timestep": timestep, "encoder_hidden_states": embeds, "return_dict": False}
+            return streamer.model(**every, **given)[0]
+
+        run = call(streamer, passed)
+        for _ in range(2):
+            sample, features = (one.clone() for one in run(*values))
+            found += [sample, *(run(*values, features).clone() for _ in range(3))]
+    return found
+
+
+def test_passes_that_leave_units_out_stream_the_others_in_order(
+    no_gpu: None, unet: Component, expected: Tensor
+) -> None:
+    found = deep_and_above(unet, "cpu", lambda streamer, passed: passed)
+    assert all(torch.equal(one, expected) for one in found)
+
+
+@gpu
+def test_passes_that_leave_units_out_are_recorded_apart(unet: Component) -> None:
+    plain = deep_and_above(unet, "cuda", lambda streamer, passed: passed)
+    found = deep_and_above(unet, "cuda", lambda streamer, passed: partial(streamer.graphed, passed))
+    assert all(torch.equal(one, plain[0]) for one in (*plain, *found))
 
 
 class Graph:
