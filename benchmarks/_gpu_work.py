@@ -1,4 +1,5 @@
-"""What ``benchmarks.gpu`` has done in every way: one step over the tiles of a picture, through a family's door."""
+"""What ``benchmarks.gpu`` and ``benchmarks.streaming`` have done in every way: one step over the tiles of a picture,
+through a family's door."""
 
 from __future__ import annotations
 
@@ -26,16 +27,19 @@ class Work:
     """``tiles`` tiles of ``tile`` latents, with guidance where the family has an unconditional pass.
 
     ``micros``: tiles that the resident loop takes at a time. ``offloaded``: tiles that group offload is timed with.
-    ``whole``: the canvas that is tried in one call too.
+    ``whole``: the canvas that is tried in one call too. ``guided``: False where this very model has no unconditional
+    pass.
     """
 
     family: str
     tile: Size
     tiles: int
     dtype: torch.dtype
-    micros: tuple[int, ...]
-    offloaded: int
+    micros: tuple[int, ...] = (1,)
+    offloaded: int = 1
     whole: Size | None = None
+    device: str = "cuda"
+    guided: bool = True
 
     @property
     def facts(self) -> Facts:
@@ -48,7 +52,7 @@ class Work:
     @property
     def passes(self) -> int:
         """Samples a tile."""
-        return 2 if self.facts.guidance == "cfg" else 1
+        return 2 if self.guided and self.facts.guidance == "cfg" else 1
 
     @property
     def config(self) -> DictConfig:
@@ -66,13 +70,13 @@ class Work:
 
     def micro(self, network_config: Mapping[str, Any]) -> int:
         """Tiles that go through a block at a time, as the family says."""
-        return max(1, self.door.micro_batch(network_config, self.tile, DEVICE) // self.passes)
+        return max(1, self.door.micro_batch(network_config, self.tile, self.device) // self.passes)
 
     def batch(self, network_config: Mapping[str, Any], tiles: int, tile: Size | None = None) -> TileBatch:
-        """Random samples of ``tiles`` tiles, on the GPU."""
+        """Random samples of ``tiles`` tiles, on the device."""
         example, _ = self.door.example(network_config, tile or self.tile, self.passes * tiles)
-        generator = torch.Generator(DEVICE).manual_seed(1)
-        return self._of(torch.randn(example.samples.shape, device=DEVICE, generator=generator))
+        generator = torch.Generator(self.device).manual_seed(1)
+        return self._of(torch.randn(example.samples.shape, device=self.device, generator=generator))
 
     def part(self, batch: TileBatch, start: int, count: int) -> TileBatch:
         """``count`` tiles of a batch, from ``start`` on."""
@@ -86,15 +90,15 @@ class Work:
         return found
 
     def denoiser(self, network: nn.Module, network_config: Mapping[str, Any], device: str, **more: Any) -> Denoiser:
-        """The family's, with random embeddings."""
+        """The family's, with random embeddings; ``more``: of the family's ``denoiser``."""
         _, shapes = self.door.example(network_config, self.tile, self.passes)
         generator = torch.Generator().manual_seed(2)
         embeds: Embeds = {
-            name: torch.randn(like.shape, generator=generator) if device != "meta" else like
+            name: torch.randn(like.shape, generator=generator) if like.is_meta and device != "meta" else like
             for name, like in shapes.items()
         }
         options: dict[str, Any] = {"canvas": self.tile, "dtype": self.dtype, "techniques": self.techniques}
-        return self.door.denoiser(network, embeds, self.config, device=device, **options, **more)
+        return self.door.denoiser(network, embeds, self.config, device=device, **{**options, **more})
 
 
 WORKS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -125,6 +126,16 @@ def checkpoint(given: Path | None, kind: str = "sd15", *, small: bool = False) -
         print(f"writes random weights with the shapes of {kind} to {folder} (once)", flush=True)
         script = [sys.executable, "benchmarks/random_checkpoint.py", kind, str(folder)]
         subprocess.run(script + (["--small"] if small else []), cwd=ROOT, check=True)
+    return folder
+
+
+def written(kind: str, layers: str, *, holes: bool = False) -> Path:
+    """A checkpoint of random weights, with few layers, or (``holes``) without any weight; to be removed after use."""
+    folder = RESULTS / "checkpoints" / f"families-{kind}{'-holes' if holes else ''}"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "benchmarks/random_checkpoint.py", kind, str(folder)]
+    command += (["--layers", layers] if layers else []) + (["--holes"] if holes else [])
+    subprocess.run(command, cwd=ROOT, check=True)
     return folder
 
 

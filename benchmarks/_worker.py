@@ -1,4 +1,4 @@
-"""One way of running a denoising step of Stable Diffusion's UNet over tile pairs, in a process of its own.
+"""One way of running a denoising step over tiles, in a process of its own.
 
 Started by :mod:`benchmarks.streaming`. Every line on stdin is one step; every answer is a JSON line on stdout.
 """
@@ -18,90 +18,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._gpu_work import Work
 from stages.memory.imports import light_imports
 from stages.memory.monitor import own_peak_rss
+from stages.techniques.dtype import TORCH
+from stages.tiles import Size
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Step = Callable[[Tensor], list[Tensor]]
 
-Step = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+
+def work_of(spec: dict[str, Any]) -> Work:
+    """What is to be done."""
+    return Work(
+        family=spec["family"],
+        tile=Size(*spec["tile"]),
+        tiles=spec["tiles"],
+        dtype=getattr(torch, TORCH[spec["dtype"]]),
+        device="cpu",
+        guided=spec["guided"],
+    )
 
 
 @contextmanager
 def ours(spec: dict[str, Any]) -> Iterator[Step]:
-    """Our engine: ``plan`` streams ``group`` tile pairs at a time; {} keeps all weights: a loop over tiles."""
-    from stages.families.unet import UNET
+    """Our engine: ``plan`` streams ``group`` tiles at a time; {} keeps all weights: a loop over micro-batches."""
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
-    from stages.techniques.channels_last import ChannelsLast
 
-    component = Checkpoint.open(spec["checkpoint"], components=("unet",)).component("unet")
-    group = 2 * spec["group"]
-    options: dict[str, Any] = {"blocks": UNET, "techniques": (ChannelsLast(),), "micro_batch": 2}
-    dtype = DTYPES[spec["dtype"]]
-    with open_model(component, dtype=dtype, plan=ModelPlan.of(spec["plan"]), **options) as streamer:
-
-        def step(samples: Tensor, timestep: Tensor, embeds: Tensor) -> list[Tensor]:
-            samples = samples.to(dtype)
-            found = []
-            for part, text in zip(samples.split(group), embeds.to(dtype).split(group), strict=True):
-                part = part.contiguous(memory_format=torch.channels_last)
-                found += list(streamer.model(part, timestep, encoder_hidden_states=text, return_dict=False)[0])
-            return found
-
-        yield step
+    work = work_of(spec)
+    component = Checkpoint.open(spec["checkpoint"], components=(work.component,)).component(work.component)
+    door, config, plan = work.door, component.config, ModelPlan.of(spec["plan"])
+    micro = door.micro_batch(config, work.tile, "cpu")
+    group = max(1, micro // work.passes) if plan.resident == "all" else spec["group"]
+    options: dict[str, Any] = {"dtype": work.dtype, "blocks": door.blocks(work.component), "micro_batch": micro}
+    with open_model(component, plan=plan, techniques=work.techniques, **options) as streamer:
+        yield looped(work, streamer.model, config, group)
 
 
-def looped(unet: Any, dtype: torch.dtype) -> Step:
-    """One call a pair, as a plain loop over tiles does it."""
+def looped(work: Work, network: Any, config: Any, group: int = 1, **more: Any) -> Step:
+    """``group`` tiles a call."""
+    denoiser, batch = work.denoiser(network, config, "cpu", **more), work.batch(config, work.tiles)
 
-    def step(samples: Tensor, timestep: Tensor, embeds: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
+    def step(timestep: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            for part, text in zip(samples.to(dtype).split(2), embeds.to(dtype).split(2), strict=True):
-                found += list(unet(part, timestep, encoder_hidden_states=text, return_dict=False)[0])
-        return found
+            starts = range(0, work.tiles, group)
+            return [found for start in starts for found in denoiser(work.part(batch, start, group), timestep)]
 
     return step
+
+
+def stock(spec: dict[str, Any], **options: Any) -> Any:
+    """The network as diffusers loads it."""
+    work = work_of(spec)
+    with light_imports():
+        import diffusers
+    made: Any = getattr(diffusers, work.facts.classes[work.component])
+    return made.from_pretrained(spec["checkpoint"], subfolder=work.component, **options)
+
+
+def plainly(spec: dict[str, Any], network: Any) -> Step:
+    """A tile a call, as a loop over tiles does it, without what this program adds."""
+    return looped(work_of(spec), network, network.config, dtype=network.dtype, techniques=())
 
 
 @contextmanager
 def diffusers_fp32(spec: dict[str, Any]) -> Iterator[Step]:
     """What a user of diffusers gets on a CPU: float32, resident."""
-    with light_imports():
-        from diffusers import UNet2DConditionModel
-    yield looped(UNet2DConditionModel.from_pretrained(f"{spec['checkpoint']}/unet"), torch.float32)
+    yield plainly(spec, stock(spec))
 
 
 @contextmanager
 def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
     """accelerate's disk dispatch: the weights lie in its folder, a module's are read when it is called."""
+    work = work_of(spec)
     with light_imports():
+        import diffusers
         from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-        from diffusers import UNet2DConditionModel
-    config: Any = UNet2DConditionModel.load_config(f"{spec['checkpoint']}/unet")
+    folder = f"{spec['checkpoint']}/{work.component}"
+    made: Any = getattr(diffusers, work.facts.classes[work.component])
+    config: Any = made.load_config(folder)
     with init_empty_weights():
-        unet: Any = UNet2DConditionModel.from_config(config)
-    with tempfile.TemporaryDirectory(dir=spec["scratch"]) as folder:
-        weights = f"{spec['checkpoint']}/unet/diffusion_pytorch_model.safetensors"
-        map_: dict[str, Any] = {name: "disk" for name, _ in unet.named_children()}
-        map_["conv_norm_out"] = "cpu"  # with nothing but "disk" accelerate takes it for a device of safetensors
-        options: dict[str, Any] = {"offload_folder": folder, "dtype": DTYPES[spec["dtype"]], "force_hooks": True}
-        yield looped(load_checkpoint_and_dispatch(unet, weights, map_, **options), options["dtype"])
+        network: Any = made.from_config(config)
+    with tempfile.TemporaryDirectory(dir=spec["scratch"]) as offloaded:
+        map_: dict[str, Any] = {name: "disk" for name, _ in network.named_children()}
+        map_[list(map_)[-1]] = "cpu"  # with nothing but "disk" accelerate takes it for a device of safetensors
+        options: dict[str, Any] = {"offload_folder": offloaded, "dtype": work.dtype, "force_hooks": True}
+        weights = f"{folder}/diffusion_pytorch_model.safetensors"
+        yield plainly(spec, load_checkpoint_and_dispatch(network, weights, map_, **options))
 
 
 @contextmanager
 def group_offload(spec: dict[str, Any]) -> Iterator[Step]:
     """diffusers' group offload to disk at leaf level."""
-    with light_imports():
-        from diffusers import UNet2DConditionModel
-        from diffusers.hooks import apply_group_offloading
-    dtype = DTYPES[spec["dtype"]]
-    unet = UNet2DConditionModel.from_pretrained(f"{spec['checkpoint']}/unet", torch_dtype=dtype)
+    network = stock(spec, torch_dtype=work_of(spec).dtype)
+    from diffusers.hooks import apply_group_offloading
+
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory(dir=spec["scratch"]) as folder:
-        apply_group_offloading(unet, cpu, cpu, offload_type="leaf_level", offload_to_disk_path=folder)
-        yield looped(unet, dtype)
+        apply_group_offloading(network, cpu, cpu, offload_type="leaf_level", offload_to_disk_path=folder)
+        yield plainly(spec, network)
 
 
 WAYS = {
@@ -116,18 +132,15 @@ WAYS = {
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
-    generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(2 * spec["pairs"], 4, 64, 64, generator=generator)
-    embeds = torch.randn(2 * spec["pairs"], 77, 768, generator=generator)
     begin = time.monotonic()
     with WAYS[spec["way"]](spec) as step:
         print(json.dumps({"load_seconds": time.monotonic() - begin}), flush=True)
         for _ in sys.stdin:
-            begin = time.monotonic()
-            found = step(samples, torch.tensor(500), embeds)
-            seconds = time.monotonic() - begin
+            begin, used = time.monotonic(), time.process_time()
+            found = step(torch.tensor(500.0))
+            seconds, used = time.monotonic() - begin, time.process_time() - used
             digest = hashlib.sha256(torch.stack(found).float().numpy().tobytes()).hexdigest()
-            answer = {"seconds": seconds, "peak": own_peak_rss(), "digest": digest}
+            answer = {"seconds": seconds, "cpu_seconds": used, "peak": own_peak_rss(), "digest": digest}
             if spec.get("save"):
                 torch.save(torch.stack(found).float(), Path(spec["save"]))
             print(json.dumps(answer), flush=True)

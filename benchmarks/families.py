@@ -13,29 +13,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks._checkpoint_configs import KINDS
-from benchmarks._measure import RESULTS, finish, mb, one_step, parser, runner, summary, table
+from benchmarks._measure import RESULTS, finish, mb, one_step, parser, runner, summary, table, written
 from benchmarks.prediction import OVER, UNDER
-from stages.config import ROOT, parse_bytes
+from stages.config import parse_bytes
 from stages.documents import load
 from stages.tiles import latent_grid
 
 STAGES = "text_encode,lowres,guide,denoise,decode,stitch"
-
-
-def written(kind: str, layers: str, *, holes: bool) -> Path:
-    """A checkpoint of random weights; with ``holes`` of none."""
-    folder = RESULTS / "checkpoints" / f"families-{kind}{'-holes' if holes else ''}"
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "benchmarks/random_checkpoint.py", kind, str(folder)]
-    command += (["--layers", layers] if layers else []) + (["--holes"] if holes else [])
-    subprocess.run(command, cwd=ROOT, check=True)
-    return folder
 
 
 def tiles(output: Path, kind: str) -> dict[str, int]:

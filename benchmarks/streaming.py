@@ -1,7 +1,8 @@
 """A high-resolution step with streamed weights against the same tiles with resident ones, and against other ways.
 
-    python -m benchmarks.streaming                         # full-size SD 1.5, as many tile pairs as the plan groups
-    python -m benchmarks.streaming --pairs 2 --ways streamed,resident
+    python -m benchmarks.streaming                         # full-size SD 1.5, as many tiles as the plan groups
+    python -m benchmarks.streaming --tiles 2 --ways streamed,resident
+    python -m benchmarks.streaming flux --layers transformer=4 --ways streamed,resident    # another family, few blocks
 
 Every way has a process of its own with the environment that ``runner.py`` gives its stages. Streamed and resident steps
 take turns, so that other load on the machine meets both. ``life`` is the process from its start to the end of its first
@@ -16,17 +17,26 @@ import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
-from benchmarks._measure import RESULTS, checkpoint, finish, mb, parser, runner, table
+from benchmarks._checkpoint_configs import KINDS
+from benchmarks._measure import RESULTS, checkpoint, finish, mb, parser, runner, table, written
 from benchmarks._worker import WAYS
+from stages.canvas.mixture import View
+from stages.canvas.weights import Weight
 from stages.config import ROOT, parse_bytes
+from stages.documents import load
+from stages.families import family_of
+from stages.families.opening import open_checkpoint
 from stages.plans import StagePlan, stage_plans
+from stages.tiles import latent_grid
 from stages.workflow.cgroup import Cgroup, Unavailable
 from stages.workflow.launch.local import environment
 
@@ -56,7 +66,7 @@ class Worker:
         raise SystemExit(f"{self.way}: ended with exit code {self.process.wait()}")
 
     def step(self) -> None:
-        """One step over all pairs."""
+        """One step over all tiles."""
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
@@ -69,53 +79,75 @@ class Worker:
         self.process.wait()
         if self.group:
             self.group.remove()
-        times = [step["seconds"] for step in self.steps]
-        last = self.steps[-1]
-        found = {"way": self.way, "step_seconds": median(times[1:] or times), "steps": times}
+        last, later = self.steps[-1], self.steps[1:] or self.steps
+        times = {f"step_{name}": median(step[name] for step in later) for name in ("seconds", "cpu_seconds")}
+        found = {"way": self.way, **times, "steps": [step["seconds"] for step in self.steps]}
         return {**found, "life_seconds": self.life, "peak": last["peak"], "digest": last["digest"]}
 
 
-def planned(folder: Path, budget: str, dtype: str) -> StagePlan:
-    """The plan of a 2048x2048 run's ``denoise`` at ``budget``, from ``runner.py stage=plan``."""
+def planned(folder: Path, given: Namespace) -> tuple[StagePlan, dict[str, Any]]:
+    """The plan of a 2048x2048 run's ``denoise``, from ``runner.py stage=plan``, and what its tiles are."""
     output = RESULTS / "runs" / "streaming"
-    chosen = ["model=sd15", f"model.path={folder}", f"memory.budget={budget}", f"technique.dtype={dtype}"]
-    runner(output, "run=plan", "stage=plan", "prompt=a benchmark", *chosen).check()
-    return stage_plans(json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8")))["denoise"]
+    chosen = [f"model.path={folder}", f"memory.budget={given.budget}", f"technique.dtype={given.dtype}"]
+    size = [f"width={given.size}", f"height={given.size}", "guide.phases=[]"]
+    runner(output, "run=plan", "stage=plan", "prompt=a benchmark", *chosen, *size).check()
+    plans = stage_plans(json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8")))
+    config = load(output / "plan" / "config.yaml")
+    family, factor = family_of(config), config.model.vae_scale_factor
+    checkpoint = open_checkpoint(config, family.facts.components["denoise"], print)
+    tile = latent_grid(config.width, config.height, config.denoise.tile_size, config.denoise.overlap, factor)[0]
+    view = View(tile, Weight(torch.ones(()), torch.ones(())), guidance_scale=config.denoise.guidance_scale)
+    guided = family.asks([view], checkpoint)[0].passes == 2
+    return plans["denoise"], {"family": family.name, "tile": list(tile.size), "guided": guided}
 
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--pairs", type=int, help="tile pairs; default: as many as the plan groups")
+    options.add_argument("kind", nargs="?", default="sd15", choices=KINDS)
+    options.add_argument("--layers", default="", metavar="COMPONENT=N,...", help="as random_checkpoint's")
+    options.add_argument("--tiles", type=int, help="default: as many as the plan groups")
     options.add_argument("--repeats", type=int, default=3, help="steps of streamed and resident after the first")
     options.add_argument("--budget", default="800MB")
+    options.add_argument("--size", type=int, default=2048)
     options.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="fp32: a CPU without bf16")
     options.add_argument("--ways", default=",".join(WAYS))
     given = options.parse_args()
-    folder = checkpoint(given.checkpoint)
-    stage = planned(folder, given.budget, given.dtype)
-    plan = asdict(stage.model("unet"))
-    pairs = given.pairs or max(1, stage.group_size // 2)
-    group_size = min(2 * pairs, stage.group_size)
+    made = written(given.kind, given.layers) if given.layers and not given.checkpoint else None
+    try:
+        return run(given, made or checkpoint(given.checkpoint, given.kind))
+    finally:
+        if made:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def run(given: Namespace, folder: Path) -> int:
+    """Measure all ways, judge; the exit code."""
+    stage, what = planned(folder, given)
+    passes, (plan,) = 1 + what["guided"], map(asdict, stage.models.values())
+    tiles = given.tiles or max(1, stage.group_size // passes)
+    group = min(tiles, max(1, stage.group_size // passes))
     scratch = RESULTS / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    spec = {"checkpoint": str(folder), "pairs": pairs, "scratch": str(scratch), "dtype": given.dtype}
+    spec = {"checkpoint": str(folder), "tiles": tiles, "scratch": str(scratch), "dtype": given.dtype, **what}
     turns, found = [], []
-    print(f"{pairs} tile pairs in groups of {group_size}, ring {mb(plan['ring_bytes'])}, {os.cpu_count()} cores")
+    height, width = what["tile"]
+    print(f"{tiles} tiles of {width}x{height} latents{', guided' if what['guided'] else ''}, in groups of {group}")
+    print(f"ring {mb(plan['ring_bytes'])}, {len(os.sched_getaffinity(0))} cores", flush=True)
     for way in given.ways.split(","):
-        group = None
+        control = None
         if way == "streamed in a cgroup":
             try:
-                group = Cgroup.create(parse_bytes(given.budget) - RUNNER, "benchmark")
+                control = Cgroup.create(parse_bytes(given.budget) - RUNNER, "benchmark")
             except Unavailable as error:
                 print(f"{way}: left out, {error}")
                 continue
-        # a copy of its own: whose group read or wrote a file first is charged for its page cache
-        file = scratch / f"{way.replace(' ', '-')}.bin"
-        streams = way.startswith("streamed")
-        how = {"plan": {**plan, "prepared": str(file)}, "group": group_size} if streams else {"plan": {}, "group": 1}
-        mine = {**spec, "way": way, **how}
-        worker = Worker(mine, group)
+        how: dict[str, Any] = {"plan": {}}
+        if way.startswith("streamed"):
+            # a copy of its own: whose group read or wrote a file first is charged for its page cache
+            copy = str(scratch / f"{way.replace(' ', '-')}.bin") if plan["prepared"] else None
+            how = {"plan": {**plan, "prepared": copy}, "group": group}
+        worker = Worker({**spec, "way": way, **how}, control)
         print(f"{way}: life {worker.life:.1f} s, first step {worker.steps[0]['seconds']:.1f} s", flush=True)
         if way in ("streamed", "streamed in a cgroup", "resident"):
             turns.append(worker)
@@ -126,10 +158,10 @@ def main() -> int:
             worker.step()
     found = [worker.close() for worker in turns] + found
     shutil.rmtree(scratch, ignore_errors=True)
-    return judge(found, plan)
+    return judge(given.kind, found, plan)
 
 
-def judge(found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
+def judge(kind: str, found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
     """Table, checks, JSON."""
     by = {one["way"]: one for one in found}
     resident, streamed = by.get("resident"), by.get("streamed")
@@ -138,12 +170,15 @@ def judge(found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
             one["way"],
             f"{one['step_seconds']:.2f} s",
             f"{one['step_seconds'] / resident['step_seconds']:.3f}" if resident else "-",
+            f"{one['step_cpu_seconds']:.2f} s",
+            f"{one['step_cpu_seconds'] / resident['step_cpu_seconds']:.3f}" if resident else "-",
             f"{one['life_seconds']:.1f} s",
             mb(one["peak"]),
         )
         for one in found
     ]
-    table(("way", "step", "of resident", "life", "peak RES of the process"), rows)
+    header = ("way", "step", "of resident", "its processor time", "of resident", "life", "peak RES of the process")
+    table(header, rows)
     checks: dict[str, bool] = {}
     if streamed and resident:
         ratio = streamed["step_seconds"] / resident["step_seconds"]
@@ -158,7 +193,8 @@ def judge(found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
             checks[f"whole process faster than {other}: {ratio:.2f}x"] = ratio < 1
             peaks = f"{mb(streamed['peak'])} against {mb(by[other]['peak'])}"
             checks[f"lower peak than {other}: {peaks}"] = streamed["peak"] < by[other]["peak"]
-    return finish("streaming", {"plan": {k: v for k, v in plan.items() if k != "order"}, "ways": found}, checks)
+    name = "streaming" if kind == "sd15" else f"streaming-{kind}"
+    return finish(name, {"plan": {k: v for k, v in plan.items() if k != "order"}, "ways": found}, checks)
 
 
 if __name__ == "__main__":

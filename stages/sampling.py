@@ -122,7 +122,12 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         raise ConfigError(
             key, max(tile) * factor, f"tiles of at most {most * factor} pixels, as the model has positions"
         )
-    batch, dtype = family.micro_batch(network_config, tile, config.device), dtype_of(config, name)
+    dtype = dtype_of(config, name)
+    # views with and without guidance do not share a micro-batch
+    samples = [
+        sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
+    ]
+    batch = min(family.micro_batch(network_config, tile, config.device), max(samples))
 
     def call(network: Any, samples: int) -> Any:
         example, embeds = family.example(network_config, tile, samples)
@@ -133,10 +138,6 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
 
     # the low-res picture is often as large as a tile
     measured = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
-    # views with and without guidance do not share a micro-batch
-    samples = [
-        sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
-    ]
     state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques_of(config, stage))
     profile = ModelProfile(
         component=name,
