@@ -100,10 +100,10 @@ PIPELINE: tuple[Stage, ...] = (
     ),
 )
 
-# Not part of the picture: whether the schedules of a run can be (see stages.rehearsal).
+# Not part of the picture: whether the schedules and the tokenizers of a run can be (see stages.rehearsal).
 REHEARSAL = Stage(
     name="rehearsal",
-    version=1,
+    version=2,
     parameters=(
         *("lowres.num_inference_steps", "denoise.num_inference_steps", "denoise.strength", "text_encode.clip_skip"),
         *("denoise.tile_size", "guide.mode", "guide.image", "model.native_size", *_LATENTS, *_SCHEDULER),

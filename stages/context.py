@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from stages.plans import StagePlan
 if TYPE_CHECKING:
     from stages.regions.types import Regions
 
+BEGUN = "begun.json"  # of a run over several hosts: the stage that the first one has begun, and a name for this try
 MARK_BYTES = 256
 _DEVICE = struct.Struct("<Q")  # at the end of the marks: bytes that the GPU's allocator holds
 _NAME = MARK_BYTES - 1 - _DEVICE.size
@@ -112,8 +114,10 @@ class StageContext:
         return self.stage.name
 
     def ranks(self) -> Ranks:
-        """All ranks of this stage, once all are there."""
-        return Ranks.meet(self.place, str(self.config.device), self.config.launch)
+        """All ranks of this stage, once all are there; of several hosts those that the same try started."""
+        begun = self.run_dir / BEGUN
+        token = zlib.crc32(begun.read_bytes()) if begun.is_file() else 0
+        return Ranks.meet(self.place, str(self.config.device), self.config.launch, token)
 
     @property
     def regions(self) -> Regions:

@@ -61,11 +61,14 @@ class Ranks:
         self.rank, self.size, self._device = rank, size, device
 
     @classmethod
-    def meet(cls, place: Place, device: str, launch: Any) -> Ranks:
+    def meet(cls, place: Place, device: str, launch: Any, token: int = 0) -> Ranks:
         """All ranks of a stage, once all are there; ``launch`` is the config's node.
 
+        Args:
+            token: of what they were started for; that of the first one has to be everybody's.
+
         Raises:
-            LostRank: not all came.
+            LostRank: not all came, or one that was started for something else.
             ValueError: a rank without a GPU.
         """
         if place.size == 1:
@@ -88,7 +91,8 @@ class Ranks:
             store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=meeting))
             store.set_timeout(timeout)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
-        ranks.wait()
+        if (first := ranks.agreed(token)) != token:
+            raise LostRank(f"rank {place.rank} of {place.size} was started for an earlier try ({token}, not {first})")
         return ranks
 
     @property

@@ -31,7 +31,7 @@ from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.models.placement import bytes_by_gpu, caps, placed
 from stages.regions.types import Regions
-from stages.rehearsal import rehearse
+from stages.rehearsal import rehearse, spell
 from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS, LIBRARIES
 from stages.workflow.graph import active
@@ -76,6 +76,7 @@ def profile_run(
                 seconds=STAGE_SECONDS,
                 disk=look.disk,
             )
+    spell(config, looking.checkpoint)  # their library has no part in what a stage takes that opens another model
     return found
 
 

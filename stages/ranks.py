@@ -1,8 +1,8 @@
 """Starts the ranks of a stage on this host and ends them together: ``python -m stages.ranks --nproc N STAGE RUN_DIR``.
 
-Each rank is ``python -m stages STAGE RUN_DIR`` with the environment of ``torchrun``, which does the same by hand and
-over several hosts. This one holds no torch (which would cost as much memory as half a rank), hands the runner's
-descriptors on, and names the rank that was lost. No rank outlives it.
+Each rank is ``python -m stages STAGE RUN_DIR`` with the environment of ``torchrun``, which does the same by hand. This
+one holds no torch (which would cost as much memory as half a rank), hands the runner's descriptors on, and names the
+rank that was lost. No rank outlives it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ _PATIENCE = 5.0  # seconds for the others to end by themselves: when one is lost
 _PERIOD = 0.05
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Of one rank of ``size`` on this host. A value that the user set stays."""
+def environment(local: int, size: int, endpoint: str, nodes: int = 1, node: int = 0) -> dict[str, str]:
+    """Of rank ``local`` of ``size`` on host ``node`` of ``nodes``, which meet at ``endpoint`` (HOST:PORT). A value that
+    the user set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usual = {
         "OMP_NUM_THREADS": str(max(1, cores // size)),
         "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink is not to be had everywhere
         "NCCL_MAX_NCHANNELS": "2",  # buffers of the exchange lie on the device: a tile is small
     }
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    return {**usual, **os.environ, **{key: str(value) for key, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+    place = {"RANK": node * size + local, "LOCAL_RANK": local, "WORLD_SIZE": nodes * size, "LOCAL_WORLD_SIZE": size}
+    host, _, port = endpoint.rpartition(":")
+    meeting = {"MASTER_ADDR": host.strip("[]"), "MASTER_PORT": port}  # an address of IPv6 stands in brackets
+    return {**usual, **os.environ, **{key: str(value) for key, value in place.items()}, **meeting}
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+def free_endpoint() -> str:
+    """A TCP port of this host that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def watch(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """(rank, exit code) of the one that failed, when one did; None once the first is done and the others had time.
+    """(number here, exit code) of the one that failed, when one did; None once the first is done and the others had
+    time.
 
     A rank that waited in vain for another one is not the cause, if there is another one.
     """
@@ -67,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     """Start, watch, end; returns the exit code: 0 done, 1 a rank failed."""
     parser = argparse.ArgumentParser(prog="python -m stages.ranks", description=__doc__)
     parser.add_argument("--nproc", type=int, required=True, help="ranks on this host")
+    parser.add_argument("--nnodes", type=int, default=1, help="hosts that do the same, with the same folders")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this one is")
+    parser.add_argument("--rdzv-endpoint", help="HOST:PORT of the first one")
     parser.add_argument("--events", type=int, help="descriptor for events (given by runner.py)")
     parser.add_argument("--parent", type=int, help="process to live and die with (given by runner.py)")
     arguments, rest = parser.parse_known_args(argv)
@@ -75,8 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         signals.ignore()
     command = [sys.executable, "-m", "stages", *rest, "--parent", str(os.getpid())]
     command += [] if arguments.events is None else ["--events", str(arguments.events)]
-    size, port = arguments.nproc, free_port()
-    processes = [subprocess.Popen(command, env=environment(rank, size, port), close_fds=False) for rank in range(size)]
+    nodes, node, size = arguments.nnodes, arguments.node_rank, arguments.nproc
+    endpoint = arguments.rdzv_endpoint or free_endpoint()
+    environments = [environment(local, size, endpoint, nodes, node) for local in range(size)]
+    processes = [subprocess.Popen(command, env=each, close_fds=False) for each in environments]
     try:
         failed = watch(processes)
         silent = [rank for rank, process in enumerate(processes) if process.poll() is None]
@@ -87,10 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             process.wait()
     if failed is None:
         return 0
-    rank, code = failed
-    names = " and ".join(f"rank {one}" for one in silent) or "another one"
+    (local, code), first = failed, node * size
+    names = " and ".join(f"rank {first + one}" for one in silent) or "another one"
     how = f"waited in vain for {names}: see launch.timeout" if code == LOST else ended(code)
-    message = f"rank {rank} of {size} {how}"
+    message = f"rank {first + local} of {nodes * size} {how}"
     if arguments.events is None:
         print(message, file=sys.stderr)
     else:

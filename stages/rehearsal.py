@@ -1,4 +1,5 @@
-"""A run's schedules on a handful of latents, before any work: what its scheduler or text encoder cannot do is refused.
+"""A run's schedules on a handful of latents and its tokenizers on a word, before any work: what a scheduler or a text
+encoder cannot do, and a vocabulary that is damaged, are refused.
 
 It takes no time beside importing. The look at the models does it, as every plan has one; where that was had before,
 other steps, another scheduler or strength are rehearsed in a process of their own.
@@ -23,7 +24,7 @@ from stages.families.opening import open_checkpoint
 from stages.families.schedules import Schedule, make_scheduler
 from stages.files import write_json
 from stages.memory.finite import refuse_absurd
-from stages.models.checkpoint import Checkpoint
+from stages.models.checkpoint import Checkpoint, CheckpointError
 from stages.techniques.lora_file import open_adapter, place, strengths
 from stages.techniques.lora_fit import fits
 from stages.tiles import Size
@@ -35,7 +36,9 @@ def run(context: StageContext) -> None:
     """Write ``rehearsal.json``: that nothing was refused."""
     config = context.config
     note = context.progress.note
-    rehearse(config, open_checkpoint(config, facts_of(config).opened, note), note)
+    checkpoint = open_checkpoint(config, facts_of(config).opened, note)
+    rehearse(config, checkpoint, note)
+    spell(config, checkpoint)
     write_json(context.output / "rehearsal.json", {"refused": None})
 
 
@@ -66,6 +69,23 @@ def rehearse(config: DictConfig, checkpoint: Checkpoint, note: Callable[[str], N
             got, said = f"{schedule.name} with {steps} steps", str(error).strip().partition("\n")[0]
             hint = f"It says: {said or type(error).__name__}"
             raise ConfigError(f"scheduler ({stage})", got, "a scheduler that can drive this model", hint) from error
+
+
+def spell(config: DictConfig, checkpoint: Checkpoint) -> None:
+    """A word in the tokens of every text encoder. A single file's tokenizer is the hub's or of its config.
+
+    Raises:
+        CheckpointError: a tokenizer that cannot be read, or has tokens that its encoder does not know.
+    """
+    family = family_of(config)
+    for component in () if checkpoint.single else family.encoders(checkpoint):
+        ids, size = family.tokenizer(component, checkpoint)("a").input_ids, checkpoint.config(component)["vocab_size"]
+        if not ids or max(ids) >= size:
+            folder = checkpoint.folder / component.replace("text_encoder", "tokenizer")
+            raise CheckpointError(
+                f"{folder}: got the tokens {ids} for the word 'a', expected some of the {size} that {component} knows. "
+                "Download the checkpoint again."
+            )
 
 
 def _step_through(schedule: Schedule, timesteps: torch.Tensor, from_noise: bool, channels: int) -> None:

@@ -113,6 +113,9 @@ class LaunchConfig:
     threads: int | None = None  # torch threads; None: all cores
     sample_seconds: float = 0.02  # memory sampling period
     nproc: int = 1  # ranks of a stage that share its tiles, each with a GPU of its own and memory.budget for itself
+    nnodes: int = 1  # hosts that share a picture's tiles, each with nproc ranks and the same folders
+    node_rank: int = 0  # which of them this one is; the first (0) keeps the run
+    rdzv_endpoint: str | None = None  # HOST:PORT of the first one, where all ranks meet
     backend: str = "auto"  # auto | gloo | nccl: how they talk; auto: gloo on the CPU, nccl on GPUs
     timeout: float = 1800.0  # seconds that one waits for another
 

@@ -132,6 +132,10 @@ class Family(ABC):
         """The text encoders that are opened, one after the other."""
         return tuple(name for name in self.facts.components["text_encode"] if "encoder" in name)
 
+    def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
+        """That of a text encoder, as ``encode`` opens it."""
+        return checkpoint.tokenizer(component.replace("text_encoder", "tokenizer"))
+
     def unused(self, component: str, network_config: Mapping[str, Any]) -> tuple[str, ...]:
         """Modules of a component that no stage calls: their weights are not read."""
         return ()

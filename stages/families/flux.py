@@ -16,7 +16,7 @@ from stages.families.clip import CLIP
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
 from stages.families.schedules import Schedule
-from stages.families.t5 import T5, encode_t5, t5_call
+from stages.families.t5 import T5, encode_t5, t5_call, t5_tokenizer
 from stages.families.text import tokenize
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
@@ -92,6 +92,11 @@ class Flux(Family):
             return t5_call(network_config, 1, TOKENS)
         ids = (1, network_config.get("max_position_embeddings", 77))
         return lambda network: network(torch.zeros(ids, dtype=torch.long, device="meta")), 1
+
+    def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
+        if component == "text_encoder_2":
+            return t5_tokenizer(checkpoint.folder / "tokenizer_2")
+        return super().tokenizer(component, checkpoint)
 
     def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
         if "vae" in components and (why := refuse_vae(checkpoint.config("vae"))):

@@ -16,7 +16,7 @@ from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
-from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_unused
+from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_tokenizer, qwen3_unused
 from stages.families.schedules import Schedule
 from stages.files import read_json
 from stages.memory.tensors import read_tensor
@@ -73,6 +73,9 @@ class Flux2Klein(Family):
 
     def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
         return qwen3_call(LAYERS)
+
+    def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
+        return qwen3_tokenizer(checkpoint.folder / "tokenizer")
 
     def unused(self, component: str, network_config: Mapping[str, Any]) -> tuple[str, ...]:
         return qwen3_unused(network_config, LAYERS) if component == "text_encoder" else ()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from stages.families.encoders import Encoders
 from stages.families.text import Tokens, say_truncated
-from stages.memory.imports import light_imports
 from stages.memory.units import Blocks
 from stages.models.locate import CheckpointError
+from stages.models.tokenizers import read_tokenizer
 
 TOKENS = 512  # that a prompt with its template is padded and cut to: the default of the stock pipelines
 QWEN3 = Blocks(classes=frozenset({"Qwen3DecoderLayer", "Qwen3Attention", "Qwen3MLP"}))
@@ -73,15 +73,13 @@ def qwen3_tokenizer(folder: Path) -> Any:
     """The tokenizer in a checkpoint's ``folder``, padding to ``TOKENS``.
 
     Raises:
-        CheckpointError: no vocabulary or no chat template in it.
+        CheckpointError: no vocabulary or no chat template in it, or none that can be read.
     """
     if not any(all((folder / file).is_file() for file in files) for files in _VOCABULARY):
         raise CheckpointError(
             f"{folder}: no vocabulary in it, expected tokenizer.json, or vocab.json and merges.txt. Download it again."
         )
-    with light_imports("transformers"):
-        from transformers import Qwen2Tokenizer
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer("Qwen2Tokenizer", folder)
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{folder}: no chat template in it, expected chat_template.jinja or one in tokenizer_config.json. "

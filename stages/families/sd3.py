@@ -16,7 +16,7 @@ from stages.families.clip import CLIP, clip_call, encode_clips
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule
 from stages.families.schedules import Schedule
-from stages.families.t5 import T5, encode_t5, t5_call
+from stages.families.t5 import T5, encode_t5, t5_call, t5_tokenizer
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -76,6 +76,11 @@ class StableDiffusion3(Family):
 
     def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
         return t5_call(network_config, 2, T5_TOKENS) if component == T5_NAME else clip_call(network_config)
+
+    def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
+        if component == T5_NAME:
+            return t5_tokenizer(checkpoint.folder / "tokenizer_3")
+        return super().tokenizer(component, checkpoint)
 
     def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
         if "vae" in components and (why := refuse_vae(checkpoint.config("vae"))):

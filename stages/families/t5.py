@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stages.families.encoders import Encoders
 from stages.families.text import say_truncated, tokenize
-from stages.memory.imports import light_imports
 from stages.memory.units import Blocks
 from stages.models.locate import CheckpointError
+from stages.models.tokenizers import read_tokenizer
 
 T5 = Blocks(classes=frozenset({"T5Block", "T5LayerSelfAttention", "T5LayerFF"}))
 
@@ -43,7 +43,7 @@ def t5_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint's ``folder``.
 
     Raises:
-        CheckpointError: there is no ``tokenizer.json`` in it.
+        CheckpointError: there is no ``tokenizer.json`` in it, or none that can be read.
     """
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -51,9 +51,7 @@ def t5_tokenizer(folder: Path) -> Any:
             f'"from transformers import AutoTokenizer as T; T.from_pretrained({str(folder)!r})'
             f'.save_pretrained({str(folder)!r})"'
         )
-    with light_imports("transformers"):
-        from transformers import T5Tokenizer
-    return T5Tokenizer.from_pretrained(folder)
+    return read_tokenizer("T5Tokenizer", folder)
 
 
 def t5_call(network_config: Mapping[str, Any], texts: int, length: int) -> tuple[Callable[[Any], Any], int]:

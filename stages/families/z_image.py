@@ -17,7 +17,7 @@ from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles, on_cpu
 from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, tokens_at_a_time
-from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_unused
+from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_tokenizer, qwen3_unused
 from stages.families.schedules import Schedule
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
@@ -145,6 +145,9 @@ class ZImage(Family):
 
     def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
         return qwen3_call(self._layers(network_config))
+
+    def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
+        return qwen3_tokenizer(checkpoint.folder / "tokenizer")
 
     def unused(self, component: str, network_config: Mapping[str, Any]) -> tuple[str, ...]:
         return qwen3_unused(network_config, self._layers(network_config)) if component == "text_encoder" else ()

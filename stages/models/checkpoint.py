@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.families.facts import WITHOUT_HEAD, known_classes
-from stages.memory.imports import light_imports
 from stages.memory.refs import TensorRef
 from stages.memory.tensors import read_header
 from stages.models.component import Component, construct, renamed, some
 from stages.models.locate import CheckpointError, choose_weights, class_in_index, fetch, names_in, refuse_pickle
 from stages.models.scales import with_scales
+from stages.models.tokenizers import read_tokenizer
 from stages.paths import is_hub_id, is_safetensors, is_weights_file, local_path
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ class Checkpoint:
         return checkpoint
 
     prediction_type: str | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one file, which holds no tokenizer."""
+        return self._single is not None
 
     @property
     def revision(self) -> str | None:
@@ -192,9 +197,6 @@ class Checkpoint:
         Raises:
             CheckpointError: it is nowhere, has no vocabulary, or makes more tokens than its text encoder takes.
         """
-        with light_imports("transformers"):
-            from transformers import CLIPTokenizer
-
         folder = self.folder / name
         if not folder.is_dir():
             if self._single is not None:
@@ -206,11 +208,7 @@ class Checkpoint:
                 f"or tokenizer.json, got {', '.join(sorted(p.name for p in folder.iterdir())) or 'an empty folder'}. "
                 "Download the checkpoint again."
             )
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder)
-        except Exception as error:  # the library reads files of any shape in its own way
-            said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
-            raise CheckpointError(f"{folder}: cannot be read ({said}). Download the checkpoint again.") from error
+        tokenizer = read_tokenizer("CLIPTokenizer", folder)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise CheckpointError(f"{folder}: its vocabulary is empty. Download the checkpoint again.")
         positions = self.config(name.replace("tokenizer", "text_encoder")).get("max_position_embeddings", 77)

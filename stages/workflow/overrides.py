@@ -240,7 +240,10 @@ def value_of(overrides: Iterable[str], key: str) -> str | None:
 
 
 def _with_saved_run(overrides: list[str]) -> list[str]:
-    output_dir = anchored(value_of(overrides, "output_dir") or "outputs")
+    output_dir = anchored("outputs")
+    if given := value_of(overrides, "output_dir"):  # where other files of the command line begin too
+        output_dir = Path(given).expanduser().absolute()
+        overrides = merge(overrides, [f"output_dir={quote(str(output_dir))}"])
     name = value_of(overrides, "run")
     if name is not None:
         check_run_name(name)

@@ -22,9 +22,10 @@ from stages.memory.planner import Chosen, ModelProfile, OverBudget, StageProfile
 from stages.plans import StagePlan
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
-from stages.workflow import device, launch, spread
+from stages.workflow import device, launch
 from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
+from stages.workflow.spread import spread
 from stages.workflow.store import Store
 
 COPIES = 4  # times the bytes of a prepared copy have to be free on the disk
@@ -78,7 +79,7 @@ def plan(
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
         profiles = {name: replace(one, models=tuple(map(_stays, one.models))) for name, one in profiles.items()}
     for state in running:
-        if state.name in profiles and spread.ranks(job, state.stage) > 1:
+        if state.name in profiles and spread(job, state.stage).ranks > 1:
             profiles[state.name] = replace(profiles[state.name], base=profiles[state.name].base + RANK)
         for technique in techniques_of(config, state.stage.module) if state.name in profiles else ():
             one = profiles[state.name]
@@ -120,14 +121,14 @@ def _of_stage(profile: StageProfile, stage: Stage, job: Job) -> StageProfile:
     """The profile with this run's steps (they change often and need no new look), and of an upscaling phase: the same
     shapes as the final canvas, fewer times. A guide's pictures are as much smaller as the canvas is. Of several ranks
     it is one's: a part of the tiles, on a GPU of its own or on a part of the processor."""
-    config, ranks = job.config, spread.ranks(job, stage)
+    config, over = job.config, spread(job, stage)
     steps = {"lowres": config.lowres.num_inference_steps, "denoise": running_steps(config)}.get(stage.module)
     models = profile.models
     if steps is not None:
         models = tuple(replace(model, steps=max(1, steps)) for model in models)
-    if ranks > 1:
-        models = tuple(replace(model, micro_batches=-(-model.micro_batches // ranks)) for model in models)
-        rate = profile.rate if on_gpu(config) else profile.rate / ranks
+    if over.ranks > 1:
+        models = tuple(replace(model, micro_batches=-(-model.micro_batches // over.ranks)) for model in models)
+        rate = profile.rate if on_gpu(config) else profile.rate / over.each
         profile = replace(profile, rate=rate)
     if stage.phase is None:
         return replace(profile, models=models)
@@ -141,7 +142,7 @@ def _of_stage(profile: StageProfile, stage: Stage, job: Job) -> StageProfile:
 
 def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: Store, runner: int) -> StagePlan:
     """What the stage reads: groups in samples, and where the prepared copies of the weights lie."""
-    models, config, ranks = {}, job.config, spread.ranks(job, stage)
+    models, config, over = {}, job.config, spread(job, stage)
     for model in profile.models:
         plan = chosen.choices[model.component].model
         copied = config.memory.prepared and not model.quantised  # a copy would be several times the bytes to read
@@ -157,14 +158,14 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         spread_out = [max(model.gpus.values()) for model in profile.models if model.gpus]
         peak = {"predicted_peak_vram_bytes": max(spread_out, default=chosen.peak)}
     else:
-        launcher = LAUNCHER if ranks > 1 else 0
-        peak = {"predicted_peak_rss_bytes": runner + launcher + ranks * (chosen.peak - runner)}
+        launcher = LAUNCHER if over.ranks > 1 else 0
+        peak = {"predicted_peak_rss_bytes": runner + launcher + over.each * (chosen.peak - runner)}
     return StagePlan(
         models=models,
         group_size=chosen.choices[last.component].group * max(1, last.micro_batch),
         predicted_seconds=chosen.seconds,
         disk_bytes=profile.disk,
-        ranks=ranks,
+        ranks=over.each,
         **peak,
     )
 

@@ -23,7 +23,7 @@ from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
-from stages.workflow import launch, overrides, planning, report
+from stages.workflow import launch, nodes, overrides, planning, report
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
@@ -82,6 +82,9 @@ def _execute(
     job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
     config, run_dir = job.config, output_dir / str(job.run)
     make_folder(run_dir)
+    if config.launch.node_rank:
+        nodes.help_out(job, store, declared, run_dir, pipeline, shown)
+        return {}
     with _folder_lock(run_dir, shown):
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         before = _kept(run_dir)
@@ -188,7 +191,8 @@ def _run_one(state: StageState, job: Job, run_dir: Path, pipeline: str, shown: S
         shown.event(state.name, event)
 
     force = bool(job.config.force)
-    return launch.run_stage(state, job, run_dir, on_event=hear, pipeline=pipeline, force=force)
+    with nodes.told(state, job, run_dir):
+        return launch.run_stage(state, job, run_dir, on_event=hear, pipeline=pipeline, force=force)
 
 
 def _elsewhere(config: DictConfig) -> str:

@@ -1,6 +1,8 @@
-"""How many ranks share the tiles of a stage: as many as ``launch.nproc`` says, but none without a tile."""
+"""How many ranks share a stage's tiles: ``launch.nproc`` on each of ``launch.nnodes`` hosts, none without a tile."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from stages import Stage
 from stages.job import Job
@@ -8,10 +10,26 @@ from stages.regions.scale import lowres_side
 from stages.tiles import Size, grid, latent_grid
 
 
-def ranks(job: Job, stage: Stage) -> int:
-    """Of a stage in this run; 1 where its work is one piece (``decode.mode=exact``, a low-res picture of one tile)."""
-    wanted = job.config.launch.nproc
-    return min(wanted, _tiles(job, stage) or wanted) if stage.spreads and wanted > 1 else 1
+class Spread(NamedTuple):
+    """Over how many hosts, with how many ranks on each."""
+
+    hosts: int = 1
+    each: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts * self.each
+
+
+def spread(job: Job, stage: Stage) -> Spread:
+    """Of a stage in this run; one rank where its work is one piece (``decode.mode=exact``, a low-res picture of one
+    tile), one host where there are fewer tiles than hosts."""
+    hosts, each = job.config.launch.nnodes, job.config.launch.nproc
+    if not stage.spreads or hosts * each == 1:
+        return Spread()
+    tiles = _tiles(job, stage) or hosts * each
+    hosts = hosts if tiles >= hosts else 1
+    return Spread(hosts, min(each, tiles // hosts))
 
 
 def _tiles(job: Job, stage: Stage) -> int:

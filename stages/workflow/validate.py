@@ -192,9 +192,11 @@ def validate(config: DictConfig) -> None:
     device, _, index = str(config.device).partition(":")
     if device not in ("cpu", "cuda") or not (index or "0").isdigit():
         raise ConfigError("device", config.device, "cpu or cuda", close_match(device, ["cpu", "cuda"]))
-    if config.launch.nproc > 1 and index:
-        hint = "Which GPUs there are is said by CUDA_VISIBLE_DEVICES."
-        raise ConfigError("launch.nproc", config.launch.nproc, f"1 with device={config.device}", hint)
+    for key in ("nproc", "nnodes"):
+        if (count := config.launch[key]) > 1 and index:
+            hint = "Which GPUs there are is said by CUDA_VISIBLE_DEVICES."
+            raise ConfigError(f"launch.{key}", count, f"1 with device={config.device}", hint)
+    _nodes(config)
     _device_map(config)
     if config.launch.backend == "nccl" and device == "cpu":
         raise ConfigError("launch.backend", "nccl", "auto or gloo on the CPU")
@@ -205,6 +207,22 @@ def validate(config: DictConfig) -> None:
     for technique in TECHNIQUES:
         technique.check(config)
     _files(config)
+
+
+def _nodes(config: DictConfig) -> None:
+    """Hosts know each other, and which one they are."""
+    nodes, node, endpoint = (config.launch[key] for key in ("nnodes", "node_rank", "rdzv_endpoint"))
+    if not 0 <= node < nodes:
+        raise ConfigError("launch.node_rank", node, f"0 to {nodes - 1}, with launch.nnodes={nodes}")
+    if nodes == 1:
+        return
+    host, _, port = (endpoint or "").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        hint = "The name and a free port of the host with launch.node_rank=0, the same on all."
+        raise ConfigError("launch.rdzv_endpoint", endpoint, f"HOST:PORT with launch.nnodes={nodes}", hint)
+    if config.force:
+        hint = "Hosts see by its results what a run has done: take another run=NAME."
+        raise ConfigError("force", True, f"false with launch.nnodes={nodes}", hint)
 
 
 def _device_map(config: DictConfig) -> None:
@@ -220,7 +238,7 @@ def _device_map(config: DictConfig) -> None:
     if config.device != "cuda":
         raise ConfigError(key, way, f"nothing with device={config.device}: it spreads weights over GPUs", "device=cuda")
     for other, fine, why in (
-        ("launch.nproc", 1, "A rank has one GPU, with the whole model."),
+        *((f"launch.{key}", 1, "A rank has one GPU, with the whole model.") for key in ("nproc", "nnodes")),
         ("memory.device_budget", None, "device.max_memory says what each GPU may take."),
         ("technique.offload", "stream", "All weights stay on the GPUs."),
     ):
@@ -287,6 +305,7 @@ def _numbers(config: DictConfig) -> None:
     if config.launch.threads is not None:
         _at_least(config, "launch.threads", 1)
     _at_least(config, "launch.nproc", 1)
+    _at_least(config, "launch.nnodes", 1)
     _at_least(config, "launch.timeout", 1)
     if not 0.001 <= config.launch.sample_seconds <= 10:
         raise ConfigError("launch.sample_seconds", config.launch.sample_seconds, "0.001 to 10 seconds")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stages.documents import save_text
 from stages.events import Done, Error
 from stages.files import write_json, write_text
 from stages.plans import StagePlan
+from stages.ranks import free_endpoint
 from stages.workflow.launch.local import listen
 
 KILL = ROOT / "tests" / "helpers" / "kill"
@@ -34,12 +36,23 @@ PLAN = {"denoise": StagePlan(group_size=4)}
 class Ranked(Work):
     """Stages of one run, those with ranks as the runner starts them."""
 
-    def start(self, stage: str, ranks: int, values: dict | None = None, **more: str) -> tuple[int, list, str]:
-        """(exit code, its last word and the GPUs' peaks, what was printed)."""
+    def start(
+        self, stage: str, ranks: int, values: dict | None = None, hosts: tuple[str, ...] = (), **more: str
+    ) -> tuple[int, list, str]:
+        """(exit code, its last word and the GPUs' peaks, what was printed); ``hosts``: arguments of one of several."""
         config = self.config({**VALUES, **(values or {})})
         write_text(self.output_dir / config.run / "config.yaml", save_text(config))
         write_json(self.output_dir / config.run / "plan.json", {name: one.as_json() for name, one in PLAN.items()})
-        command = [sys.executable, "-m", "stages.ranks", "--nproc", str(ranks), stage, str(self.output_dir / "test")]
+        command = [
+            sys.executable,
+            "-m",
+            "stages.ranks",
+            "--nproc",
+            str(ranks),
+            *hosts,
+            stage,
+            str(self.output_dir / "test"),
+        ]
         reader, writer = os.pipe()
         search = os.pathsep.join([str(KILL)] * ("HIGHRES_KILL" in more) + [str(ROOT)])
         environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **more}
@@ -53,7 +66,8 @@ class Ranked(Work):
         )
         os.close(writer)
         with os.fdopen(reader) as events:
-            return done.returncode, list(listen(events, lambda event: None)), done.stdout + done.stderr
+            first = ranks * int(hosts[-1]) if hosts else 0
+            return done.returncode, list(listen(events, lambda event: None, first)), done.stdout + done.stderr
 
 
 def begun(output_dir: Path, checkpoint: Path) -> tuple[Ranked, dict[str, Path]]:
@@ -95,8 +109,11 @@ def test_a_lost_rank_is_named_and_one_or_two_go_on_to_the_same_bytes(several, si
     assert not (folders["denoise"] / "manifest.json").exists()
     code, (last, resumed, _), said = work.start("denoise", 1, HIGHRES_KILL="denoise:advance:1:rank0")
     assert resumed in ("step 1 of 3", "step 2 of 3") and isinstance(last, Error), said
-    code, (last, resumed, _), said = work.start("denoise", 2)
-    assert code == 0 and isinstance(last, Done), said
+    endpoint = free_endpoint()
+    with ThreadPoolExecutor() as pool:  # two hosts, each with a rank
+        hosts = [("--nnodes", "2", "--rdzv-endpoint", endpoint, "--node-rank", str(node)) for node in (0, 1)]
+        for code, (last, _, _), said in pool.map(lambda host: work.start("denoise", 1, hosts=host), hosts):
+            assert code == 0 and isinstance(last, Done), said
     assert equal(folders["denoise"], single["denoise"])
 
 

@@ -122,6 +122,16 @@ def test_a_lost_rank_ends_the_others_and_is_named(toy):
     assert [stage["ranks"] for stage in summary(toy, "x")["stages"]] == [1, 2, 1]
 
 
+def test_another_host_helps_with_what_the_first_one_begins(toy):
+    hosts = ["run=x", "prompt=a", "launch.nnodes=2", "launch.rdzv_endpoint=localhost:29500"]
+    other = toy.start(*hosts, "launch.node_rank=1", TOY_SLOW="0.3")
+    done = toy(*hosts, TOY_SLOW="0.3")
+    said, error = other.communicate(timeout=100)
+    assert (done.returncode, other.returncode) == (0, 0), done.stderr + error
+    assert "tiles: starts (with the first host)" in said and "draw" not in said and "is there" in said, said
+    assert [stage["name"] for stage in summary(toy, "x")["stages"]] == ["draw", "tiles", "join"]
+
+
 def test_the_runner_killed_takes_its_stage_along_and_the_run_goes_on(toy):
     process = toy.start("run=x", "prompt=a", TOY_SLOW="0.3")
     wait_for(lambda: len(list(toy.output_dir.glob(".store/tiles/*/tiles/*.txt"))) >= 2)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import Work
+from omegaconf import OmegaConf
 
+from benchmarks import random_checkpoint
 from stages import PROFILE, REHEARSAL
 from stages.config import ConfigError
-from stages.models.checkpoint import Checkpoint
-from stages.rehearsal import rehearse
+from stages.models.checkpoint import Checkpoint, CheckpointError
+from stages.rehearsal import rehearse, spell
 
 
 def tried(work: Work, values: dict[str, Any]) -> None:
@@ -52,6 +55,21 @@ def test_a_prediction_that_is_none_is_refused_without_a_look(work: Work) -> None
 @pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler"])
 def test_what_can_be_is_left_alone(work: Work, name: str, values: dict[str, Any]) -> None:
     tried(work, {"scheduler.class_name": name, **values})
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux", "z_image"])
+def test_a_damaged_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    """Of CLIP, T5 and Qwen3."""
+    folder = tmp_path / kind
+    random_checkpoint.main([kind, str(folder), "--small"])
+    config = OmegaConf.create({"model": {"family": kind.replace("sd15", "sd")}})
+    checkpoint = Checkpoint.open(str(folder))
+    spell(config, checkpoint)
+    name = "tokenizer_2" if kind == "flux" else "tokenizer"
+    file = next(path for path in (folder / name).iterdir() if path.name in ("vocab.json", "tokenizer.json"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read .*Download the checkpoint again"):
+        spell(config, checkpoint)
 
 
 def test_other_steps_need_no_new_look() -> None:

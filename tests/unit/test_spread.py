@@ -13,10 +13,18 @@ from stages.config import ConfigError
 from stages.distributed import LOST, Place, Ranks
 from stages.job import Job
 from stages.memory.planner import Cut, Line, ModelProfile, StageProfile
-from stages.ranks import environment, free_port
+from stages.ranks import environment, free_endpoint
 from stages.workflow import planning
-from stages.workflow.spread import ranks
+from stages.workflow.spread import Spread, spread
 from stages.workflow.validate import validate
+
+HOSTS = {"launch.nnodes": 2, "launch.rdzv_endpoint": "host:29500"}
+
+
+def test_tiles_are_shared_by_hosts_and_their_ranks(make_config):
+    (denoise,) = (stage for stage in PIPELINE if stage.name == "denoise")
+    found = spread(Job.of(make_config({**HOSTS, "launch.nproc": 5, "width": 512, "height": 512})), denoise)
+    assert (found, found.ranks) == (Spread(hosts=2, each=4), 8)  # of nine tiles
 
 
 @pytest.mark.parametrize(
@@ -28,11 +36,13 @@ from stages.workflow.validate import validate
         ({"launch.nproc": 4, "decode.mode": "exact"}, {"denoise": 4}),
         ({"launch.nproc": 1000, "width": 512, "height": 512}, {"denoise": 9, "decode": 9}),
         ({"launch.nproc": 2, "guide.phases": [512]}, {"denoise_512": 2, "denoise": 2, "decode": 2}),
+        ({**HOSTS, "launch.nproc": 4}, {"denoise": 8, "decode": 8}),
+        ({**HOSTS, "launch.nnodes": 100}, {}),
     ],
 )
 def test_ranks_of_each_stage(make_config, values, expected):
     job = Job.of(make_config({"width": 1024, "height": 1024, **values}))
-    found = {stage.name: ranks(job, stage) for stage in expanded(job.config)}
+    found = {stage.name: spread(job, stage).ranks for stage in expanded(job.config)}
     assert {name: count for name, count in found.items() if count > 1} == expected
 
 
@@ -44,6 +54,10 @@ def test_ranks_of_each_stage(make_config, values, expected):
         ({"launch.backend": "nccl"}, "launch.backend: got 'nccl', expected auto or gloo on the CPU"),
         ({"launch.backend": "mpi"}, "launch.backend: got 'mpi', expected one of auto, gloo, nccl"),
         ({"launch.timeout": 0}, "launch.timeout"),
+        ({"launch.nnodes": 2}, "launch.rdzv_endpoint: got None, expected HOST:PORT with launch.nnodes=2"),
+        ({**HOSTS, "launch.rdzv_endpoint": "host"}, "launch.rdzv_endpoint: got 'host', expected HOST:PORT"),
+        ({**HOSTS, "launch.node_rank": 2}, "launch.node_rank: got 2, expected 0 to 1"),
+        ({**HOSTS, "force": True}, "force: got True, expected false"),
     ],
 )
 def test_what_cannot_be_is_refused(make_config, values, message):
@@ -85,7 +99,10 @@ def test_a_rank_sees_its_own_gpu_only(monkeypatch):
 
 def test_the_environment_is_torchruns(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = environment(1, 2, free_port())
+    found = environment(0, 1, "host:29500", nodes=2, node=1)
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_PORT"]) == ("1", "0", "2", "29500")
+    assert environment(0, 1, "[::1]:29500")["MASTER_ADDR"] == "::1"
+    found = environment(1, 2, free_endpoint())
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("1", "1", "2")
     assert int(found["OMP_NUM_THREADS"]) >= 1 and found["NCCL_NVLS_ENABLE"] == "0"
     for name, value in found.items():

@@ -78,6 +78,12 @@ def test_options_of_a_folder_of_ones_own(tmp_path, flags: list[str]) -> None:
     assert found[: len(flags)] == flags and value_of(found, "scheduler") == "mine"
 
 
+def test_a_relative_output_dir_begins_where_files_do(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert value_of(prepare(["output_dir=here", "prompt=a"]), "output_dir") == str(tmp_path / "here")
+    assert value_of(prepare(["prompt=a"]), "output_dir") is None
+
+
 def test_a_seed_of_minus_one_is_drawn_and_said(tmp_path, capsys) -> None:
     drawn = [value_of(prepare([f"output_dir={tmp_path}", "prompt=a", "seed=-1"]), "seed") for _ in range(2)]
     assert drawn[0] != drawn[1] and all(0 <= int(str(seed)) < 2**32 for seed in drawn)

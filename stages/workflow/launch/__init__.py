@@ -39,6 +39,6 @@ def run_stage(
     except BaseException:
         process.end()
         raise
-    if result.status != "reused":
+    if result.status != "reused" and not job.config.launch.node_rank:  # the first host's are the result's
         state.entry.write_stats(result.stats())
     return result

@@ -25,7 +25,7 @@ from stages.memory.monitor import Monitor, usage
 from stages.workflow import device, enforce
 from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
-from stages.workflow.spread import ranks
+from stages.workflow.spread import spread
 
 _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
 
@@ -65,7 +65,8 @@ class LocalProcess:
 
     def __init__(self, state: StageState, job: Job, log: Path) -> None:
         self._state, self._log, self._begin = state, log, time.monotonic()
-        self.ranks = ranks(job, state.stage)
+        self.spread, self._node = spread(job, state.stage), job.config.launch.node_rank
+        self.ranks = self.spread.each
         mode = str(job.config.memory.enforce)
         if mode == "auto" and on_gpu(job.config):  # the driver alone takes a gigabyte of RAM; the device has its limit
             mode = "off"
@@ -111,7 +112,7 @@ class LocalProcess:
         """See :class:`stages.workflow.launch.base.StageProcess`."""
         state, process, monitor = self._state, self._process, self._monitor
         assert process is not None and monitor is not None
-        last, resumed, gpus = listen(self._events, on_event)
+        last, resumed, gpus = listen(self._events, on_event, self._node * self.ranks)
         code = process.wait()
         module = self._close()
         if self._enforcer.violation is not None and code != 0:
@@ -169,13 +170,18 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
         ConfigError: ``memory.enforce`` asks for what this machine has not.
         OSError: the process could not be started.
     """
-    log = run_dir / "logs" / f"{state.name}.log"
+    how = job.config.launch
+    log = run_dir / "logs" / f"{state.name}{f'.node_{how.node_rank}' if how.node_rank else ''}.log"
     make_folder(log.parent)
     if log.is_dir():
         set_aside(log)
     process = LocalProcess(state, job, log)
-    several = ["stages.ranks", "--nproc", str(process.ranks)] if process.ranks > 1 else ["stages"]
-    command = [sys.executable, "-m", *several, state.name, str(run_dir), "--pipeline", pipeline]
+    module = ["stages"]
+    if process.spread.ranks > 1:
+        module = ["stages.ranks", "--nproc", str(process.ranks)]
+    if process.spread.hosts > 1:
+        module += ["--nnodes", str(how.nnodes), "--node-rank", str(how.node_rank), "--rdzv-endpoint", how.rdzv_endpoint]
+    command = [sys.executable, "-m", *module, state.name, str(run_dir), "--pipeline", pipeline]
     try:
         process.start(command + (["--force"] if force else []), job)
     except BaseException:
@@ -184,9 +190,11 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
     return process
 
 
-def listen(events: IO[str], on_event: Callable[[Event], None]) -> tuple[Done | Error | None, str, tuple[int, ...]]:
+def listen(
+    events: IO[str], on_event: Callable[[Event], None], first: int = 0
+) -> tuple[Done | Error | None, str, tuple[int, ...]]:
     """Pass events on until the stage closes its end; returns its last word (None if it died), why it went on, and the
-    peaks of its GPUs. Of several ranks the first failure is the last word, else that of the first one.
+    peaks of its GPUs. Of several ranks the first failure is the last word, else that of the ``first`` one here.
 
     Raises:
         ValueError: a whole line that is no event.
@@ -198,7 +206,7 @@ def listen(events: IO[str], on_event: Callable[[Event], None]) -> tuple[Done | E
         event = from_line(line)
         if isinstance(event, Done):
             peaks[event.rank] = event.gpus
-            last = event if event.rank == 0 and not isinstance(last, Error) else last
+            last = event if event.rank == first and not isinstance(last, Error) else last
             continue
         if isinstance(event, Error):
             last = last if isinstance(last, Error) else event
