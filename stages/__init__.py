@@ -116,11 +116,11 @@ REHEARSAL = Stage(
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=13,
+    version=14,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),
-        *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", *_LATENTS),
+        *("denoise.dilated.enabled", "denoise.blend", "decode", "model.native_size", "model.text_tokens", *_LATENTS),
         "scheduler.options",  # some import more than others
         *("guide.mode", "guide.image", "guide.fit", "guide.upscale"),
         *("guide.vae_mode", "guide.tile_size", "guide.phases", "device_map", "max_memory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from stages import Stage
 from stages.config import parse_bytes, resolve_dtype
 from stages.documents import escape_all
+from stages.families.facts import facts_of
 from stages.regions.config import Regions, from_config
 from stages.regions.scale import lowres_regions, scaled
 from stages.tiles import Size
+
+TEMPLATE = 40  # tokens that a chat template puts around a text, at most
+LONGEST = 512  # tokens that a text is cut to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,12 @@ class Job:
             ConfigError: regions or sizes in bytes that cannot be read.
         """
         config = _with(config, {})
-        given = config.memory.device_budget
+        given, regions = config.memory.device_budget, from_config(config)
+        if facts_of(config).own_length and config.model.text_tokens is None:
+            config = _with(config, {"model.text_tokens": text_tokens(regions)})
         return cls(
             config=config,
-            regions=from_config(config),
+            regions=regions,
             budget=parse_bytes(config.memory.budget),
             device_budget=None if given is None else parse_bytes(given, "memory.device_budget"),
             dtype=resolve_dtype(config),
@@ -62,6 +69,13 @@ class Job:
         """The regions on the canvas of ``stage``."""
         job = self.of_stage(stage)
         return lowres_regions(job.config, job.regions) if stage.module == "lowres" else job.regions
+
+
+def text_tokens(regions: Regions) -> int:
+    """Tokens of the longest text at most, without a tokenizer: one of a vocabulary of bytes is a byte or more. Steps of
+    64 keep the looks few."""
+    texts = (unicodedata.normalize("NFC", text) for row in regions.texts for text in row)
+    return min(LONGEST, -(-(TEMPLATE + max(len(text.encode()) for text in texts)) // 64) * 64)
 
 
 def _with(config: DictConfig, values: dict[str, Any]) -> DictConfig:

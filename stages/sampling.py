@@ -130,7 +130,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     batch = min(family.micro_batch(network_config, tile, config.device), max(samples))
 
     def call(network: Any, samples: int) -> Any:
-        example, embeds = family.example(network_config, tile, samples)
+        example, embeds = family.example(network_config, tile, samples, config.model.text_tokens)
         options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques_of(config, stage)}
         denoiser = family.denoiser(network, embeds, config, canvas=size, **options)
         del embeds  # it holds its own

@@ -21,6 +21,7 @@ class ModelConfig:
     loras: Any = field(default_factory=list)  # adapters: [{path: FILE, scale: 1.0}, FILE, FILE:0.8], in order
     lora_dir: str | None = None  # where <lora:NAME:0.8> in a prompt finds NAME.safetensors, in any folder below
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
+    text_tokens: int | None = None  # of a text at most, for families that do not pad them; None: by its bytes
     native_size: int = MISSING  # pixels a side that the denoiser was trained at
     cpu_size: int | None = None  # native_size on a CPU, where 800 MB do not hold tiles of the trained one
     fp32_size: int | None = None  # and where a CPU computes in float32

@@ -40,10 +40,10 @@ def run(context: StageContext) -> None:
 
 def look(looking: Looking) -> StageLook:
     """Each text encoder, a prompt and its negative at a time; the embeddings of all regions are held."""
-    family, count = looking.family, len(looking.regions.texts)
+    family, count, longest = looking.family, len(looking.regions.texts), looking.config.model.text_tokens
     models = []
     for component in family.encoders(looking.checkpoint):
-        call, samples = family.text_call(component, looking.network_config(component))
+        call, samples = family.text_call(component, looking.network_config(component), longest)
         measured = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
         profile = ModelProfile(
             component=component,
@@ -54,5 +54,5 @@ def look(looking: Looking) -> StageLook:
             **measured._asdict(),
         )
         models.append(profile)
-    _, embeds = family.example(looking.network_config(family.facts.denoiser), Size(64, 64), 1)
+    _, embeds = family.example(looking.network_config(family.facts.denoiser), Size(64, 64), 1, longest)
     return StageLook(tuple(models), extra=count * sum(rows.nbytes for rows in embeds.values()), code=TRANSFORMERS)

@@ -125,8 +125,14 @@ class Family(ABC):
         """Embeddings of (prompt, negative prompt) pairs, float32, a row each; encoders are open one after the other."""
 
     @abstractmethod
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
-        """(``call(network)`` on meta, samples of one): what ``encode`` does with a text encoder, for the look."""
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
+        """(``call(network)`` on meta, samples of one): what ``encode`` does with a text encoder, for the look.
+
+        Args:
+            longest: tokens of a text at most, where the family does not pad them (``Facts.own_length``).
+        """
 
     def encoders(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The text encoders that are opened, one after the other."""
@@ -149,8 +155,11 @@ class Family(ABC):
         """Its denoiser; ``options`` are those of ``Denoiser``."""
 
     @abstractmethod
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
-        """Meta tensors like those of a run: ``samples`` samples of tiles of ``tile`` latents, and embeddings."""
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
+        """Meta tensors like those of a run: ``samples`` samples of tiles of ``tile`` latents, and embeddings; for
+        ``longest`` see ``text_call``."""
 
     def guidance(self, checkpoint: Checkpoint) -> str:
         """cfg | embedded | none: how a guidance scale acts on this very model."""

@@ -20,8 +20,8 @@ class Facts:
     Sides are multiples of ``vae_scale_factor * patch`` pixels. ``embeds``: tensors of ``embeddings.safetensors``, one
     row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
     (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
-    family gets first. ``module``: its file in ``stages/families``. ``gpu_slack``: of its denoiser, where
-    it was measured (:data:`stages.memory.planner.SLACK`).
+    family gets first. ``module``: its file in ``stages/families``. ``own_length``: its texts are not padded.
+    ``gpu_slack``: of its denoiser, where it was measured (:data:`stages.memory.planner.SLACK`).
     """
 
     module: str
@@ -38,6 +38,7 @@ class Facts:
     flow: bool = False
     embeds: tuple[str, ...]
     overflows: tuple[str, ...] = ()
+    own_length: bool = False
     gpu_slack: float | None = None
 
     @property
@@ -166,6 +167,7 @@ FACTS: Mapping[str, Facts] = {
         guidance="cfg",
         flow=True,
         embeds=("prompt_embeds", "negative_prompt_embeds", "prompt_lengths", "negative_prompt_lengths"),
+        own_length=True,
         overflows=("transformer", "text_encoder"),
     ),
 }

@@ -87,7 +87,9 @@ class Flux(Family):
         states = encode_t5(encoders, "text_encoder_2", [(prompt,) for prompt, _ in texts], TOKENS)
         return {"prompt_embeds": states[0].contiguous(), "pooled_prompt_embeds": torch.cat(pooled)}
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         if component == "text_encoder_2":
             return t5_call(network_config, 1, TOKENS)
         ids = (1, network_config.get("max_position_embeddings", 77))
@@ -120,7 +122,9 @@ class Flux(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return FluxDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         states = torch.empty((1, TOKENS, network_config["joint_attention_dim"]), device="meta")
         pooled = torch.empty((1, network_config["pooled_projection_dim"]), device="meta")
         batch = example_tiles(tile, samples, network_config["in_channels"] // 4)

@@ -71,7 +71,9 @@ class Flux2Klein(Family):
         found = {"prompt_embeds": torch.stack([states[prompt] for prompt in prompts])}
         return {**found, "negative_prompt_embeds": states[""][None].contiguous()} if guided else found
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         return qwen3_call(LAYERS)
 
     def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
@@ -118,7 +120,9 @@ class Flux2Klein(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return Flux2KleinDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         states = torch.empty((1, TOKENS, network_config["joint_attention_dim"]), device="meta")
         embeds = dict.fromkeys(self.facts.embeds, states)
         return example_tiles(tile, samples, network_config["in_channels"] // 4), embeds

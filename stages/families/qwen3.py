@@ -50,10 +50,10 @@ def encode_qwen3(
     return found
 
 
-def qwen3_call(layers: Sequence[int]) -> tuple[Callable[[Any], Any], int]:
-    """What ``encode_qwen3`` does with a text of the most tokens, for ``Family.text_call``."""
-    ids = torch.zeros((1, TOKENS), dtype=torch.long, device="meta")
-    mask = torch.empty((1, 1, TOKENS, TOKENS), dtype=torch.bool, device="meta")
+def qwen3_call(layers: Sequence[int], tokens: int = TOKENS) -> tuple[Callable[[Any], Any], int]:
+    """What ``encode_qwen3`` does with a text of so many tokens, for ``Family.text_call``."""
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    mask = torch.empty((1, 1, tokens, tokens), dtype=torch.bool, device="meta")
     return lambda network: _states(network, ids, mask, layers), 1
 
 

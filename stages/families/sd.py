@@ -47,7 +47,9 @@ class StableDiffusion(Family):
         embeds = torch.stack(found, dim=1)
         return {"prompt_embeds": embeds[0].contiguous(), "negative_prompt_embeds": embeds[1].contiguous()}
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         ids = (2, network_config.get("max_position_embeddings", 77))
         return lambda network: network(torch.zeros(ids, dtype=torch.long, device="meta")), 2
 
@@ -64,7 +66,9 @@ class StableDiffusion(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return UNetDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         embeds = torch.empty((1, 77, network_config["cross_attention_dim"]), device="meta")
         batch = example_tiles(tile, samples, network_config["in_channels"])
         return batch, {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}

@@ -74,7 +74,9 @@ class StableDiffusion3(Family):
         """T5 may be missing: it is most of the bytes, and its states are zeros then."""
         return tuple(name for name in super().encoders(checkpoint) if name != T5_NAME or checkpoint.has_config(T5_NAME))
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         return t5_call(network_config, 2, T5_TOKENS) if component == T5_NAME else clip_call(network_config)
 
     def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
@@ -110,7 +112,9 @@ class StableDiffusion3(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return SD3Denoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         states = torch.empty((1, TOKENS, network_config["joint_attention_dim"]), device="meta")
         pooled = torch.empty((1, network_config["pooled_projection_dim"]), device="meta")
         embeds = dict(zip(self.facts.embeds, (states, states, pooled, pooled), strict=True))

@@ -69,7 +69,9 @@ class StableDiffusionXL(Family):
             states[1, empty], pooled[1, empty] = 0, 0
         return dict(zip(self.facts.embeds, (*states, *pooled), strict=True))
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         return clip_call(network_config)
 
     def refuse(self, checkpoint: Checkpoint, components: Sequence[str]) -> str | None:
@@ -94,7 +96,9 @@ class StableDiffusionXL(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return SDXLDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         states = torch.empty((1, 77, network_config["cross_attention_dim"]), device="meta")
         width = network_config["projection_class_embeddings_input_dim"] - 6 * network_config["addition_time_embed_dim"]
         pooled = torch.empty((1, width), device="meta")

@@ -143,8 +143,10 @@ class ZImage(Family):
             found[f"{name}_lengths"] = torch.tensor([len(row) for row in rows])
         return found
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
-        return qwen3_call(self._layers(network_config))
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
+        return qwen3_call(self._layers(network_config), longest or TOKENS)
 
     def tokenizer(self, component: str, checkpoint: Checkpoint) -> Any:
         return qwen3_tokenizer(checkpoint.folder / "tokenizer")
@@ -186,10 +188,13 @@ class ZImage(Family):
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return ZImageDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         """Of the longest captions beside a shorter one."""
-        states = torch.empty((1, padded(TOKENS), network_config["cap_feat_dim"]), device="meta")
-        lengths = torch.tensor([TOKENS]), torch.tensor([1])
+        tokens = longest or TOKENS
+        states = torch.empty((1, padded(tokens), network_config["cap_feat_dim"]), device="meta")
+        lengths = torch.tensor([tokens]), torch.tensor([1])
         embeds = dict(zip(self.facts.embeds, (states, states, *lengths), strict=True))
         return example_tiles(tile, samples, network_config["in_channels"]), embeds
 

@@ -71,13 +71,17 @@ class Toy(Family):
         encoders.advance(len(texts))
         return {"levels": torch.tensor([[len(prompt) / 10] for prompt, _ in texts])}
 
-    def text_call(self, component: str, network_config: Mapping[str, Any]) -> tuple[Callable[[Any], Any], int]:
+    def text_call(
+        self, component: str, network_config: Mapping[str, Any], longest: int | None = None
+    ) -> tuple[Callable[[Any], Any], int]:
         raise AssertionError("it has no text encoder")
 
     def denoiser(self, network: nn.Module, embeds: Embeds, config: DictConfig, **options: Any) -> Denoiser:
         return ToyDenoiser(network, embeds, config, **options)
 
-    def example(self, network_config: Mapping[str, Any], tile: Size, samples: int) -> tuple[TileBatch, Embeds]:
+    def example(
+        self, network_config: Mapping[str, Any], tile: Size, samples: int, longest: int | None = None
+    ) -> tuple[TileBatch, Embeds]:
         return example_tiles(tile, samples, 4), {"levels": torch.empty((1, 1), device="meta")}
 
     def blocks(self, component: str) -> Blocks:

@@ -24,6 +24,14 @@ def test_a_job_is_what_the_config_says(make_config):
         Job.of(make_config({"memory.device_budget": "some"}))
 
 
+def test_texts_that_are_not_padded_are_planned_by_their_bytes(make_config):
+    keys = {"model.family": "z_image", "model.latent_channels": 16, "model.patch": 2}
+    for prompt, tokens in (("a cat", 64), ("ü" * 13, 128), ("a" * 10_000, 512)):
+        assert Job.of(make_config({**keys, "prompt": prompt})).config.model.text_tokens == tokens
+    assert Job.of(make_config({**keys, "model.text_tokens": 100})).config.model.text_tokens == 100
+    assert Job.of(make_config()).config.model.text_tokens is None
+
+
 def test_nothing_changes_it(make_config):
     config = make_config({"regions": [REGION]})
     job = Job.of(config)
