@@ -26,6 +26,8 @@ from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.workflow.store import CHECKPOINT
 
+STANDING = 100_000  # bytes of a pass that stands still, without its activations: frames and tensors
+
 
 class Canvas(NamedTuple):
     """What is denoised: ``size`` in latents, its views, the rectangles of its noise with a seed of their own."""
@@ -155,6 +157,8 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of
     # latents and predictions that the tiles of the moment lie in
     kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
-    if any(technique.through for technique in techniques_of(config, stage)):  # tiles that stand still
+    extra = blurred + 12 * band + 2 * rows
+    if any(technique.through for technique in techniques_of(config, stage)):  # groups that stand still
         kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
-    return StageLook((profile,), extra=blurred + 12 * band + 2 * rows, disk=kept)
+        extra += profile.micro_batches * STANDING
+    return StageLook((profile,), extra=extra, disk=kept)
