@@ -129,7 +129,7 @@ def _offload(pipe: Any, way: str, device: str) -> None:
 
 def _trace(pipe: Any, work: dict[str, Any], device: str, dtype: torch.dtype) -> None:
     """The UNet as ``torch.jit.trace`` of it."""
-    unet = pipe.unet
+    unet = pipe.unet.requires_grad_(False)  # its weights become constants of the function
     shape = (2 * work["batch"], unet.config.in_channels, work["height"] // 8, work["width"] // 8)
     states = torch.randn(shape[0], 77, unet.config.cross_attention_dim, device=device, dtype=dtype)
     inputs = torch.randn(shape, device=device, dtype=dtype), torch.tensor(1, device=device), states
