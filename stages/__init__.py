@@ -49,8 +49,8 @@ _SCHEDULER = ("scheduler.class_name", "scheduler.options", "model.prediction_typ
 PIPELINE: tuple[Stage, ...] = (
     Stage(
         name="text_encode",
-        version=1,
-        parameters=("prompt", "negative_prompt", "regions", "text_encode"),
+        version=2,
+        parameters=("prompt", "negative_prompt", "prompt_weighting", "regions", "text_encode"),
         needs=lambda config: (),
         opens_model=True,
     ),

@@ -201,6 +201,7 @@ class Config:
     prompt: str | None = None  # required; the empty text is a prompt too
     negative_prompt: str = ""
     prompt_file: str | None = None
+    prompt_weighting: str = "auto"  # auto: (word:1.2), [word], BREAK, AND, prompts of any length, for CLIP | off
     width: int = 2048
     height: int = 2048
     seed: int = 0

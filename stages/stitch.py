@@ -41,6 +41,8 @@ def settings(config: DictConfig) -> dict[str, Any]:
     keys = keys.union(*(technique.keys for technique in on)) - {*PATHS, *OF_THE_MODEL}
     if "guide.fit" in keys and not config.guide.image:  # says nothing of a picture that nobody gave
         keys -= {"guide.fit"}
+    if config.prompt_weighting == "auto":
+        keys -= {"prompt_weighting"}
     for key in sorted(keys - {LORAS}):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     if loras := [{"name": Path(one.path).stem, "scale": one.scale} for one in strengths(config)]:

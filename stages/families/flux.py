@@ -18,6 +18,7 @@ from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacke
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call, t5_tokenizer
 from stages.families.text import tokenize
+from stages.families.weighting import say_unweighted
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -75,6 +76,7 @@ class Flux(Family):
     name: ClassVar[str] = "flux"
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
+        say_unweighted(encoders, texts, config)
         if any(negative for _, negative in texts):
             encoders.note("warning: FLUX.1 takes no negative prompt; it is not used")
         encoders.start(2 * len(texts))

@@ -18,6 +18,7 @@ from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
 from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_tokenizer, qwen3_unused
 from stages.families.schedules import Schedule
+from stages.families.weighting import say_unweighted
 from stages.files import read_json
 from stages.memory.tensors import read_tensor
 from stages.memory.units import Blocks
@@ -63,6 +64,7 @@ class Flux2Klein(Family):
     name: ClassVar[str] = "flux2_klein"
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
+        say_unweighted(encoders, texts, config)
         if any(negative for _, negative in texts):
             encoders.note("warning: FLUX.2 [klein] takes no negative prompt; it is not used")
         guided = self.guidance(encoders.checkpoint) == "cfg"

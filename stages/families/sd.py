@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from stages.families.encoders import Encoders
 from stages.families.schedules import Schedule
 from stages.families.text import Tokens, say_truncated, tokenize, unknown_words
 from stages.families.unet import UNET, UNetDenoiser, micro_batch, refuse_unet
+from stages.families.weighting import Weighting, understood
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -29,22 +31,30 @@ class StableDiffusion(Family):
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
         tokenizer = encoders.checkpoint.tokenizer()
-        known = {text: tokenize(tokenizer, text) for row in texts for text in row}
-        say_truncated(encoders, tokenizer, known)
-        if unknown := unknown_words(" ".join(known), encoders.checkpoint.folder / "tokenizer"):
+        prompts = understood(texts, tokenizer, config)
+        known = {text: tokenize(tokenizer, prompt.text) for text, prompt in prompts.items()}
+        say_truncated(encoders, tokenizer, {text: known[text] for text in known if prompts[text].parts is None})
+        if unknown := unknown_words(
+            " ".join(prompt.text for prompt in prompts.values()), encoders.checkpoint.folder / "tokenizer"
+        ):
             encoders.note(
                 f"warning: the {config.model.name} model does not know: {', '.join(unknown)}. It was trained on a few "
                 "hundred words; for any prompt use a real checkpoint: model=sd15 model.path=FOLDER_OR_FILE_OR_HUB_ID"
             )
         encoders.start(2 * len(texts))
-        found = []
+        found, skip = [], config.text_encode.clip_skip
         with encoders.open("text_encoder") as streamer:
+            network: Any = streamer.model
+            masked = bool(getattr(network.config, "use_attention_mask", False))
+            ways = [partial(states_of, network, clip_skip=skip), partial(states_of, network, clip_skip=None)]
+            weighting = Weighting(prompts, ways, tokenizer, encoders, masked=masked)
             for prompt, negative in texts:  # a pair at a time: regions by the dozen take no more memory than one
                 pair = [known[prompt]], [known[negative]]
-                states = hidden_states(streamer.model, *pair, config.text_encode.clip_skip, encoders.device)
-                found.append(states.float().cpu())
+                states = hidden_states(network, *pair, skip, encoders.device)
+                found.append(weighting.applied((prompt, negative), states.float().cpu()))
                 encoders.advance(2)
-        embeds = torch.stack(found, dim=1)
+            found = weighting.filled(found)
+        embeds = torch.stack([torch.stack(row) for row in found], dim=1)
         return {"prompt_embeds": embeds[0].contiguous(), "negative_prompt_embeds": embeds[1].contiguous()}
 
     def text_call(
@@ -104,9 +114,17 @@ def hidden_states(
     texts = (*prompts, *negatives)
     ids, mask = (torch.cat([getattr(tokens, name) for tokens in texts]).to(device) for name in ("ids", "mask"))
     attended = mask if getattr(config, "use_attention_mask", False) else None
+    return states_of(text_encoder, ids, attended, clip_skip=clip_skip, skipping=len(prompts))
+
+
+def states_of(
+    text_encoder: nn.Module, ids: Tensor, mask: Tensor | None, *, clip_skip: int | None, skipping: int | None = None
+) -> Tensor:
+    """Hidden states ``[N, S, D]`` of ``ids [N, S]``, the first ``skipping`` (None: all) so many layers earlier."""
     if clip_skip is None:
-        return text_encoder(ids, attention_mask=attended)[0]
-    output = text_encoder(ids, attention_mask=attended, output_hidden_states=True)
+        return text_encoder(ids, attention_mask=mask)[0]
+    output = text_encoder(ids, attention_mask=mask, output_hidden_states=True)
     inner: Any = getattr(text_encoder, "text_model", text_encoder)
-    skipped = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)][: len(prompts)])
-    return torch.cat([skipped, output[0][len(prompts) :]])
+    skipping = len(ids) if skipping is None else skipping
+    skipped = inner.final_layer_norm(output.hidden_states[-(clip_skip + 1)][:skipping])
+    return torch.cat([skipped, output[0][skipping:]])

@@ -17,6 +17,7 @@ from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call, t5_tokenizer
+from stages.families.weighting import words
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -61,10 +62,10 @@ class StableDiffusion3(Family):
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
         has_t5 = T5_NAME in self.encoders(encoders.checkpoint)
         encoders.start(2 * len(texts) * (2 + has_t5))
-        states, pooled = encode_clips(encoders, CLIPS, texts, config.text_encode.clip_skip)
+        states, pooled = encode_clips(encoders, CLIPS, texts, config)
         width = encoders.checkpoint.config("transformer")["joint_attention_dim"]
         if has_t5:
-            more = encode_t5(encoders, T5_NAME, texts, T5_TOKENS)
+            more = encode_t5(encoders, T5_NAME, words(texts, config), T5_TOKENS)
         else:
             more = torch.zeros((2, len(texts), T5_TOKENS, width))
         states = torch.cat([nn.functional.pad(states, (0, width - states.shape[-1])), more], dim=-2)

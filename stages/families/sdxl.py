@@ -63,7 +63,7 @@ class StableDiffusionXL(Family):
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
         encoders.start(2 * len(texts) * len(ENCODERS))
-        states, (pooled,) = encode_clips(encoders, ENCODERS, texts, config.text_encode.clip_skip)
+        states, (pooled,) = encode_clips(encoders, ENCODERS, texts, config)
         if zeros_for_empty(encoders.checkpoint):
             empty = [not negative for _, negative in texts]
             states[1, empty], pooled[1, empty] = 0, 0

@@ -19,6 +19,7 @@ from stages.families.encoders import Encoders
 from stages.families.flow import FlowSchedule, tokens_at_a_time
 from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_tokenizer, qwen3_unused
 from stages.families.schedules import Schedule
+from stages.families.weighting import say_unweighted
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint
 from stages.tiles import Size
@@ -132,6 +133,7 @@ class ZImage(Family):
     name: ClassVar[str] = "z_image"
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
+        say_unweighted(encoders, texts, config)
         layers = self._layers(encoders.checkpoint.config("text_encoder"))
         states = encode_qwen3(encoders, [text for row in texts for text in row], layers, thinking=True, padded=False)
         longest = padded(max(len(tokens) for tokens in states.values()))

@@ -179,6 +179,7 @@ def validate(config: DictConfig) -> None:
     _numbers(config)
     _one_of(config, "denoise.blend", BLENDS)
     _one_of(config, "guide.mode", GUIDE_MODES)
+    _one_of(config, "prompt_weighting", ("auto", "off"))
     _one_of(config, "guide.upscale", ("lanczos", "latent"))
     _one_of(config, "guide.vae_mode", DECODE_MODES)
     _one_of(config, "guide.fit", ("crop", "stretch"))

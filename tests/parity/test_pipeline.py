@@ -168,7 +168,7 @@ def test_single_file(kind: str, folder: Path, tmp_path: Path) -> None:
 )
 def test_text_encode(folder: Path, tmp_path: Path, prompt: str) -> None:
     work = Work(tmp_path, folder)
-    found = work.run({"prompt": prompt, "negative_prompt": "dog"}, until="text_encode")
+    found = work.run({"prompt": prompt, "negative_prompt": "dog", "prompt_weighting": "off"}, until="text_encode")
     got = read_tensors(found["text_encode"] / "embeddings.safetensors")
     positive, negative = stock(StableDiffusionPipeline, folder, "ddim").encode_prompt(prompt, "cpu", 1, True, "dog")
     assert torch.allclose(got["prompt_embeds"], positive, atol=1e-5)
