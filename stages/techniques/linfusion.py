@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 PATH, SCOPE = "technique.linfusion.path", "technique.linfusion.scope"
 _APART = {
     "launch.nproc": 1,
+    "launch.nnodes": 1,
     "denoise.dilated.enabled": False,
     "technique.offload": "stream",
     "technique.compile": "none",

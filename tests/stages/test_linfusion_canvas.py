@@ -205,6 +205,10 @@ def test_no_unit_has_a_meeting_inside_and_the_disk_is_planned_for(
     ("values", "said"),
     [
         ({"launch.nproc": 2}, r"launch.nproc: got 2, expected 1 with technique.linfusion.scope=canvas"),
+        (
+            {"launch.nnodes": 2, "launch.rdzv_endpoint": "localhost:29500"},
+            r"launch.nnodes: got 2, expected 1 with technique.linfusion.scope=canvas",
+        ),
         ({"denoise.dilated.enabled": True}, r"dilated.enabled: got True, expected False with"),
         ({"technique.tome.ratio": 0.5}, r"tome.ratio: got 0.5, expected 0 with"),
         ({"technique.offload": "none"}, r"technique.offload: got 'none', expected stream with"),
