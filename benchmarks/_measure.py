@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,11 @@ def model_overrides(model: str, given: Path | None) -> list[str]:
 def one_step(steps: int = 1) -> list[str]:
     """The overrides for runs of ``steps`` low-res and as many high-res steps."""
     return [f"lowres.num_inference_steps={steps}", f"denoise.num_inference_steps={steps}", "denoise.strength=1.0"]
+
+
+def slug(name: str) -> str:
+    """A name of a row as one of files and runs."""
+    return re.sub(r"\W+", "-", name).strip("-")
 
 
 def psnr(first: Path, second: Path) -> float:

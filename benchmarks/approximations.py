@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks._measure import RESULTS, finish, parser, psnr, runner, table
+from benchmarks._measure import RESULTS, finish, parser, psnr, runner, slug, table
 from stages.config import ROOT
 
 TOME, CACHE = "technique.tome.ratio", "technique.step_cache.interval"
@@ -64,14 +64,14 @@ def pictures(way: str, prompts: list[str]) -> Made:
     from stages.workflow.graph import build
     from stages.workflow.store import Store
 
-    slug = way.replace(" ", "-")
-    runner(FOLDER, f"run={slug}", "stage=plan", "progress=false", *overrides(way, ONE)).check()
-    config, made = load(FOLDER / slug / "config.yaml"), Made([], [])
+    name = slug(way)
+    runner(FOLDER, f"run={name}", "stage=plan", "progress=false", *overrides(way, ONE)).check()
+    config, made = load(FOLDER / name / "config.yaml"), Made([], [])
     for number, prompt in enumerate(prompts):
-        run_dir = FOLDER / f"{slug}-{number:02}"
+        run_dir = FOLDER / f"{name}-{number:02}"
         config.prompt, config.run = escape(prompt), run_dir.name
         write_text(run_dir / "config.yaml", save_text(config))
-        shutil.copyfile(FOLDER / slug / "plan.json", run_dir / "plan.json")
+        shutil.copyfile(FOLDER / name / "plan.json", run_dir / "plan.json")
         states = build(Job.of(load(run_dir / "config.yaml")), Store(FOLDER / ".store"), verify=False)
         for state in states:
             begin = time.process_time()

@@ -29,7 +29,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr
+from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr, slug
 from benchmarks._techniques_rows import ROWS, WORKS, Row
 from benchmarks._techniques_ways import PROMPT
 from stages.config import ROOT
@@ -82,7 +82,7 @@ class Bench:
         work, options = WORKS[row.work], dict(row.options)
         budget = options.pop("budget", None)
         values = {
-            "run": _slug(row.name),
+            "run": slug(row.name),
             "stage": "plan",
             "prompt": PROMPT,
             "model": "sd15",
@@ -106,10 +106,10 @@ class Bench:
 
     def measured(self, row: Row) -> dict[str, Any]:
         """The row's figures; ``error`` where it could not run."""
-        picture = self.folder / f"{_slug(row.name)}.png"
+        picture = self.folder / f"{slug(row.name)}.png"
         job: dict[str, Any] = {"kind": row.kind, "device": self.device, "options": row.options, "picture": str(picture)}
         job |= {"checkpoint": str(self.checkpoint), "work": vars(WORKS[row.work]), "steps": self.steps(row)}
-        job["run_dir"] = str(self.folder / _slug(row.name))
+        job["run_dir"] = str(self.folder / slug(row.name))
         own = self._environment if row.kind == "ours" else {**os.environ, "TQDM_DISABLE": "1"}
         command, card = [sys.executable, "-m", "benchmarks._techniques_ways", json.dumps(job)], Card(self.device)
         try:
@@ -125,10 +125,6 @@ class Bench:
         step = found["cpu_seconds" if self.device == "cpu" else "step_seconds"]
         found["it_s"] = round(1 / step, 4)  # on a CPU of one core
         return {**found, "picture": str(picture)}
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-")
 
 
 def add_psnr(results: list[dict[str, Any]]) -> None:
