@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stages.memory.imports import light_imports
 from stages.memory.raw import pread_into, pwrite_all
 
 LEAST = 4096  # bytes: what is smaller stays
@@ -25,6 +26,8 @@ LEAST = 4096  # bytes: what is smaller stays
 
 class Parking(TorchDispatchMode):
     """Follows CPU storages; on while a turn runs. ``file`` loses its name when it is open: a killed run leaves none."""
+
+    _ready = False  # whether an operation has run under it: the first one would import the graph compiler, 77 MB
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -36,6 +39,10 @@ class Parking(TorchDispatchMode):
         self._known: dict[int, Hashable] = {}  # storage -> turn
         self._parked: dict[int, tuple[int, int]] = {}  # storage -> (offset, bytes)
         self._turn: Hashable = None
+        if not Parking._ready:
+            Parking._ready = True
+            with light_imports(), self:
+                torch.empty(0)
 
     @contextmanager
     def turn(self, name: Hashable) -> Iterator[None]:
