@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import DictConfig
 
 from stages import PROFILE, REHEARSAL, Stage
 from stages.config import on_gpu
-from stages.families.facts import running_steps
+from stages.families.facts import facts_of, running_steps
 from stages.files import read_json, write_json
 from stages.hashes import fingerprint
 from stages.job import Job
@@ -33,6 +34,7 @@ LOOK = 500_000_000  # bytes, of the look at least: a smaller budget fits no stag
 REHEARSED = "rehearsal.json"  # as stages/rehearsal.py writes it
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 RANK = 16_000_000  # bytes: connections to other ranks, and what is exchanged (measured: 5 to 14 MB)
+COMPEL = 36_000_000  # bytes: the library that weighted prompts and long ones are encoded with (measured: 30 MB)
 LAUNCHER = 16_000_000  # bytes: the process that starts ranks
 
 
@@ -78,6 +80,8 @@ def plan(
         runner, budget = 0, job.device_budget or 10**15
         profiles = {name: device.for_device(one, config.memory.host) for name, one in profiles.items()}
         profiles = {name: replace(one, models=tuple(map(_stays, one.models))) for name, one in profiles.items()}
+    if "text_encode" in profiles and not on_gpu(config) and _may_be_weighted(job):
+        profiles["text_encode"] = replace(profiles["text_encode"], base=profiles["text_encode"].base + COMPEL)
     for state in running:
         if state.name in profiles and spread(job, state.stage).ranks > 1:
             profiles[state.name] = replace(profiles[state.name], base=profiles[state.name].base + RANK)
@@ -94,6 +98,14 @@ def plan(
     _without_room(plans, profiles, note)
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
+
+
+def _may_be_weighted(job: Job) -> bool:
+    """Whether a prompt has signs of weighting, or may be longer than a window of CLIP's; without its tokenizer."""
+    clip = any("CLIP" in kind for kind in facts_of(job.config).classes.values())
+    texts = (text for row in job.regions.texts for text in row)
+    signs = any(len(text) > 75 or re.search(r"[()\[\]\\]|\b(?:BREAK|AND)\b", text) for text in texts)
+    return clip and signs and job.config.prompt_weighting == "auto"
 
 
 def _stays(model: ModelProfile) -> ModelProfile:

@@ -11,6 +11,7 @@ from stages.files import read_object, write_json, write_text
 from stages.job import Job
 from stages.memory.monitor import Sample, own_peak_rss
 from stages.plans import StagePlan
+from stages.techniques.lora_file import strengths
 from stages.workflow.launch import StageResult
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 960, 300, 60, 70
@@ -98,6 +99,7 @@ def render(
     heaviest = [(result.name, name, size) for result in results for name, size in result.heaviest]
     return environment.get_template("report.html.j2").render(
         config=job.config,
+        loras=[one.tag for one in strengths(job.config)],
         error=error,
         results=results,
         predicted={name: one.predicted_peak_rss_bytes for name, one in predictions.items()},
