@@ -13,9 +13,10 @@ from stages.config import ROOT
 HELPERS = ROOT / "tests" / "helpers"
 
 
-def _hears_ctrl_c() -> None:
-    """Tests that were started in the background (nohup, ``&``) ignore it, and what they start would as well."""
+def _hears_signals() -> None:
+    """Tests that were started in the background (nohup, ``&``) ignore some, and what they start would as well."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Command:
@@ -41,7 +42,7 @@ class Command:
             stdout=pipe,
             stderr=pipe,
             text=True,
-            preexec_fn=_hears_ctrl_c,
+            preexec_fn=_hears_signals,
         )
 
     def __call__(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

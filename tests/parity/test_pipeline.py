@@ -112,7 +112,7 @@ def test_prediction_types_differ(small: Callable[[str], Path]) -> None:
         ({"denoise.guidance_scale": 1.0}, {"guidance_scale": 1.0}),
         ({"denoise.guidance_scale": 0.0}, {"guidance_scale": 0.0}),
         ({"denoise.guidance_scale": 0.5, "negative_prompt": "dog"}, {"guidance_scale": 0.5, "negative_prompt": "dog"}),
-        ({"negative_prompt": "blurry, (bad)"}, {"negative_prompt": "blurry, (bad)"}),
+        ({"negative_prompt": "a, (b)", "prompt_weighting": "off"}, {"negative_prompt": "a, (b)"}),
         ({"text_encode.clip_skip": 1}, {"clip_skip": 1}),
         ({"text_encode.clip_skip": 2, "negative_prompt": "dog"}, {"clip_skip": 2, "negative_prompt": "dog"}),
     ],
