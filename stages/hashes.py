@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.files import digest, read_json, write_json
+from stages.files import digest, read_object, write_json
 
 
 def fingerprint(payload: Mapping[str, Any]) -> str:
@@ -19,8 +19,7 @@ def fingerprint(payload: Mapping[str, Any]) -> str:
 
 def is_remembered(path: Path, cache: Path) -> bool:
     """Whether a file was hashed before, by this path."""
-    known = read_json(_note(path.resolve(), cache))
-    return isinstance(known, dict) and isinstance(known.get("sha256"), str)
+    return bool(_known(_note(path.resolve(), cache)))
 
 
 def file_hash(path: Path, cache: Path) -> str:
@@ -30,17 +29,26 @@ def file_hash(path: Path, cache: Path) -> str:
     """
     path = path.resolve()
     note = _note(path, cache)
-    known = read_json(note)
-    known = known if isinstance(known, dict) else {}
-    if not path.exists() and is_remembered(path, cache):
+    known = _known(note)
+    if known and not path.exists():
         return known["sha256"]
     stat = path.stat()
     key = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
     if known.get("key") == key:
         return known["sha256"]
-    found = digest(path)
-    write_json(note, {"key": key, "sha256": found})
-    return found
+    found = {"key": key, "sha256": digest(path)}
+    write_json(note, {**found, "whole": fingerprint(found)})
+    return found["sha256"]
+
+
+def _known(note: Path) -> dict[str, Any]:
+    """What a note says, if it is whole to the bit; else nothing."""
+    found = read_object(note)
+    whole = found.pop("whole", None)
+    try:
+        return found if "sha256" in found and whole == fingerprint(found) else {}
+    except ValueError:  # what no fingerprint is made of
+        return {}
 
 
 def _note(path: Path, cache: Path) -> Path:

@@ -319,6 +319,6 @@ def run(bench: Bench) -> Tally:
             tally.fault("unclear", f"{name}: {why}: {last(done)}")
         elif outcome == SAME:
             tally.fault("stuck", f"{name}: {last(done)}")
-        elif worked(output) and "NaN" not in name and "not finite" not in done.err:
+        elif worked(output) and "NaN or infinite" not in done.err:
             tally.fault("unclear", f"{name}: refused after work: {last(done)}")
     return tally

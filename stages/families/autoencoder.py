@@ -25,9 +25,10 @@ def refuse_vae(vae: Mapping[str, Any], expected: str = "AutoencoderKL") -> str |
     """Why an autoencoder's config cannot be used."""
     if vae.get("_class_name") != expected:
         return f"vae: got a {vae.get('_class_name')}, expected an {expected}."
-    scale = vae.get("scaling_factor")
-    if scale is not None and not (isinstance(scale, int | float) and 0 < abs(scale) < float("inf")):
-        return f"vae: got scaling_factor={scale!r:.40}, expected a number that is not 0."
+    for name, least in (("scaling_factor", 1e-3), ("shift_factor", 0.0)):
+        value = vae.get(name)
+        if value is not None and not (isinstance(value, int | float) and least <= abs(value) <= 1e3):
+            return f"vae: got {name}={value!r:.40}, expected a number whose size is {least:g} to 1000."
     return None
 
 

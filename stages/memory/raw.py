@@ -98,7 +98,7 @@ def check_apart(path: Path, entries: Mapping[str, Entry]) -> None:
     )
     for (_, end, one), (start, _, other) in pairwise(placed):
         if start < end:
-            raise ValueError(f"{path}: tensors {one} and {other} share bytes.")
+            raise ValueError(f"{path}: tensors {one} and {other} share bytes, expected each at a place of its own.")
 
 
 def foreign(head: bytes) -> str:

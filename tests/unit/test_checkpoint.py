@@ -303,6 +303,9 @@ def test_a_scale_that_no_latents_have(folder: Path, value: object) -> None:
     edit(folder / "vae" / "config.json", scaling_factor=value)
     said = FAMILY.refuse(Checkpoint.open(str(folder)), ("text_encoder", "unet", "vae"))
     assert said is not None and "vae: got scaling_factor" in said
+    edit(folder / "vae" / "config.json", scaling_factor=1.0, shift_factor=value)
+    said = FAMILY.refuse(Checkpoint.open(str(folder)), ("text_encoder", "unet", "vae"))
+    assert value == 0 or (said is not None and "vae: got shift_factor" in said)
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", '"x"'])

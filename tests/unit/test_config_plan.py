@@ -260,6 +260,20 @@ def test_model_identity_is_of_the_content(make_config, checkpoint, tmp_path):
     assert model_identity(config, (), cache) == {}
 
 
+def test_a_damaged_note_of_a_hash_is_made_again(tmp_path):
+    file, cache = tmp_path / "f", tmp_path / "cache"
+    file.write_bytes(b"abc")
+    first = file_hash(file, cache)
+    (note,) = cache.iterdir()
+    whole = note.read_bytes()
+    for place in range(0, len(whole), 3):
+        note.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert file_hash(file, cache) == first, f"byte {place}"
+    for text in ("", "[]", '{"sha256": NaN, "whole": 1}', '{"sha256": "x", "key": [], "whole": null}'):
+        note.write_text(text)
+        assert file_hash(file, cache) == first
+
+
 def test_file_hash_is_remembered_and_notices_change(tmp_path, monkeypatch):
     file = tmp_path / "f"
     file.write_bytes(b"1")
