@@ -84,7 +84,8 @@ def read_described(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         found = {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a safetensors file ({what[:200]} in its header).") from error
+        said = f"not a safetensors file ({what[:200]} in its header), expected a table of tensors"
+        raise ValueError(f"{path}: {said}.") from error
     check_apart(path, found)
     return found, described if isinstance(described, dict) else {}
 
