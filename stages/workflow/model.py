@@ -122,8 +122,11 @@ def _schedule(config: DictConfig, said: Collection[str]) -> None:
 
 
 def _of_file(path: Path) -> str:
-    """Of a single file in the original layout, by its tensors' names."""
-    names = names_of(path) if path.is_file() else []
+    """Of a single file in the original layout, by its tensors' names. ConfigError for one that is torn, or is none."""
+    try:
+        names = names_of(path) if path.is_file() else []
+    except ValueError as error:
+        raise ConfigError("model.path", str(path), "a whole .safetensors or .gguf file", str(error)) from None
     if any(name.startswith("conditioner.embedders.1.") for name in names):
         return "sdxl"
     original = original_of(names)

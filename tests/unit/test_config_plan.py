@@ -15,6 +15,7 @@ from stages.files import write_text
 from stages.hashes import file_hash
 from stages.job import Job
 from stages.regions.scale import lowres_side
+from stages.workflow import model
 from stages.workflow.graph import MissingInput, active, asked, build, check_inputs, differences
 from stages.workflow.identity import model_identity, resolve_revision
 from stages.workflow.store import Store
@@ -258,6 +259,14 @@ def test_model_identity_is_of_the_content(make_config, checkpoint, tmp_path):
     assert second["unet"] != first["unet"]
     assert second["vae"] == first["vae"]
     assert model_identity(config, (), cache) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x08\0\0\0\0\0\0\0[1, 2]  "])
+def test_a_single_file_that_is_none_is_refused_in_words(tmp_path, content):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.path: got .*x\.safetensors', expected a whole \.safetensors"):
+        model._of_file(file)
 
 
 def test_a_damaged_note_of_a_hash_is_made_again(tmp_path):
