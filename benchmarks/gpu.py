@@ -29,7 +29,7 @@ import torch
 from benchmarks import _measure
 from benchmarks._gpu_ways import MB
 from benchmarks._gpu_work import WORKS, Work
-from stages.memory.planner import SLACK, Cut, ModelProfile, OverBudget, StageProfile, plan_stage
+from stages.memory.planner import Cut, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.models.checkpoint import Checkpoint
 from stages.models.component import Component
 from stages.models.loading import build
@@ -83,7 +83,6 @@ def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any
         micro_batch=work.passes * micro,
         micro_batches=-(-work.tiles // micro),
         steps=20,
-        slack=work.facts.gpu_slack or SLACK,
         cuts=found,
     )
     stage = StageProfile(name="denoise", base=0, imports=0, extra=0, models=(model,), rate=1.0, seconds=0.0)

@@ -26,7 +26,7 @@ from stages.families.schedules import make_scheduler
 from stages.files import write_json
 from stages.memory.imports import light_imports
 from stages.memory.monitor import own_peak_rss, usage
-from stages.memory.planner import ModelProfile, StageProfile
+from stages.memory.planner import SLACK, ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.models.placement import bytes_by_gpu, caps, placed
@@ -86,7 +86,7 @@ def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile
     if way is None:
         return model
     limits = caps(max_memory(looking.config))
-    room = LIBRARIES + int(model.cuts[0].peak(model.together) * model.slack)  # on each: activations
+    room = LIBRARIES + int(model.cuts[0].peak(model.together) * SLACK)  # on each: activations
     if model.component == "vae":
         roomiest = max(limits, key=lambda index: limits[index])
         limits, way = {roomiest: limits[roomiest]}, "auto"

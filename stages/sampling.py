@@ -18,7 +18,7 @@ from stages.families import family_of
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint, open_component
 from stages.families.schedules import make_scheduler
-from stages.memory.planner import SLACK, ModelProfile
+from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows, bands
 from stages.memory.tensors import read_tensors
 from stages.techniques import techniques_of
@@ -124,7 +124,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         raise ConfigError(
             key, max(tile) * factor, f"tiles of at most {most * factor} pixels, as the model has positions"
         )
-    dtype = dtype_of(config, name)
+    dtype, techniques = dtype_of(config, name), techniques_of(config, stage)
     # views with and without guidance do not share a micro-batch
     samples = [
         sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
@@ -133,14 +133,14 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
 
     def call(network: Any, samples: int) -> Any:
         example, embeds = family.example(network_config, tile, samples, config.model.text_tokens)
-        options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques_of(config, stage)}
+        options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques}
         denoiser = family.denoiser(network, embeds, config, canvas=size, **options)
         del embeds  # it holds its own
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile
     measured = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
-    state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques_of(config, stage))
+    state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques)
     profile = ModelProfile(
         component=name,
         micro_batch=batch,
@@ -148,7 +148,6 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         together=max(1, max(view.passes for view in (*views, *more)) // batch),
         steps=1,
         state=state,
-        slack=family.facts.gpu_slack or SLACK,
         **measured._asdict(),
     )
     band = channels * bands(*size, channels=channels)[0][1] * size.width * 4
@@ -158,7 +157,7 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     # latents and predictions that the tiles of the moment lie in
     kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
     extra = blurred + 12 * band + 2 * rows
-    if any(technique.through for technique in techniques_of(config, stage)):  # groups that stand still
+    if any(technique.through for technique in techniques):  # groups that stand still
         kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
         extra += profile.micro_batches * STANDING
     return StageLook((profile,), extra=extra, disk=kept)

@@ -21,7 +21,6 @@ class Facts:
     row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
     (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
     family gets first. ``module``: its file in ``stages/families``. ``own_length``: its texts are not padded.
-    ``gpu_slack``: of its denoiser, where it was measured (:data:`stages.memory.planner.SLACK`).
     """
 
     module: str
@@ -39,7 +38,6 @@ class Facts:
     embeds: tuple[str, ...]
     overflows: tuple[str, ...] = ()
     own_length: bool = False
-    gpu_slack: float | None = None
 
     @property
     def unet(self) -> bool:

@@ -91,6 +91,11 @@ def _merged(fragments: Fragments) -> Fragments:
     return found
 
 
+def has_signs(text: str) -> bool:
+    """Whether anything in a prompt is more than words."""
+    return plain(read(text)) != text.strip()
+
+
 def plain(parts: Sequence[Part]) -> str:
     """The words alone."""
     return " ".join("".join(text for text, _ in part.fragments).strip() for part in parts).strip()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from stages.families.encoders import Encoders
-from stages.families.grammar import Fragments, Part, Prompt, plain, read
+from stages.families.grammar import Fragments, Part, Prompt, has_signs, plain, read
 from stages.families.text import tokenize
 from stages.memory.imports import light_imports
 
@@ -45,8 +45,7 @@ def words(texts: Sequence[tuple[str, str]], config: DictConfig) -> Sequence[tupl
 
 def say_unweighted(encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> None:
     """Tell of signs of weighting in prompts that no CLIP attends to: they arrive as typed."""
-    signs = any(plain(read(text)) != text.strip() for row in texts for text in row)
-    if signs and config.prompt_weighting != "off":
+    if any(has_signs(text) for row in texts for text in row) and config.prompt_weighting != "off":
         encoders.note(
             "warning: the text encoder of this model is no CLIP: (word:1.2), [word], BREAK and AND are words to it"
         )

@@ -79,7 +79,7 @@ class ModelProfile:
     Without ``streams`` all weights stay. ``ordered``: every pass calls the same units in the same order. Units of at
     most ``keep`` bytes are not worth a copy. ``group``: the most micro-batches that the stage hands over at once (0:
     any number), ``together``: the least (both halves of a guided tile). ``quantised``: its files hold fewer bits
-    than it computes with, and are read at their size. ``slack``: what activations on a GPU are multiplied by.
+    than it computes with, and are read at their size.
     ``cached`` of the steps run a cut's ``kept`` units only, with ``state`` bytes that a sample left for them.
     """
 
@@ -95,7 +95,6 @@ class ModelProfile:
     group: int = 0
     together: int = 1
     quantised: bool = False
-    slack: float = SLACK
     cached: int = 0
     state: int = 0
     placement: Mapping[str, int] = field(default_factory=dict)

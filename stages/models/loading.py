@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from stages.files import atomic_path
+from stages.files import atomic_path, free
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
@@ -192,7 +192,7 @@ def source(
 def prepared(built: Built, techniques: Sequence[Technique], file: Path) -> Path:
     """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
+    with FileLock(free(file.with_suffix(".lock"))):
         if not file.is_file() or file.stat().st_size != prepared_bytes(built.layout):
             raw = source(built, techniques)
             try:

@@ -127,6 +127,10 @@ class TextLora(Lora):
     mark = f"{KEY} (text encoders)"
     stages = ("text_encode",)
 
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        """The files are those that ``Lora`` has checked."""
+
     @staticmethod
     def takes(adapter: Adapter, facts: Facts) -> bool:
         return bool({place(name, facts)[0] for name in adapter.modules} & (set(facts.classes) - {facts.denoiser}))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from stages.config import ConfigError
+from stages.families.adapters import SIGNS, WIDTHS
 from stages.families.facts import Facts, facts_of
 from stages.techniques.lora_file import KEY, Adapter, open_adapter, place, strengths
 from stages.techniques.lora_names import targets
@@ -81,24 +82,12 @@ def _in(name: str, found: Fit) -> bool:
     return any(name == own for placed in found.placed.values() for own, _ in placed)
 
 
-# what the names of a file tell: (a part of a name, the family)
-_SIGNS = (
-    ("double_blocks", "FLUX"),
-    ("single_transformer_blocks", "FLUX"),
-    ("joint_blocks", "Stable Diffusion 3"),
-    ("attn_add_q_proj", "a transformer such as Stable Diffusion 3"),
-    ("attention_to_q", "Z-Image"),
-    ("attention_qkv", "Z-Image"),
-)
-_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-
-
 def _looks_like(adapter: Adapter) -> str:
     """What a file is for, by its names and by the width of the text that it attends to."""
     flat = [name.replace(".", "_") for name in adapter.modules]
-    family = next((family for sign, family in _SIGNS if any(sign in name for name in flat)), "")
+    family = next((family for sign, family in SIGNS if any(sign in name for name in flat)), "")
     widths = [module.shape[1] for name, module in adapter.modules.items() if "attn2" in name and module.shape]
     if not family and widths:
-        width = min(set(widths) & set(_WIDTHS), default=min(widths))
-        family = f"{_WIDTHS.get(width, 'a UNet')} (text of width {width})"
+        width = min(set(widths) & set(WIDTHS), default=min(widths))
+        family = f"{WIDTHS.get(width, 'a UNet')} (text of width {width})"
     return f"By its names it is for {family}. " if family else ""

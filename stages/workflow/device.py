@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stages.memory.planner import PINNED_RATE, Line, ModelProfile, StageProfile
+from stages.memory.planner import PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 2e14  # of a large GPU in fp16; only ranks plans, as the rates do
@@ -38,9 +38,9 @@ def for_device(stage: StageProfile, host: str) -> StageProfile:
 
 
 def _model(model: ModelProfile) -> ModelProfile:
-    cuts = tuple(replace(cut, lines=tuple(_line(line, model.slack) for line in cut.lines)) for cut in model.cuts)
+    cuts = tuple(replace(cut, lines=tuple(_line(line) for line in cut.lines)) for cut in model.cuts)
     return replace(model, cuts=cuts, keep=KEEP, streams=model.ordered)
 
 
-def _line(line: Line, slack: float) -> Line:
-    return replace(line, fixed=int(line.fixed * slack), slope=int(line.slope * slack), workspace=0)
+def _line(line: Line) -> Line:
+    return replace(line, fixed=int(line.fixed * SLACK), slope=int(line.slope * SLACK), workspace=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 from stages import PROFILE, REHEARSAL, Stage
 from stages.config import on_gpu
 from stages.families.facts import facts_of, running_steps
+from stages.families.grammar import has_signs
 from stages.files import read_json, write_json
 from stages.hashes import fingerprint
 from stages.job import Job
@@ -104,8 +104,7 @@ def _may_be_weighted(job: Job) -> bool:
     """Whether a prompt has signs of weighting, or may be longer than a window of CLIP's; without its tokenizer."""
     clip = any("CLIP" in kind for kind in facts_of(job.config).classes.values())
     texts = (text for row in job.regions.texts for text in row)
-    signs = any(len(text) > 75 or re.search(r"[()\[\]\\]|\b(?:BREAK|AND)\b", text) for text in texts)
-    return clip and signs and job.config.prompt_weighting == "auto"
+    return clip and any(len(text) > 75 or has_signs(text) for text in texts) and job.config.prompt_weighting == "auto"
 
 
 def _stays(model: ModelProfile) -> ModelProfile:

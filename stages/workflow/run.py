@@ -18,17 +18,17 @@ from omegaconf import DictConfig
 from stages.config import ConfigError
 from stages.documents import save_text
 from stages.events import Event
-from stages.files import atomic_path, make_folder, read_object, set_aside, write_json, write_text
+from stages.files import atomic_path, free, make_folder, read_object, set_aside, write_json, write_text
 from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
 from stages.workflow import launch, nodes, overrides, planning, report
+from stages.workflow.complete import complete
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Silent, duration, megabytes, reporter
 from stages.workflow.store import Store
-from stages.workflow.validate import complete
 
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
 
@@ -206,7 +206,7 @@ def _folder_lock(run_dir: Path, shown: Silent) -> Iterator[None]:
     """Two commands must not write one run's config at the same time: the second waits and says so."""
     from filelock import FileLock
 
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(free(run_dir / ".lock"))
     try:
         lock.acquire(timeout=0)
     except TimeoutError:

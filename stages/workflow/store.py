@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.files import TEMPORARY, digest, make_folder, read_json, read_object, write_json
+from stages.files import TEMPORARY, digest, free, make_folder, read_json, read_object, write_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -76,8 +76,7 @@ class Entry:
         """The lock that a process holds while it computes this result; it falls with the process."""
         from filelock import FileLock
 
-        make_folder(self._lock_path.parent)
-        return FileLock(self._lock_path, thread_local=False)
+        return FileLock(free(self._lock_path), thread_local=False)
 
     def prepare(self, *, force: bool = False) -> None:
         """Make the folder fit to compute in (the lock is held): only intact files of earlier tries stay, or none.

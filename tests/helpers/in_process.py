@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from stages import PIPELINE, PROFILE, __main__
@@ -112,3 +113,20 @@ class Work:
 def payload(folder: Path) -> dict[str, Any]:
     """The manifest of a finished result."""
     return json.loads((folder / "manifest.json").read_text())
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> list[int]:
+    """Has samplers stopped (``KeyboardInterrupt``) as those steps from now begin; every step that begins is in the
+    list."""
+    from stages.canvas.sampler import Sampler
+
+    advance, steps = Sampler.advance, list[int]()
+
+    def advanced(self: Sampler, *args: Any) -> None:
+        steps.append(self.step)
+        if len(steps) in calls:
+            raise KeyboardInterrupt
+        advance(self, *args)
+
+    monkeypatch.setattr(Sampler, "advance", advanced)
+    return steps

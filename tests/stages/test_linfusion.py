@@ -12,12 +12,11 @@ import linfusions
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from in_process import Work
+from in_process import Work, stopped_at
 from linfusions import by_hand, published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.canvas.sampler import Sampler
 from stages.config import ConfigError
 from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
@@ -26,7 +25,7 @@ from stages.memory.tensors import read_tensors
 from stages.models.loading import Built
 from stages.plans import ModelPlan, StagePlan
 from stages.techniques.linfusion import WEIGHTS, Part
-from stages.workflow.validate import complete
+from stages.workflow.complete import complete
 
 KEY = "technique.linfusion.path"
 ONE = {"guide.mode": "none", "width": 128, "height": 128, "denoise.num_inference_steps": 2, "denoise.tile_size": 128}
@@ -93,15 +92,7 @@ def test_weights_are_streamed_and_any_group_and_a_stop_give_the_same_bytes(
     assert torch.equal(denoised(work, on, models=copy, micro_batch=2, group_size=100), found)
     streamed: dict[str, Any] = {"models": {"unet": LEAVES}, "micro_batch": 2, "group_size": 2}
     assert torch.equal(denoised(work, on, **streamed), found)
-    advance, steps = Sampler.advance, []
-
-    def stopped(self: Sampler, *args: Any) -> None:
-        steps.append(self.step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        advance(self, *args)
-
-    monkeypatch.setattr(Sampler, "advance", stopped)
+    steps = stopped_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         denoised(work, on, micro_batch=2)
     result = work.run(on, until="denoise", plan={"denoise": StagePlan(**streamed)})["denoise"]

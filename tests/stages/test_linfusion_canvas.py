@@ -11,13 +11,12 @@ import linfusions
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from in_process import Work, look
+from in_process import Work, look, stopped_at
 from linfusions import features, published
 from torch import Tensor
 
 from stages.canvas.key_means import CanvasMeans
 from stages.canvas.mixture import TileBatch, grid_views
-from stages.canvas.sampler import Sampler
 from stages.canvas.turns import in_turns, meet
 from stages.canvas.weights import grid_weights
 from stages.config import ConfigError
@@ -163,15 +162,7 @@ def test_any_group_and_a_stop_give_the_same_bytes(work: Work, folder: Path, monk
     assert torch.equal(denoised(work, on, group_size=4, models={"unet": LEAVES}), whole)
     assert ends[-1] > 0
     assert torch.equal(denoised(work, on, group_size=2), whole)
-    advance, steps = Sampler.advance, []
-
-    def stopped(self: Sampler, *args: Any) -> None:
-        steps.append(self.step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        advance(self, *args)
-
-    monkeypatch.setattr(Sampler, "advance", stopped)
+    steps = stopped_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         denoised(work, on, group_size=4)
     found = work.run(on, until="denoise", plan={"denoise": StagePlan(micro_batch=2, group_size=2)})["denoise"]

@@ -10,10 +10,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from in_process import Work, look
+from in_process import Work, look, stopped_at
 from torch import Tensor
 
-from stages.canvas.sampler import Sampler
 from stages.config import ConfigError
 from stages.families.facts import FACTS
 from stages.memory.planner import StageProfile, choices
@@ -115,15 +114,7 @@ def test_any_group_and_any_stop_give_the_same_bytes(work: Work, monkeypatch: pyt
     times = set(map(names.count, names))
     assert times <= {1, 2, 3} and 2 in times, "two whole steps of five, and what the reader had begun"
     assert torch.equal(denoised(work, TILES, **parts, group_size=2), found), "features in a file"
-    advance, steps = Sampler.advance, []
-
-    def stopped(self: Sampler, *args: Any) -> None:
-        steps.append(self.step)
-        if len(steps) in (3, 8):
-            raise KeyboardInterrupt
-        advance(self, *args)
-
-    monkeypatch.setattr(Sampler, "advance", stopped)
+    steps = stopped_at(monkeypatch, 3, 8)
     for force in (True, False):
         with pytest.raises(KeyboardInterrupt):
             work.run(TILES, until="denoise", plan={"denoise": StagePlan(**PAIRS, group_size=2)}, force=force)

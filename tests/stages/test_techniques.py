@@ -10,11 +10,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
-from in_process import Work, look
+from in_process import Work, look, stopped_at
 from torch import Tensor
 
 from stages.canvas.mixture import TileBatch
-from stages.canvas.sampler import Sampler
 from stages.config import ConfigError
 from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
@@ -268,15 +267,7 @@ def test_merged_tokens_give_the_same_bytes_in_any_group_and_after_a_stop(
     assert set(tokens) == {16 * 16 // 2}, "half of the tokens of the finest level"
     assert (found - denoised(work, TILES)).abs().max() > 1e-3
     assert torch.equal(denoised(work, on, models={"unet": LEAVES}, micro_batch=16, group_size=100), found)
-    advance, steps = Sampler.advance, []
-
-    def stopped(self: Sampler, *args: Any) -> None:
-        steps.append(self.step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        advance(self, *args)
-
-    monkeypatch.setattr(Sampler, "advance", stopped)
+    steps = stopped_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         denoised(work, on)
     assert torch.equal(canvas(work.run(on, until="denoise")["denoise"]), found)

@@ -25,6 +25,7 @@ REFUSALS = [
     ("output_dir=/proc/nope", "output_dir: got"),
     ("prompt_file=/no/such.txt", "either prompt or prompt_file"),
     ("nonsense", "key=value"),
+    ("technique.group_offload=${seed}", "technique.group_offload: got 0, expected technique.group_offload.NAME=VALUE"),
     ("scheduler=[1,2]", "scheduler: got '[1,2]', expected one of"),
     ("lowres.height=???", "lowres.height: got '???', expected a value"),
     ("lowres.num_inference_steps=???", "lowres.num_inference_steps: got '???', expected a value"),

@@ -16,10 +16,11 @@ from stages.hashes import file_hash
 from stages.job import Job
 from stages.regions.scale import lowres_side
 from stages.workflow import model
+from stages.workflow.complete import complete
 from stages.workflow.graph import MissingInput, active, asked, build, check_inputs, differences
 from stages.workflow.identity import model_identity, resolve_revision
 from stages.workflow.store import Store
-from stages.workflow.validate import complete, validate
+from stages.workflow.validate import validate
 
 REFUSED = {
     "width": [0, -8, 2047, 65544],

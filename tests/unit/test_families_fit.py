@@ -15,7 +15,7 @@ from stages.families.opening import open_checkpoint
 from stages.job import Job
 from stages.memory.planner import Chosen, StageProfile, plan_stage
 from stages.schema import Config
-from stages.workflow.validate import complete
+from stages.workflow.complete import complete
 
 RUNNER, BASE = 45_000_000, 285_000_000  # bytes, as measured: the runner, and a stage's process without weights
 # equal blocks ask for no more memory than one of them

@@ -94,6 +94,16 @@ def test_a_link_to_nowhere_does_not_stand_in_the_way(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
+def test_a_folder_in_the_place_of_a_lock_is_set_aside(tmp_path: Path) -> None:
+    entry = Store(tmp_path).entry("denoise", PRINT)
+    with entry.lock():
+        (lock,) = tmp_path.rglob("*.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with entry.lock():
+        assert lock.is_file() and list(lock.parent.glob("*kept-1*"))
+
+
 def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "a.txt").write_text(str(number))

@@ -10,7 +10,7 @@ from stages.documents import load, save_text
 from stages.files import write_text
 from stages.job import Job
 from stages.tiles import Size
-from stages.workflow.validate import complete
+from stages.workflow.complete import complete
 
 REGION = {"prompt": "snow ${x}", "box": [0, 0, 1024, 2048], "seed": 3}
 

@@ -8,9 +8,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from stages.config import ROOT, ConfigError
+from stages.workflow.complete import complete
 from stages.workflow.model import classes_of, recognise
 from stages.workflow.overrides import groups, prepare
-from stages.workflow.validate import complete
 
 SD = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 SDXL = {**SD, "text_encoder_2": "CLIPTextModelWithProjection"}

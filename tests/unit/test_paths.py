@@ -7,7 +7,7 @@ import pytest
 from stages.config import ROOT, ConfigError, on_gpu
 from stages.models.locate import CheckpointError, refuse_pickle
 from stages.paths import PICKLES, anchored, is_hub_id, local_path
-from stages.workflow.validate import complete
+from stages.workflow.complete import complete
 
 
 @pytest.mark.parametrize("path", ["org/name", "stable-diffusion-v1-5/stable-diffusion-v1-5", "a.b/c_d-1.5"])

@@ -15,8 +15,8 @@ from stages.job import Job
 from stages.regions.config import Reroll, from_config, parse, uncovered
 from stages.regions.scale import lowres_side, scaled
 from stages.tiles import Size, Tile
+from stages.workflow.complete import complete
 from stages.workflow.graph import parameters
-from stages.workflow.validate import complete
 
 LEFT = {"prompt": "snowy mountains", "box": [0, 0, 1088, 1024], "guidance_scale": 3.0, "seed": 4}
 RIGHT = {"prompt": "desert ${x}", "box": [960, 0, 2048, 1024], "mode": "replace", "feather": 64}

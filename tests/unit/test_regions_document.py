@@ -14,7 +14,7 @@ from stages.regions.config import parse
 from stages.regions.document import read_document
 from stages.regions.files import overrides, plain
 from stages.tiles import Size
-from stages.workflow.validate import complete
+from stages.workflow.complete import complete
 
 CANVAS = {
     "canvas_width": 512,
