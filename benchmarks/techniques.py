@@ -2,6 +2,7 @@
 
     python -m benchmarks techniques                       # on a GPU, about 8 minutes with those of random weights
     python -m benchmarks techniques --device cpu --rows "fp32" "bf16" "offload=stream, 800 MB"
+    python -m benchmarks techniques --go-on               # the rows that are missing, of a run that was ended before
     python -m benchmarks techniques --list
 
 Each row is a process of its own: a picture to set all up, one that is measured. Steps are fewer than a picture takes,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,8 +68,9 @@ class Card:
 class Bench:
     """One run of the table."""
 
-    def __init__(self, folder: Path, checkpoint: Path, device: str, steps: int | None) -> None:
-        self.folder, self.checkpoint, self.device, self._steps = folder, checkpoint, device, steps
+    def __init__(self, folder: Path, pictures: Path, checkpoint: Path, device: str, steps: int | None) -> None:
+        self.folder, self.pictures, self.checkpoint = folder, pictures, checkpoint
+        self.device, self._steps = device, steps
         self._environment = environment(OmegaConf.create({"device": device, "launch": {"threads": None}}))
         self._environment |= {"TQDM_DISABLE": "1"}
         self._longest = {"cuda": 120, "cpu": 3600}[device]  # seconds of a row
@@ -106,7 +109,7 @@ class Bench:
 
     def measured(self, row: Row) -> dict[str, Any]:
         """The row's figures; ``error`` where it could not run."""
-        picture = self.folder / f"{slug(row.name)}.png"
+        picture = self.pictures / f"{slug(row.name)}.png"
         job: dict[str, Any] = {"kind": row.kind, "device": self.device, "options": row.options, "picture": str(picture)}
         job |= {"checkpoint": str(self.checkpoint), "work": vars(WORKS[row.work]), "steps": self.steps(row)}
         job["run_dir"] = str(self.folder / slug(row.name))
@@ -125,6 +128,26 @@ class Bench:
         step = found["cpu_seconds" if self.device == "cpu" else "step_seconds"]
         found["it_s"] = round(1 / step, 4)  # on a CPU of one core
         return {**found, "picture": str(picture)}
+
+
+class Kept:
+    """Rows and pictures of a run, on disk after each row, so that another goes on with them."""
+
+    def __init__(self, folder: Path, go_on: bool) -> None:
+        self.folder, self._file = folder, folder / "rows.json"
+        if not go_on:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def add(self, found: dict[str, Any]) -> None:
+        self.rows[found["name"]] = found
+        with atomic_path(self._file) as temporary:
+            temporary.write_text(json.dumps(self.rows), encoding="utf-8")
+
+    def done(self, row: Row, steps: int) -> dict[str, Any] | None:
+        found = self.rows.get(row.name, {})
+        return found if "it_s" in found and found["run_steps"] == steps else None
 
 
 def add_psnr(results: list[dict[str, Any]]) -> None:
@@ -259,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--steps", type=int, help="for every row, in place of its own")
     made.add_argument("--minutes", type=float, default=8.0, help="after which no further row begins")
     made.add_argument("--no-plot", action="store_true")
+    made.add_argument("--go-on", action="store_true", help="keep the rows that were measured before")
     options = made.parse_args(arguments)
     rows = [row for row in ROWS if options.device in row.devices and (not options.rows or row.name in options.rows)]
     if options.list or not rows:
@@ -272,24 +296,29 @@ def main(arguments: list[str] | None = None) -> int:
     memory = "reserved_mb" if options.device == "cuda" else "host_mb"
     said = machine(options.device)
     print(said, flush=True)
+    name = f"techniques_{options.device}"
+    kept = Kept(RESULTS / name, options.go_on)
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
-        bench = Bench(Path(folder), model, options.device, options.steps)
+        bench = Bench(Path(folder), kept.folder, model, options.device, options.steps)
+        todo = [row for row in rows if not kept.done(row, bench.steps(row))]
         with ThreadPoolExecutor(RUNS if options.device == "cuda" else 1) as pool:
-            plans = {row.name: pool.submit(bench.planned, row) for row in rows if row.kind == "ours"}
-            for row in rows:
-                refused = plans[row.name].result() if row.name in plans else ""
-                if refused:
-                    found: dict[str, Any] = {"error": refused}
-                elif time.monotonic() - begin > 60 * options.minutes:
-                    found = {"error": f"left out: {options.minutes:g} minutes were over"}
+            plans = {row.name: pool.submit(bench.planned, row) for row in todo if row.kind == "ours"}
+            for row in todo:
+                if time.monotonic() - begin > 60 * options.minutes:
+                    found: dict[str, Any] = {"error": f"left out: {options.minutes:g} minutes were over"}
+                    plan = plans.get(row.name)
+                    if plan is not None:
+                        plan.cancel()
+                elif refused := plans[row.name].result() if row.name in plans else "":
+                    found = {"error": refused}
                 else:
                     found = bench.measured(row)
                 known = {"name": row.name, "kind": row.kind, "work": row.work, "published": row.published}
                 known |= {"run_steps": bench.steps(row), "full_steps": WORKS[row.work].full, "options": row.options}
-                results.append({**known, **found})
+                kept.add({**known, **found})
                 print(f"[{time.monotonic() - begin:.0f} s] {json.dumps({**found, 'name': row.name})}", flush=True)
-        add_psnr(results)
-    name = f"techniques_{options.device}"
+    results = [kept.rows[row.name] for row in rows]
+    add_psnr(results)
     with atomic_path(RESULTS / f"{name}.md") as temporary:
         temporary.write_text(markdown(results, said, memory), encoding="utf-8")
     if not options.no_plot:
