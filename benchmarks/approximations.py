@@ -2,6 +2,7 @@
 
     python -m benchmarks approximations                   # the embedded model: 12 prompts each way, then four runs
     python -m benchmarks approximations --ways "step cache 3" --prompts 4
+    python -m benchmarks approximations --device cuda     # seconds in place of CPU-seconds, budgets of the GPU
 
 Each prompt's picture is of one tile of the native size, made in this process by the stages of ``runner.py``; time is
 CPU-seconds of the stage. PSNR is to the plain picture of the same prompt, 'right' the share of attributes asked for
@@ -43,18 +44,21 @@ FOLDER = RESULTS / "approximations"
 SECONDS = 600  # that a run to be killed may take
 
 
+BUDGETS = {"cpu": ("memory.budget", "450MB", "4GB"), "cuda": ("memory.device_budget", "250MB", "4GB")}
+
+
 class Made(NamedTuple):
     pictures: list[Path]
-    cpu_seconds: list[float]  # of denoise, by picture
+    seconds: list[float]  # of denoise, by picture
 
 
-def overrides(way: str, more: dict[str, Any]) -> list[str]:
+def overrides(way: str, device: str, more: dict[str, Any]) -> list[str]:
     """Of a run with the embedded model, without a guide: what is compared is the denoiser."""
-    values = {"model": "embedded", "guide.mode": "none", "prompt": "x", **more, **WAYS[way]}
+    values = {"model": "embedded", "guide.mode": "none", "prompt": "x", "device": device, **more, **WAYS[way]}
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def pictures(way: str, prompts: list[str]) -> Made:
+def pictures(way: str, device: str, prompts: list[str]) -> Made:
     """One for each prompt; all is planned once."""
     from stages import __main__
     from stages.context import Progress
@@ -64,8 +68,8 @@ def pictures(way: str, prompts: list[str]) -> Made:
     from stages.workflow.graph import build
     from stages.workflow.store import Store
 
-    name = slug(way)
-    runner(FOLDER, f"run={name}", "stage=plan", "progress=false", *overrides(way, ONE)).check()
+    name, clock = slug(way), time.process_time if device == "cpu" else time.perf_counter
+    runner(FOLDER, f"run={name}", "stage=plan", "progress=false", *overrides(way, device, ONE)).check()
     config, made = load(FOLDER / name / "config.yaml"), Made([], [])
     for number, prompt in enumerate(prompts):
         run_dir = FOLDER / f"{name}-{number:02}"
@@ -74,28 +78,33 @@ def pictures(way: str, prompts: list[str]) -> Made:
         shutil.copyfile(FOLDER / name / "plan.json", run_dir / "plan.json")
         states = build(Job.of(load(run_dir / "config.yaml")), Store(FOLDER / ".store"), verify=False)
         for state in states:
-            begin = time.process_time()
+            begin = clock()
             __main__.run(state.name, run_dir, "stages", Progress(), True)
             if state.name == "denoise":
-                made.cpu_seconds.append(time.process_time() - begin)
+                made.seconds.append(clock() - begin)
         made.pictures.append(run_dir / "image.png")
         shutil.copyfile(states[-1].entry.path / "image.png", made.pictures[-1])
     return made
 
 
-def canvas(way: str, *more: str) -> str:
+def canvas(way: str, device: str, *more: str) -> str:
     """A digest of a canvas in tiles, made from nothing or from what was left."""
     runner(
-        FOLDER / "bits", "run=bits", "stage=[text_encode,denoise]", "progress=false", *overrides(way, CANVAS), *more
+        FOLDER / "bits",
+        "run=bits",
+        "stage=[text_encode,denoise]",
+        "progress=false",
+        *overrides(way, device, CANVAS),
+        *more,
     ).check()
     return hashlib.sha256((FOLDER / "bits" / "bits" / "denoise" / "canvas.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def killed(way: str) -> str:
+def killed(way: str, device: str) -> str:
     """The same of a run that is killed after some steps and started again."""
     shutil.rmtree(FOLDER / "bits", ignore_errors=True)
     command = [sys.executable, "runner.py", f"output_dir={FOLDER / 'bits'}", "run=bits", "stage=[text_encode,denoise]"]
-    process = subprocess.Popen([*command, "progress=false", *overrides(way, CANVAS)], cwd=ROOT)
+    process = subprocess.Popen([*command, "progress=false", *overrides(way, device, CANVAS)], cwd=ROOT)
     begin = time.monotonic()
     while not list((FOLDER / "bits").rglob("checkpoint/even_*.safetensors")):
         if process.poll() is not None or time.monotonic() - begin > SECONDS:
@@ -103,22 +112,24 @@ def killed(way: str) -> str:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    return canvas(way)
+    return canvas(way, device)
 
 
-def bits(way: str) -> dict[str, str]:
+def bits(way: str, device: str) -> dict[str, str]:
     """Digests of the canvas: at two budgets, and killed."""
+    key, *budgets = BUDGETS[device]
     found = {}
-    for budget in ("450MB", "4GB"):
+    for budget in budgets:
         shutil.rmtree(FOLDER / "bits", ignore_errors=True)
-        found[budget] = canvas(way, f"memory.budget={budget}")
-    return {**found, "killed": killed(way)}
+        found[budget] = canvas(way, device, f"{key}={budget}")
+    return {**found, "killed": killed(way, device)}
 
 
 def main() -> int:
     made = parser(__doc__)
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     made.add_argument("--prompts", type=int, default=12)
+    made.add_argument("--device", choices=BUDGETS, default="cpu")
     options = made.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin count as work
     from benchmarks.embedded_quality import asked, judge_pictures
@@ -127,22 +138,29 @@ def main() -> int:
     prompts = asked()[:: max(1, 64 // options.prompts)][: options.prompts]
     plain, results = None, []
     for way in dict.fromkeys(("plain", *options.ways)):
-        found = pictures(way, [one.prompt for one in prompts])
+        found = pictures(way, options.device, [one.prompt for one in prompts])
         plain = plain or found
-        row: dict[str, Any] = {"way": way, "cpu_seconds": round(float(np.median(found.cpu_seconds[1:])), 2)}
+        row: dict[str, Any] = {"way": way, "seconds": round(float(np.median(found.seconds[1:])), 2)}
         pairs = zip(plain.pictures, found.pictures, strict=True)
         row["psnr_db"] = None if found is plain else round(float(np.mean([psnr(*pair) for pair in pairs])), 1)
         row["right"] = judge_pictures(found.pictures, prompts)["overall"]
-        row["speed"] = round(results[0]["cpu_seconds"] / row["cpu_seconds"], 2) if results else 1.0
-        row["bytes"] = bits(way) if way in HELD else None
+        row["speed"] = round(results[0]["seconds"] / row["seconds"], 2) if results else 1.0
+        row["bytes"] = bits(way, options.device) if way in HELD else None
         results.append(row)
         print(row, flush=True)
     table(
-        ("way", "CPU-s of 25 steps", "speed", "PSNR", "attributes right", "two budgets, killed"),
+        (
+            "way",
+            "s of 25 steps" if options.device == "cuda" else "CPU-s of 25 steps",
+            "speed",
+            "PSNR",
+            "attributes right",
+            "two budgets, killed",
+        ),
         [
             (
                 one["way"],
-                f"{one['cpu_seconds']:.1f}",
+                f"{one['seconds']:.1f}",
                 f"{one['speed']:.2f}x",
                 "-" if one["psnr_db"] is None else f"{one['psnr_db']} dB",
                 f"{one['right']:.0%}",
