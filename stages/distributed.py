@@ -146,18 +146,21 @@ class Ranks:
     ) -> Iterator[tuple[Item, Tensor]]:
         """(item, ``make(item)``) of all items in their order on the first rank; nothing on the others.
 
-        Items are dealt out in turns, so that what waits to be added is one item a rank. ``make`` gives float32 tensors
+        Items are dealt out in turns, so that what waits to be added is one item a rank. Of each turn the first rank,
+        which has more to do than predict, makes the last item: it may be the smallest. ``make`` gives float32 tensors
         of ``shape(item)`` on the CPU.
         """
         sent: tuple[Any, Tensor] | None = None
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
-            own = make(turn[self.rank]) if self.rank < len(turn) else None
+            last = len(turn) - 1
+            mine = last if self.first else self.rank - 1
+            own = make(turn[mine]) if self.first or mine < last else None
             if self.first:
                 assert own is not None
-                yield turn[0], own
-                for source, item in enumerate(turn[1:], 1):
+                for source, item in enumerate(turn[:last], 1):
                     yield item, self._received(source, shape(item))
+                yield turn[last], own
             elif own is not None:
                 self._ended(sent)
                 sent = self._sent(own)

@@ -36,9 +36,9 @@ def attributes(scheduler: Any) -> dict[str, Any]:
 
 
 def adopt(scheduler: Any, kept: Mapping[str, Any]) -> None:
-    """Give a scheduler the attributes that ``attributes`` returned; tensors and lists are copied."""
+    """Give a scheduler the attributes that ``attributes`` returned; from now on they are its own."""
     for name, value in kept.items():
-        setattr(scheduler, name, copied(value))
+        setattr(scheduler, name, value)
 
 
 def copied(value: Any) -> Any:

@@ -103,6 +103,7 @@ class Sampler:
         shapes = [(1, noise.channels, bottom - top, noise.width) for top, bottom in self.bands]
         self._states = BandStates(folder, shapes, period)
         self._scaled = Rows.create(folder / "scaled.safetensors", self._shape)
+        self._scaled_step: int | None = None  # that it is the input of
         self._prediction = Rows.create(folder / "prediction.safetensors", self._shape)
 
     def resume(self) -> bool:
@@ -152,12 +153,7 @@ class Sampler:
             ValueError: NaN or an infinity in a prediction, or in what the scheduler makes of it.
         """
         timestep, now = self.timesteps[self.step], f"step {self.step + 1} of {len(self.timesteps)}"
-        for band, (top, bottom) in enumerate(self.bands):
-            if self.ranks.first:
-                _, scaled = self._inputs(band, timestep)
-            else:
-                scaled = torch.empty((1, self._shape[0], bottom - top, self._shape[2]))
-            self._scaled.write(top, self.ranks.broadcast(scaled))
+        self._share_inputs(timestep)
 
         def predict(batch: TileBatch) -> Tensor:
             found = denoise(batch, timestep)
@@ -172,22 +168,36 @@ class Sampler:
             self._step_bands(timestep, now)
         self.step += 1
 
+    def _share_inputs(self, timestep: Tensor) -> None:
+        """All ranks get what the denoiser is asked; the first one has it of the step before, unless it begins here."""
+        for band, (top, bottom) in enumerate(self.bands):
+            if self.ranks.first and self._scaled_step != self.step:
+                latents = self._guided(band, self._load(band), timestep, self.step)
+                self._scaled.write(top, self.schedule.scaled(latents, timestep))
+            if self.ranks.size > 1:
+                shape = (1, self._shape[0], bottom - top, self._shape[2])
+                own = self._scaled.read(top, bottom) if self.ranks.first else torch.empty(shape)
+                shared = self.ranks.broadcast(own)
+                if not self.ranks.first:
+                    self._scaled.write(top, shared)
+
     def _step_bands(self, timestep: Tensor, now: str) -> None:
         """The scheduler's step of every band, from the canvas' prediction; what comes of it is kept on disk."""
+        step = self.step + 1
         with StepNoise(self._folder, self._shape, self.generator).given_to(self.scheduler) as noise:
             for band, (top, bottom) in enumerate(self.bands):
                 noise.turn_to(top, bottom)
-                latents, _ = self._inputs(band, timestep)
+                latents = self._guided(band, self._load(band), timestep, self.step)
+                self.schedule.scaled(latents, timestep)  # schedulers want it to be called before a step
                 prediction = self._prediction.read(top, bottom)
                 stepped = self.schedule.step(prediction, timestep, latents, self.generator)
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
-                self._states.write(band, BandState(self.step + 1, stepped, drawn, attributes(self.scheduler)))
-
-    def _inputs(self, band: int, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """A band's latents as the guide leaves them, and scaled for the denoiser."""
-        latents = self._guided(band, self._load(band), timestep)
-        return latents, self.schedule.scaled(latents, timestep)
+                self._states.write(band, BandState(step, stepped, drawn, attributes(self.scheduler)))
+                if step < len(self.timesteps):  # while its history is at hand
+                    latents = self._guided(band, stepped, self.timesteps[step], step)
+                    self._scaled.write(top, self.schedule.scaled(latents, self.timesteps[step]))
+        self._scaled_step = step
 
     def _load(self, band: int) -> Tensor:
         """A band's latents; the scheduler gets its history of this band."""
@@ -195,7 +205,7 @@ class Sampler:
             state = self._states.read(self.step, band)
             adopt(self.scheduler, state.scheduler)
             return state.latents
-        adopt(self.scheduler, self._fresh)
+        adopt(self.scheduler, {name: copied(value) for name, value in self._fresh.items()})
         if self._guide is None:
             return self.schedule.begin(self._noise.read(*self.bands[band]))
         return self._noised_guide(band, self.timesteps[0])
@@ -206,12 +216,13 @@ class Sampler:
         guide = self.space.inside(self._guide.read(*rows), rows[0])
         return self.schedule.noised(guide, self._noise.read(*rows), timestep)
 
-    def _guided(self, band: int, latents: Tensor, timestep: Tensor) -> Tensor:
-        if self._guide is None or self.step == 0:
+    def _guided(self, band: int, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        """A band's latents at the beginning of a step, as the guide leaves them."""
+        if self._guide is None or step == 0:
             return latents
         if self._mode == "hold":
             noised = self._noised_guide(band, timestep)
-            return guides.hold(latents, noised, self.step, len(self.timesteps), self._hold_share)
+            return guides.hold(latents, noised, step, len(self.timesteps), self._hold_share)
         if self._mode == "skip_residual":
             total = self.schedule.num_train_timesteps
             noised = self._noised_guide(band, timestep)
