@@ -79,7 +79,7 @@ def main() -> int:
     options.add_argument("--plan", action="store_true", help="predictions alone")
     options.add_argument("--overrides", nargs="*", default=[], help="such as technique.dtype=bf16")
     given = options.parse_args()
-    output, limit = RESULTS / "runs" / "families", parse_bytes(given.budget)
+    output, limit = RESULTS / "runs" / f"families-{'-'.join(given.families)}", parse_bytes(given.budget)
     shutil.rmtree(output, ignore_errors=True)
     rows = [row for kind in given.families for row in run(kind, given, output)]
     cells = []
