@@ -83,18 +83,24 @@ def rendered(spec: Any, number: int) -> Any:
 
 
 def autoencoder_psnr(model: Path, count: int) -> dict[str, float]:
-    """Mean and worst PSNR in dB of held-out scenes after encoding and decoding."""
+    """Mean and worst PSNR in dB of held-out scenes after encoding and decoding, and the share of their Laplacian energy
+    that is left: of the finest detail."""
     import torch
     from diffusers import AutoencoderKL
 
+    from training.losses import laplacian
+
     vae: Any = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).eval()
-    values = []
+    values, energy = [], np.zeros(2)
     with torch.inference_mode():
         for number, spec in enumerate(held_out(count)):
             image = rendered(spec, number)
             back = vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1)
             values.append(float(10 * torch.log10(4.0 / ((back - image) ** 2).mean())))
-    return {"mean": round(float(np.mean(values)), 2), "worst": round(min(values), 2), "scenes": count}
+            energy += [float(laplacian(x).square().mean()) for x in (back, image)]
+    share = round(float(energy[0] / energy[1]), 3)
+    mean, worst = round(float(np.mean(values)), 2), round(min(values), 2)
+    return {"mean": mean, "worst": worst, "laplacian_share": share, "scenes": count}
 
 
 def judge_accuracy(count: int) -> dict[str, float]:

@@ -3,77 +3,113 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .clock import Clock, Phase
+from .losses import laplacian, lattice_loss, reconstruction_loss, texture_loss
 from .optim import Trainee
 from .source import Ring, Source
 
 KL_WEIGHT = 1e-4
+TEXTURE_FROM = 0.4  # share of the phase at which the weight of the texture term is reached: shapes come first
+LATTICE_WEIGHT = 0.05
 
 
-def reconstruction_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """L1, a squared term for PSNR, and L1 of finite differences at three scales, which keeps edges crisp."""
-    loss = F.l1_loss(got, want) + 2.0 * F.mse_loss(got, want)
-    for scale in range(3):
-        if scale:
-            got, want = F.avg_pool2d(got, 2), F.avg_pool2d(want, 2)
-        dx = (got[..., 1:] - got[..., :-1]) - (want[..., 1:] - want[..., :-1])
-        dy = (got[..., 1:, :] - got[..., :-1, :]) - (want[..., 1:, :] - want[..., :-1, :])
-        loss = loss + 0.5 * (dx.abs().mean() + dy.abs().mean())
-    return loss
+def _loss(vae: Any, images: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a batch, and its part that asks for the scenes' texture, whose weight is given."""
+    dtype = vae.quant_conv.weight.dtype
+    moments = vae.quant_conv(vae.encoder(images.to(dtype))).float()
+    mean, logvar = moments.chunk(2, 1)
+    logvar = logvar.clamp(-30, 20)
+    latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    got = vae.decoder(vae.post_quant_conv(latents.to(dtype))).float()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    texture = texture_loss(got, images)
+    loss = reconstruction_loss(got, images) + weight * texture + LATTICE_WEIGHT * lattice_loss(got, images)
+    return loss + KL_WEIGHT * kl, texture
 
 
-def train_autoencoder(clock: Clock, trainee: Trainee, source: Source, *, batch: int, peak_lr: float) -> None:
-    """Train until the phase's budget is used: 128-pixel patches first, whole pictures for the last quarter."""
-    phase = Phase(clock, "vae")
-    if clock.done("vae"):
-        return
+def train_autoencoder(
+    clock: Clock,
+    trainee: Trainee,
+    source: Source,
+    *,
+    batch: int,
+    peak_lr: float,
+    texture: float,
+    fill: int,
+    pool: int,
+    render_every: int,
+    finish: bool,
+    compiled: bool,
+) -> None:
+    """Train until the phase's budget is used: 128-pixel patches first, whole pictures for the last quarter.
+
+    fill: groups rendered before the first step; then one more every ``render_every`` steps, the newest ``pool``
+    pictures are kept. texture: weight of the term that asks for it.
+    """
     vae: Any = trainee.modules["vae"].train()
-    first = source.draw()
-    ring = Ring(max(4, 12288 // len(first.images)) * len(first.images), images=_pack(first.images))
-    for crops in (False, True) * 8:
-        ring.add(images=_pack(source.draw(crops).images))
-    size = source.size
-    while phase.go():
-        ring.add(images=_pack(source.draw().images))
-        whole = phase.share > 0.75
+    first = source.draw(crops=False)
+    ring = Ring(max(2, pool // len(first.images)) * len(first.images), images=pack(first.images))
+    for _ in range(max(2, fill)):
+        ring.add(images=pack(source.draw().images))
+    size, loss_of = source.size, torch.compile(_loss, dynamic=False) if compiled else _loss
+
+    def images_for(whole: bool) -> torch.Tensor:
         images = ring.sample(max(1, batch // 4) if whole else batch, source.generator)["images"]
         if not whole:
             top, left = (8 * source.rng.randint(0, size // 16) for _ in range(2))
             images = images[..., top : top + size // 2, left : left + size // 2]
-        images = _unpack(images).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(images.to(trainee.dtype)).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        got = vae.decode(latents.to(trainee.dtype)).sample
-        loss = reconstruction_loss(got.float(), images)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        trainee.step(loss + KL_WEIGHT * kl, phase.lr(peak_lr, warmup=100))
-        phase.tick(len(images), loss=loss.detach(), kl=kl.detach())
+        return unpack(images).contiguous(memory_format=torch.channels_last)
+
+    if compiled:
+        for whole in (False, True):
+            loss_of(vae, images_for(whole), torch.zeros((), device=trainee.device))[0].backward()
+        trainee.forget()
+    phase = Phase(clock, "vae", finish=finish)
+    while phase.go():
+        if phase.steps % render_every == 0:
+            ring.add(images=pack(source.draw().images))
+        images = images_for(phase.share > 0.75)
+        weight = torch.full((), texture * min(1.0, phase.share / TEXTURE_FROM), device=trainee.device)
+        loss, grain = loss_of(vae, images, weight)
+        trainee.step(loss, phase.lr(peak_lr, warmup=200))
+        phase.tick(len(images), loss=loss.detach(), texture=grain.detach())
     vae.eval()
 
 
-def _pack(images: torch.Tensor) -> torch.Tensor:
+def pack(images: torch.Tensor) -> torch.Tensor:
+    """[-1,1] to bytes."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def _unpack(images: torch.Tensor) -> torch.Tensor:
+def unpack(images: torch.Tensor) -> torch.Tensor:
+    """Bytes to [-1,1]."""
     return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def measure_autoencoder(vae: Any, source: Source, rounds: int) -> dict[str, float]:
-    """Of an AutoencoderKL on scenes never trained on, half of them crops: mean PSNR in dB (range 2), latents' std."""
-    psnr, latents = [], []
-    for i in range(rounds):
-        for images in source.draw(crops=i % 2 == 1).images.split(16):
+    """Of an AutoencoderKL on scenes never trained on: mean PSNR in dB (range 2) of whole scenes and crops, each half
+    of the pictures, and of both; the share of the scenes' Laplacian energy in what comes back; latents' std."""
+    psnr: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    energy = {False: [0.0, 0.0], True: [0.0, 0.0]}
+    latents = []
+    for i in range(max(2, rounds)):
+        crops = i % 2 == 1
+        for images in source.draw(crops).images.split(16):
             z = vae.encode(images).latent_dist.mode()
-            error = ((vae.decode(z).sample.clamp(-1, 1) - images) ** 2).mean((1, 2, 3))
-            psnr.append(10 * torch.log10(4.0 / error))
+            back = vae.decode(z).sample.clamp(-1, 1)
+            psnr[crops].append(10 * torch.log10(4.0 / ((back - images) ** 2).mean((1, 2, 3))))
+            for j, x in enumerate((back, images)):
+                energy[crops][j] += laplacian(x).square().mean().item() * len(images)
             latents.append(z)
+    every = torch.cat(psnr[False] + psnr[True])
     return {
-        "vae_psnr": torch.cat(psnr).mean().item(),
-        "vae_psnr_worst": torch.cat(psnr).min().item(),
+        "vae_psnr": every.mean().item(),
+        "vae_psnr_worst": every.min().item(),
+        "vae_psnr_whole": torch.cat(psnr[False]).mean().item(),
+        "vae_psnr_crops": torch.cat(psnr[True]).mean().item(),
+        "vae_laplacian_whole": energy[False][0] / energy[False][1],
+        "vae_laplacian_crops": energy[True][0] / energy[True][1],
         "latent_std": torch.cat(latents).std().item(),
     }

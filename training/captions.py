@@ -34,11 +34,11 @@ def _place(rng: random.Random, spec: Spec, colour: int) -> str:
 
 
 def caption(rng: random.Random, spec: Spec, colour: int) -> str:
-    """A caption of a whole scene: truthful, not always complete (the weather may go unsaid, the time seldom does)."""
+    """A caption of a whole scene: truthful, not always complete (a clear sky may go unsaid, bad weather seldom)."""
     head = _place(rng, spec, colour)
     omit = 0.30 if spec.time == "day" else 0.03
     parts: list[str] = []
-    if rng.random() > (0.85 if spec.weather == "clear" else 0.25):
+    if rng.random() > (0.85 if spec.weather == "clear" else 0.04):
         parts.append(rng.choice(ph.WEATHER[spec.weather]))
     if spec.body != "none" and rng.random() < 0.5:
         parts.append(rng.choice(ph.BODY[spec.body]))

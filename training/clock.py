@@ -3,6 +3,8 @@
 import math
 import time
 
+from .ranks import agree, rank, world
+
 
 class Clock:
     """elapsed: seconds that each phase has used so far, all commands together. stop_after: seconds of this command."""
@@ -23,10 +25,15 @@ class Clock:
 
 
 class Phase:
-    """The loop of one phase: ``while phase.go():`` ... ``phase.tick(loss, images)``. share runs from 0 to 1."""
+    """The loop of one phase: ``while phase.go():`` ... ``phase.tick(loss, images)``. share runs from 0 to 1.
 
-    def __init__(self, clock: Clock, name: str, every: float = 10.0):
+    finish: this command is the phase's last, so the budget ends with it.
+    """
+
+    def __init__(self, clock: Clock, name: str, every: float = 10.0, *, finish: bool = False):
         self.clock, self.name, self.every = clock, name, every
+        if finish:
+            clock.budgets[name] = clock.elapsed[name] + max(clock.left, 0.0)
         self.start, self.before = time.monotonic(), clock.elapsed[name]
         self.steps, self._images, self._mark, self._mark_images = 0, 0, self.start, 0
 
@@ -36,16 +43,18 @@ class Phase:
         return min(1.0, self.clock.elapsed[self.name] / self.clock.budgets[self.name])
 
     def go(self) -> bool:
-        """Account for the time; False when the phase's budget or the command's time is over."""
-        self.clock.elapsed[self.name] = self.before + time.monotonic() - self.start
-        return not self.clock.done(self.name) and self.clock.left > 0
+        """Account for the time; False when the phase's budget or the command's time is over, by rank 0's clock."""
+        now = self.before + time.monotonic() - self.start
+        now, left, budget = agree(now, self.clock.left, self.clock.budgets[self.name])
+        self.clock.elapsed[self.name], self.clock.budgets[self.name] = now, budget
+        return not self.clock.done(self.name) and left > 0
 
     def tick(self, images: int, **losses) -> None:
         """Count a step; print every ``every`` seconds (reads the losses, tensors, only then)."""
         self.steps += 1
-        self._images += images
+        self._images += images * world()
         now = time.monotonic()
-        if now - self._mark < self.every and self.steps != 1:
+        if rank() or (now - self._mark < self.every and self.steps != 1):
             return
         rate = (self._images - self._mark_images) / max(now - self._mark, 1e-6)
         eta = min(self.clock.budgets[self.name] - self.clock.elapsed[self.name], self.clock.left)

@@ -6,47 +6,65 @@ import torch
 
 from .clock import Clock, Phase
 from .library import Library
-from .models import make_scheduler
+from .models import LATENT_CHANNELS, make_scheduler
 from .optim import Trainee
 from .source import Ring, Source
 
 DROP = 0.10  # share of captions replaced by the empty one, for guidance
-WHOLE_ONLY = 600  # from this timestep on a plain caption always means a whole scene
-MIN_SNR = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
+WHOLE_ONLY = 600  # from this timestep on every picture is a whole scene: layouts are learned from whole scenes alone
+CROPS = 0.4  # share of groups that are crops
+SNR_HALF = 5.0  # signal-to-noise ratio at which an error in v counts half
+LEAST_WEIGHT = 0.25  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
 OFFSET_NOISE = 0.04
 
 
-def choose_tokens(
-    library: Library, rows: dict[str, torch.Tensor], t: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
-    """Captions ``[B,77]`` int64: of the scene or of the detail. Crops at high noise always say so."""
-    chance = torch.rand(2, len(t), generator=generator, device=t.device)
-    local = rows["crop"] & ((t >= WHOLE_ONLY) | (chance[0] < 0.3))
+def choose_tokens(library: Library, rows: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
+    """Captions ``[B,77]`` int64: of the scene, or (three crops in ten) of what shows; one in ten says nothing."""
+    crop = rows["crop"]
+    chance = torch.rand(2, len(crop), generator=generator, device=crop.device)
+    local = crop & (chance[0] < 0.3)
     tokens = torch.where(local[:, None], library.details[rows["detail"]], library.tokens[rows["row"]])
     return torch.where((chance[1] < DROP)[:, None], library.empty[None], tokens).long()
 
 
+def choose_timesteps(crop: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps ``[B]``, evenly spread over the batch; those of crops (``[B]`` bool) lie below ``WHOLE_ONLY``."""
+    count = len(crop)
+    place = torch.randperm(count, generator=generator, device=crop.device)
+    share = (place + torch.rand(count, generator=generator, device=crop.device)) / count
+    return (share * torch.where(crop, WHOLE_ONLY, 1000)).long().clamp(max=999)
+
+
+def loss_weight(alphas: torch.Tensor) -> torch.Tensor:
+    """Weight of the squared error in v where ``alphas`` of the variance is signal: 1 in pure noise."""
+    snr = alphas / (1 - alphas)
+    return (SNR_HALF / (SNR_HALF + snr)).clamp(min=LEAST_WEIGHT)
+
+
 class LatentSource:
-    """Render, encode, keep in a ring."""
+    """Render, encode with the mirrored pictures, keep in a ring."""
 
     def __init__(self, source: Source, vae: Any, scale: float, capacity: int):
         self.source, self.vae, self.scale = source, vae, scale
-        first = self._make()
+        first = self.make()
         count = len(first["latents"])
         self.ring = Ring(max(4, capacity // count) * count, **first)
         self.ring.add(**first)
 
     @torch.no_grad()
-    def _make(self) -> dict[str, torch.Tensor]:
-        batch = self.source.draw()
-        images = batch.images.to(self.vae.dtype, memory_format=torch.channels_last)
+    def make(self, crops: bool | None = None) -> dict[str, torch.Tensor]:
+        """Rows of one group: scenes, then their mirror images, which no caption tells apart."""
+        batch = self.source.draw(self.source.rng.random() < CROPS if crops is None else crops)
+        images = torch.cat([batch.images, batch.images.flip(-1)])
+        images = images.to(self.vae.dtype, memory_format=torch.channels_last)
         posterior = self.vae.encode(images).latent_dist
         latents = (posterior.sample().float() * self.scale).to(torch.float16)
-        return {"latents": latents, "row": batch.row, "detail": batch.detail, "crop": batch.crop}
+        about = {"row": batch.row, "detail": batch.detail, "crop": batch.crop}
+        return {"latents": latents} | {k: v.repeat(2) for k, v in about.items()}
 
     def grow(self) -> None:
         """One more group."""
-        self.ring.add(**self._make())
+        self.ring.add(**self.make())
 
 
 def train_denoiser(
@@ -58,42 +76,70 @@ def train_denoiser(
     batch: int,
     peak_lr: float,
     fill: int,
-    render_every: int = 1,
+    render_every: int,
+    finish: bool,
+    compiled: bool,
 ) -> None:
-    """Train until the phase's budget is used: v-prediction with min-SNR weights.
+    """Train until the phase's budget is used.
 
     fill: groups rendered before the first step; then one more group every ``render_every`` steps.
     """
-    phase = Phase(clock, "denoiser")
-    if clock.done("denoiser"):
-        return
     unet, text = trainee.modules["unet"].train(), trainee.modules["text_encoder"].train()
     device, generator = trainee.device, latents.source.generator
     alphas = make_scheduler().alphas_cumprod.to(device)
+    weights = loss_weight(alphas) / loss_weight(alphas).mean()
     for _ in range(fill):
         latents.grow()
-    while phase.go():
-        if phase.steps % render_every == 0:
-            latents.grow()
+    predict: Any = torch.compile(unet, dynamic=False) if compiled else unet
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
         rows = latents.ring.sample(batch, generator)
-        x = rows["latents"].float()
-        t = torch.randint(1000, (batch,), generator=generator, device=device)
-        tokens = choose_tokens(library, rows, t, generator)
+        x, t = rows["latents"].float(), choose_timesteps(rows["crop"], generator)
         noise = torch.randn(x.shape, generator=generator, device=device)
-        noise = noise + OFFSET_NOISE * torch.randn((batch, 4, 1, 1), generator=generator, device=device)
+        shift = torch.randn((*x.shape[:2], 1, 1), generator=generator, device=device)
+        noise = noise + OFFSET_NOISE * shift
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * x + (1 - a).sqrt() * noise
         target = a.sqrt() * noise - (1 - a).sqrt() * x
-        noisy = noisy.to(trainee.dtype, memory_format=torch.channels_last)
-        got = unet(noisy, t, text(tokens).last_hidden_state).sample
-        snr = a / (1 - a)
-        weight = snr.clamp(max=MIN_SNR) / (snr + 1)
-        error = (got.float() - target) ** 2
-        loss = (weight * error).mean() / 0.5
+        noisy = noisy.to(trainee.dtype).contiguous(memory_format=torch.channels_last)
+        states = text(choose_tokens(library, rows, generator)).last_hidden_state
+        error = (predict(noisy, t, states).sample.float() - target).square().mean((1, 2, 3))
+        return (weights[t] * error).mean(), error.detach().mean()
+
+    if compiled:  # before the clock of the phase starts
+        losses()[0].backward()
+        trainee.forget()
+    phase = Phase(clock, "denoiser", finish=finish)
+    while phase.go():
+        if phase.steps % render_every == 0:
+            latents.grow()
+        loss, v_mse = losses()
         trainee.step(loss, phase.lr(peak_lr, warmup=300))
-        phase.tick(batch, loss=loss.detach(), v_mse=error.detach().mean())
+        phase.tick(batch, loss=loss.detach(), v_mse=v_mse)
     unet.eval()
     text.eval()
+
+
+@torch.no_grad()
+def measure_denoiser(trainee: Trainee, held_out: LatentSource, rounds: int) -> dict[str, float]:
+    """Mean squared error in v of the averaged weights on whole scenes never trained on, captions said, noise fixed:
+    over all timesteps, and of each quarter of them from low noise to high."""
+    unet, text, library = trainee.ema["unet"], trainee.ema["text_encoder"], held_out.source.library
+    alphas = make_scheduler().alphas_cumprod.to(trainee.device)
+    generator = torch.Generator(device=trainee.device).manual_seed(5)
+    errors: list[list[torch.Tensor]] = [[], [], [], []]
+    for _ in range(rounds):
+        rows = held_out.make(crops=False)
+        x = rows["latents"].float()
+        states = text(library.tokens[rows["row"]].long()).last_hidden_state
+        for quarter, found in enumerate(errors):
+            t = torch.randint(250, (len(x),), generator=generator, device=trainee.device) + 250 * quarter
+            noise = torch.randn(x.shape, generator=generator, device=trainee.device)
+            a = alphas[t].view(-1, 1, 1, 1)
+            got = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, states).sample
+            found.append((got - (a.sqrt() * noise - (1 - a).sqrt() * x)).square().mean())
+    quarters = [torch.stack(found).mean().item() for found in errors]
+    return {"held_v_mse": sum(quarters) / 4} | {f"held_v_mse_{i}": q for i, q in enumerate(quarters)}
 
 
 @torch.no_grad()
@@ -114,7 +160,7 @@ def sample(
     scheduler: Any = make_scheduler()
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(tokens), 4, latent_size, latent_size, generator=generator).to(trainee.device)
+    x = torch.randn(len(tokens), LATENT_CHANNELS, latent_size, latent_size, generator=generator).to(trainee.device)
     states = text(tokens.long()).last_hidden_state
     blank = text(library.empty[None].long()).last_hidden_state.expand_as(states)
     both = torch.cat([blank, states])

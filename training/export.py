@@ -10,19 +10,37 @@ from torch import nn
 
 from .models import make_text_encoder, make_unet, make_vae, save_folder
 
-PARTS = ("vae", "text_encoder", "unet", "classifier")
+PART_BYTES = 15_000_000  # of a flat file, so that each is small enough to be carried
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The flat files of a part, in order; none where it was not written."""
+    return sorted(folder.glob(f"{name}.safetensors")) or sorted(folder.glob(f"{name}-?.safetensors"))
 
 
 def write_flat(folder: Path, name: str, module: nn.Module) -> None:
-    """``<name>.safetensors`` in fp16, written under a temporary name first."""
-    temporary = folder / f".{name}.safetensors"
-    save_file({k: v.detach().to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}, temporary)
-    temporary.replace(folder / f"{name}.safetensors")
+    """``<name>.safetensors`` in fp16, or ``<name>-0.safetensors`` and so on; each under a temporary name first."""
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    room = PART_BYTES
+    for key, value in module.state_dict().items():
+        half = value.detach().to("cpu", torch.float16).contiguous()
+        if half.nbytes > room and groups[-1]:
+            groups.append({})
+            room = PART_BYTES
+        groups[-1][key] = half
+        room -= half.nbytes
+    for i, group in enumerate(groups):
+        file = folder / (f"{name}-{i}.safetensors" if len(groups) > 1 else f"{name}.safetensors")
+        save_file(group, temporary := file.with_name(f".{file.name}"))
+        temporary.replace(file)
 
 
 def read_flat(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The weights that ``write_flat`` wrote, as fp32."""
-    return {k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()}
+    """The weights that ``write_flat`` wrote, as fp32. FileNotFoundError where there are none."""
+    files = files_of(folder, name)
+    if not files:
+        raise FileNotFoundError(f"{folder}: no {name}.safetensors; `python -m training.train --out {folder}` makes it")
+    return {k: v.float() for file in files for k, v in load_file(file).items()}
 
 
 def export(source: Path, folder: Path) -> None:

@@ -32,8 +32,10 @@ def _rows(batch: Batch, vae: Any) -> dict[str, torch.Tensor]:
         back = vae.decode(vae.encode(images[:half].to(vae.dtype)).latent_dist.mode()).sample
     images = torch.cat([back.float(), images[half:]])
     target = torch.tensor(labels(batch.spec)).expand(len(images), 3).to(images.device, non_blocking=True)
-    small = ((F.avg_pool2d(images, 2) + 1) * 127.5).round().clamp(0, 255).byte()
-    return {"images": small, "ids": batch.ids[:, ::2, ::2].contiguous(), "target": target}
+    size = (images.shape[-1] * 3 // 4,) * 2  # of pictures of 256 pixels what the classifier looks at
+    small = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    ids = F.interpolate(batch.ids[:, None].float(), size, mode="nearest")[:, 0].byte()
+    return {"images": ((small + 1) * 127.5).round().clamp(0, 255).byte(), "ids": ids, "target": target}
 
 
 def _crop(rows: dict[str, torch.Tensor], source: Source) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -73,18 +75,16 @@ def train_classifier(
     clock: Clock, trainee: Trainee, vae: Any, source: Source, *, batch: int, peak_lr: float, fill: int
 ) -> None:
     """Train until the phase's budget is used."""
-    phase = Phase(clock, "classifier")
-    if clock.done("classifier"):
-        return
     model = trainee.modules["classifier"].train()
     first = _rows(source.draw(crops=False), vae)
     count = len(first["images"])
     ring = Ring(max(4, 32768 // count) * count, **first)
     for _ in range(fill):
         ring.add(**_rows(source.draw(crops=False), vae))
+    phase = Phase(clock, "classifier")
     while phase.go():
         ring.add(**_rows(source.draw(crops=False), vae))
-        for _ in range(2):
+        for _ in range(6):
             images, target, weight = _crop(ring.sample(batch, source.generator), source)
             logits = model(images)
             losses = [

@@ -23,7 +23,7 @@ from stages.memory.layout import owner
 from stages.techniques.linfusion import WEIGHTS, Part
 
 from .clock import Clock, Phase
-from .denoiser import LatentSource, choose_tokens
+from .denoiser import LatentSource, choose_timesteps, choose_tokens
 from .library import Library
 from .models import make_scheduler
 from .optim import Trainee
@@ -88,8 +88,8 @@ class Work:
         """Arguments of the UNet."""
         rows = self.latents.ring.sample(batch, self.generator)
         x = rows["latents"].float()
-        t = torch.randint(1000, (batch,), generator=self.generator, device=x.device)
-        tokens = choose_tokens(self.library, rows, t, self.generator)
+        t = choose_timesteps(rows["crop"], self.generator)
+        tokens = choose_tokens(self.library, rows, self.generator)
         a = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=self.generator, device=x.device)
         noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).to(self.dtype, memory_format=torch.channels_last)

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from .ranks import mean_gradients
+
 
 class Trainee:
     """Modules trained together: AdamW on fp32 master weights, gradient clipping, an EMA copy of each module.
@@ -41,6 +43,7 @@ class Trainee:
             group["lr"] = lr
         loss.backward()
         with torch.no_grad():
+            mean_gradients(self.parameters)
             for master, p in zip(self.masters, self.parameters, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
                 p.grad = None
@@ -50,6 +53,11 @@ class Trainee:
             self.updates += 1
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             torch._foreach_lerp_(self.ema_parameters, self.masters, 1 - decay)
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that was only tried."""
+        for p in self.parameters:
+            p.grad = None
 
     def state_dict(self) -> dict:
         """Everything needed to go on."""

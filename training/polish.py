@@ -16,46 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from .autoencoder import measure_autoencoder, reconstruction_loss
+from .autoencoder import measure_autoencoder, pack, unpack
 from .clock import Clock, Phase
 from .library import Library
+from .losses import FACTOR, colour_loss, lattice_loss, reconstruction_loss, steepness, texture_loss
 from .optim import Trainee
 from .source import Ring, Source
 from .train import HELD_OUT
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
-FACTOR = 8
 CANVAS_GROUP = 16  # scenes of a group of canvases
 LATENT_NOISE = 0.15  # at most, in standard deviations of a latent: what a denoiser leaves
-
-
-def steepness(images: torch.Tensor) -> torch.Tensor:
-    """Mean step across the lines at each place in the square of a latent: ``[2, 8]``, columns and rows.
-
-    Line 0 lies between two latents, line 4 in the middle of one. images ``[B,3,H,W]``, H and W multiples of 8.
-    """
-    across = (images[..., 1:] - images[..., :-1]).abs().mean((0, 1, 2))
-    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((0, 1, 3))
-    found = []
-    for steps in (across, down):  # entry i is the line before pixel i + 1
-        place = torch.arange(1, len(steps) + 1, device=steps.device) % FACTOR
-        sums = torch.zeros(FACTOR, device=steps.device, dtype=steps.dtype).index_add(0, place, steps)
-        found.append(sums / torch.bincount(place, minlength=FACTOR))
-    return torch.stack(found)
-
-
-def lattice_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """How unevenly the steepness of ``want`` is met over the places in a square: 0 when all are met alike."""
-    share = steepness(got) / steepness(want).clamp_min(1e-4)
-    return (share - share.mean(1, keepdim=True)).abs().mean() + (share[:, 0] - share[:, 1:].mean(1)).abs().mean()
-
-
-def colour_loss(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """L1 of the means of 32-pixel squares: colours of areas, whatever is drawn in them."""
-    return F.l1_loss(F.avg_pool2d(got, 32), F.avg_pool2d(want, 32))
 
 
 class Canvases:
@@ -70,7 +43,7 @@ class Canvases:
         ]
         self.rings = []
         for one in self.sources:
-            first = _pack(one.draw(crops=False).images)
+            first = pack(one.draw(crops=False).images)
             self.rings.append(Ring(max(1, pool // len(first)) * len(first), images=first))
             self.rings[-1].add(images=first)
 
@@ -79,13 +52,26 @@ class Canvases:
         index = self.rng.randrange(len(self.sources))
         source, ring = self.sources[index], self.rings[index]
         if self.rng.random() < 0.2:
-            ring.add(images=_pack(source.draw(crops=self.rng.random() < 0.3).images))
+            ring.add(images=pack(source.draw(crops=self.rng.random() < 0.3).images))
         count = batch * self.native**2 // source.size**2 // 4
         return ring.sample(max(1, count), source.generator)["images"]
 
 
-def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: float, weight: float, pool: int) -> Any:
-    """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched."""
+def polish(
+    vae: Any,
+    source: Source,
+    *,
+    seconds: float,
+    batch: int,
+    peak_lr: float,
+    weight: float,
+    texture: float,
+    pool: int,
+) -> Any:
+    """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched.
+
+    weight, texture: of the term against the lattice, and of the one that asks for texture.
+    """
     device = source.device
     polished, vae = vae, copy.deepcopy(vae).train()
     modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
@@ -93,14 +79,15 @@ def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: flo
     vae.encoder.to(trainee.dtype).requires_grad_(False)
     vae.quant_conv.to(trainee.dtype).requires_grad_(False)
     first = source.draw()
-    ring = Ring(max(2, pool // len(first.images)) * len(first.images), images=_pack(first.images))
+    ring = Ring(max(2, pool // len(first.images)) * len(first.images), images=pack(first.images))
     for crops in (False, True) * 8:
-        ring.add(images=_pack(source.draw(crops).images))
+        ring.add(images=pack(source.draw(crops).images))
     size, std = source.size, 1 / vae.config.scaling_factor
     canvases = Canvases(source, pool // 48)
 
     def patches(share: float) -> torch.Tensor:
-        ring.add(images=_pack(source.draw().images))
+        if source.rng.random() < 0.2:
+            ring.add(images=pack(source.draw().images))
         images = ring.sample(batch, source.generator)["images"]
         if share >= 0.75:
             return images[: max(1, batch // 4)]
@@ -111,7 +98,7 @@ def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: flo
     while phase.go():
         canvas = source.rng.random() < 0.5
         images = canvases.sample(batch) if canvas else patches(phase.share)
-        images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        images = unpack(images).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images.to(trainee.dtype)).latent_dist.mode().float()
             if canvas and source.rng.random() < 0.5:
@@ -122,15 +109,12 @@ def polish(vae: Any, source: Source, *, seconds: float, batch: int, peak_lr: flo
         got = vae.decode(latents.to(trainee.dtype)).sample.float()
         lattice = lattice_loss(got, images)
         loss = reconstruction_loss(got, images) + 2.0 * colour_loss(got, images)
+        loss = loss + texture * texture_loss(got, images)
         trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
         phase.tick(len(images), loss=loss.detach(), lattice=lattice.detach())
     for name, module in trainee.ema.items():
         getattr(polished, name).load_state_dict(module.state_dict())
     return polished
-
-
-def _pack(images: torch.Tensor) -> torch.Tensor:
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 @torch.no_grad()
@@ -170,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--weight", type=float, default=0.3, help="of the lattice term")
+    parser.add_argument("--texture", type=float, default=0.2, help="weight of the texture term")
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--per-group", type=int, default=64)
     parser.add_argument("--held-groups", type=int, default=32)
@@ -205,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         batch=given.batch,
         peak_lr=given.lr,
         weight=given.weight,
+        texture=given.texture,
         pool=given.pool,
     )
     result |= {"after": figures(vae), "seconds": time.monotonic() - began}

@@ -1,105 +1,111 @@
 """Settings of a training run and its command line."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+PHASES = ("vae", "denoiser", "classifier")
+
 
 @dataclass(kw_only=True)
 class Settings:
-    """Seconds of each phase in all; stop_after: seconds of this command; reserve: kept of it for figures and files."""
+    """Seconds of each phase in all; stop_after: seconds of this command; reserve: kept of it for figures and files.
+
+    phase: the one to train, or ``all``. finish: its budget ends with this command. parts: folder that gets the files
+    of the phases that ran. text: diffusers folder of a text encoder to begin with. Batches, pools and groups are those
+    of one process.
+    """
 
     out: Path
     device: str = "cuda"
+    phase: str = "all"
     resume: bool = False
+    finish: bool = False
+    compile: bool = False
+    parts: Path | None = None
+    text: Path | None = None
     seed: int = 0
-    vae_seconds: float = 200.0
-    denoiser_seconds: float = 560.0
-    classifier_seconds: float = 40.0
-    stop_after: float = 570.0
-    reserve: float = 30.0
+    vae_seconds: float = 450.0
+    denoiser_seconds: float = 960.0
+    classifier_seconds: float = 45.0
+    stop_after: float = 540.0
+    reserve: float = 35.0
     size: int = 256
     tiny: bool = False
-    groups: int = 2400
-    per_group: int = 64
+    groups: int = 800
+    per_group: int = 128
     held_groups: int = 32
-    vae_batch: int = 96
-    batch: int = 512
-    lr: float = 1.0e-3
+    vae_batch: int = 192
+    vae_lr: float = 1.0e-3
+    texture: float = 0.2
+    batch: int = 384
+    lr: float = 8.0e-4
     classifier_batch: int = 256
-    pool: int = 131072
-    fill: int = 128
-    render_every: int = 2
-    sheet: int = 12
-    sheet_columns: int = 4
+    pictures: int = 24576
+    pool: int = 262144
+    fill: int = 64
+    render_every: int = 6
+    sheet: int = 16
+    sheet_columns: int = 2
     sample_steps: int = 25
     prompts: int = 192
 
 
-def smoke(out: Path, resume: bool) -> Settings:
-    """The whole recipe in half a minute on two CPU cores: toy networks, 64-pixel pictures, a handful of scenes."""
-    return Settings(
-        out=out,
-        device="cpu",
-        resume=resume,
-        vae_seconds=6,
-        denoiser_seconds=6,
-        classifier_seconds=3,
-        stop_after=36,
-        reserve=8,
-        size=64,
-        tiny=True,
-        groups=6,
-        per_group=4,
-        held_groups=2,
-        vae_batch=8,
-        batch=16,
-        classifier_batch=16,
-        pool=64,
-        fill=4,
-        render_every=1,
-        sheet=2,
-        sheet_columns=1,
-        sample_steps=5,
-        prompts=4,
-    )
+_SMOKE = {
+    "vae_seconds": 6,
+    "denoiser_seconds": 6,
+    "classifier_seconds": 3,
+    "stop_after": 36,
+    "reserve": 8,
+    "size": 64,
+    "tiny": True,
+    "groups": 6,
+    "per_group": 4,
+    "held_groups": 2,
+    "vae_batch": 8,
+    "batch": 16,
+    "classifier_batch": 16,
+    "pictures": 64,
+    "pool": 64,
+    "fill": 4,
+    "render_every": 1,
+    "sheet": 2,
+    "sheet_columns": 1,
+    "sample_steps": 5,
+    "prompts": 4,
+}
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> Settings:
-    """Read the command line into settings. Minutes on the command line, seconds inside."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Settings, int]:
+    """Read the command line into settings, and how many processes are asked for. Minutes on the command line,
+    seconds inside."""
     default = Settings(out=Path())
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and results")
+    parser.add_argument("--phase", choices=("all", *PHASES), default=default.phase)
     parser.add_argument("--resume", action="store_true", help="go on from what lies in --out")
+    parser.add_argument("--finish", action="store_true", help="the phase ends with this command: anneal to its end")
     parser.add_argument("--smoke", action="store_true", help="toy sizes on the CPU, under 40 seconds")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes, unless its cache is warm")
+    parser.add_argument("--parts", type=Path, help="copy the files of the phases that ran there")
+    parser.add_argument("--text", type=Path, help="diffusers folder whose text encoder to begin with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--minutes", type=float, help="length of this command; default: stop-after of 9.5 minutes")
-    parser.add_argument("--vae-minutes", type=float, default=default.vae_seconds / 60)
-    parser.add_argument("--denoiser-minutes", type=float, default=default.denoiser_seconds / 60)
-    parser.add_argument("--classifier-minutes", type=float, default=default.classifier_seconds / 60)
-    for name in ("batch", "vae_batch", "groups", "per_group", "pool", "fill", "render_every"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
-    parser.add_argument("--lr", type=float, default=default.lr)
-    args = parser.parse_args(argv)
-    if args.smoke:
-        return smoke(args.out, args.resume)
-    return Settings(
-        out=args.out,
-        device=args.device,
-        resume=args.resume,
-        seed=args.seed,
-        vae_seconds=args.vae_minutes * 60,
-        denoiser_seconds=args.denoiser_minutes * 60,
-        classifier_seconds=args.classifier_minutes * 60,
-        stop_after=args.minutes * 60 if args.minutes else default.stop_after,
-        batch=args.batch,
-        vae_batch=args.vae_batch,
-        groups=args.groups,
-        per_group=args.per_group,
-        pool=args.pool,
-        fill=args.fill,
-        render_every=args.render_every,
-        lr=args.lr,
-    )
+    parser.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()), help="one a GPU")
+    parser.add_argument("--minutes", type=float, default=default.stop_after / 60, help="length of this command")
+    for name in PHASES:
+        minutes = getattr(default, f"{name}_seconds") / 60
+        parser.add_argument(
+            f"--{name}-minutes", type=float, default=minutes, help="of the phase, all commands together"
+        )
+    numbers = ("seed", "batch", "vae_batch", "groups", "per_group", "pictures", "pool", "fill", "render_every")
+    for name in (*numbers, "lr", "vae_lr", "texture", "reserve"):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = vars(parser.parse_args(argv))
+    seconds = {f"{name}_seconds": 60 * given.pop(f"{name}_minutes") for name in PHASES}
+    values = given | seconds | {"stop_after": 60 * given["minutes"]}
+    values = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
+    if given["smoke"]:
+        values |= _SMOKE | {"device": "cpu"}
+    return Settings(**values), given["processes"]

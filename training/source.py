@@ -11,6 +11,7 @@ from .scenes import Spec, View, render
 
 MAX_ZOOM = 8.0
 CROP_ZOOM = 1.3  # above this a view counts as a crop
+PLAIN = 0.25  # share of crops that look at what is nearly empty: sky, sea, sand, snow
 
 
 @dataclass(kw_only=True)
@@ -38,14 +39,21 @@ class Source:
         return torch.rand(count, generator=self.generator, device=self.device)
 
     def view(self, count: int, crops: bool) -> View:
-        """Whole scenes, or crops of log-uniform zoom 1..8 that favour where subjects stand."""
+        """Whole scenes, or crops of log-uniform zoom 1..8: many where subjects stand, some of plain sky and ground.
+
+        Without those, a model that is asked to add detail to an empty sky finds a use for it.
+        """
         if not crops:
             return View.whole(count, self.device, self.size)
         zoom = torch.exp(self._uniform(count) * math.log(MAX_ZOOM))
-        margin = 0.5 / zoom
         favour = self._uniform(count) < 0.4
         x = torch.where(favour, 0.28 + 0.44 * self._uniform(count), self._uniform(count))
         y = torch.where(favour, 0.25 + 0.40 * self._uniform(count), self._uniform(count))
+        plain = self._uniform(count) < PLAIN
+        zoom = torch.where(plain, zoom.clamp(min=2.5), zoom)
+        margin = 0.5 / zoom
+        band = self._uniform(count)  # the upper part of the sky or the foreground
+        y = torch.where(plain, torch.where(self._uniform(count) < 0.6, 0.68 + 0.32 * band, 0.22 * band), y)
         x = torch.minimum(torch.maximum(x, margin), 1 - margin)
         y = torch.minimum(torch.maximum(y, margin), 1 - margin)
         return View(centre_x=x, centre_y=y, zoom=zoom, max_zoom=MAX_ZOOM, size=self.size)

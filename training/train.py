@@ -1,15 +1,20 @@
-"""Train the embedded model with one command: ``python -m training.train --out DIR [--resume] [--smoke]``.
+"""Train the embedded model: ``python -m training.train --out DIR [--phase vae|denoiser|classifier] [--resume]``.
 
-Phases by wall-clock budget: autoencoder, text encoder + UNet, classifier. A command ends by itself before
-``--minutes`` with everything exported, and ``--resume`` goes on. Flat files in DIR: ``vae``,
-``text_encoder``, ``unet``, ``classifier`` (.safetensors, fp16), ``figures.json``, ``sheet.png``; ``state.pt`` resumes.
+Phases by wall-clock budget: autoencoder, text encoder + UNet, classifier; one process a GPU. A command ends by itself
+before ``--minutes`` with everything exported, and ``--resume`` goes on. Flat files in DIR: ``vae``, ``text_encoder``,
+``unet``, ``classifier`` (.safetensors, fp16, large ones in parts), ``figures.json``, ``vae.png``, ``sheet.png``;
+``state.pt`` resumes. ``--smoke`` runs everything at toy size on a CPU.
 """
 
 import argparse
 import copy
 import json
+import os
 import random
+import shutil
+import sys
 import time
+from typing import Any
 
 import torch
 
@@ -17,13 +22,14 @@ from .autoencoder import measure_autoencoder, train_autoencoder
 from .captions import caption
 from .classifier import Classifier, classify
 from .clock import Clock
-from .denoiser import LatentSource, sample, train_denoiser
-from .export import PARTS, read_flat, write_flat
+from .denoiser import LatentSource, measure_denoiser, sample, train_denoiser
+from .export import files_of, read_flat, write_flat
 from .judge import measure_classifier, train_classifier
 from .library import Library, labels
 from .models import make_text_encoder, make_unet, make_vae, parameter_count
 from .optim import Trainee
 from .preview import sheet
+from .ranks import agree, launch, rank, start
 from .settings import Settings, parse
 from .source import Source
 from .specs import SETTINGS, SUBJECTS, TIMES, sample_spec
@@ -43,6 +49,10 @@ SHEET_PROMPTS = (
     "a cactus in the desert at sunset",
     "a stone bridge over a lake, snowy mountains in the background",
     "a lone tree in a snowy field, falling snow",
+    "a red lighthouse on a beach by day, clear sky",
+    "a ship on the sea at night, crescent moon",
+    "a sailboat with yellow sails on the sea, the sun",
+    "a tent by a lake in the fog at dawn",
 )
 
 
@@ -52,7 +62,7 @@ class Training:
     def __init__(self, options: Settings):
         self.options, self.out = options, options.out
         self.out.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(options.device)
+        self.device = start(options.device)
         torch.manual_seed(options.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -62,6 +72,9 @@ class Training:
             "denoiser": {"unet": make_unet(tiny=o.tiny), "text_encoder": make_text_encoder()},
             "classifier": {"classifier": Classifier()},
         }
+        if o.text:
+            loaded: Any = type(parts["denoiser"]["text_encoder"]).from_pretrained(o.text, torch_dtype=torch.float32)
+            parts["denoiser"]["text_encoder"].load_state_dict(loaded.state_dict())
         self.trainees = {}
         for name, modules in parts.items():
             placed = {k: m.to(self.device, memory_format=torch.channels_last) for k, m in modules.items()}
@@ -71,6 +84,7 @@ class Training:
         elapsed = self._resume() if o.resume else {}
         budgets = {"vae": o.vae_seconds, "denoiser": o.denoiser_seconds, "classifier": o.classifier_seconds}
         self.clock = Clock(budgets, elapsed, o.stop_after - o.reserve)
+        self.ran: list[str] = []
 
     def _resume(self) -> dict[str, float]:
         state_file, figures_file = self.out / "state.pt", self.out / "figures.json"
@@ -84,9 +98,10 @@ class Training:
                 trainee.load_state_dict(state[name])
             print(f"resumed from {state_file}", flush=True)
         else:
-            for trainee in self.trainees.values():
-                trainee.load_weights({part: read_flat(self.out, part) for part in trainee.modules})
-            print(f"resumed from the exported weights in {self.out}", flush=True)
+            for name, trainee in self.trainees.items():
+                if all(files_of(self.out, part) for part in trainee.modules):
+                    trainee.load_weights({part: read_flat(self.out, part) for part in trainee.modules})
+                    print(f"resumed {name} from the exported weights in {self.out}", flush=True)
         return self.figures["elapsed"]
 
     @property
@@ -98,35 +113,43 @@ class Training:
         """A copy of it in the dtype that training computes in."""
         return copy.deepcopy(self.vae).to(self.trainees["vae"].dtype)
 
+    def _due(self, phase: str, *before: str) -> bool:
+        """Whether this command trains ``phase``: it is asked for, has budget left, and those ``before`` are done."""
+        asked, done = self.options.phase, self.clock.done
+        due = asked == phase or (asked == "all" and all(done(name) for name in before))
+        if due and not done(phase):
+            self.ran.append(phase)
+            return True
+        return False
+
     def run(self) -> None:
-        """Every phase that has budget left, then the figures and the files."""
-        o, clock = self.options, self.clock
-        began = time.monotonic()
-        library = Library.make(o.groups, o.per_group, o.seed + int(sum(clock.elapsed.values())), self.device)
+        """Every phase that is due, then the figures and the files."""
+        o, clock, began = self.options, self.clock, time.monotonic()
+        seed = o.seed + int(sum(clock.elapsed.values())) + 1_000_003 * rank()
+        library = Library.make(o.groups, o.per_group, seed, self.device)
         print(f"{len(library.tokens)} captions in {time.monotonic() - began:.1f} s", flush=True)
-        source = Source(library, self.device, o.seed + 1 + int(sum(clock.elapsed.values())), size=o.size)
+        source = Source(library, self.device, seed + 1, size=o.size)
         held = Library.make(o.held_groups, 8, o.seed + 7919, self.device)
-        held_out = Source(held, self.device, 99, size=o.size, seed_base=HELD_OUT)
-        fresh = not clock.done("vae")
-        train_autoencoder(clock, self.trainees["vae"], source, batch=o.vae_batch, peak_lr=1.0e-3)
-        if fresh:
-            measured = measure_autoencoder(self.vae, held_out, o.held_groups)
-            print(measured, flush=True)
-            self.figures |= measured | {"scaling_factor": 1.0 / measured["latent_std"]}
+        common = {"fill": o.fill, "finish": o.finish, "render_every": o.render_every, "compiled": o.compile}
+        if self._due("vae"):
+            own = {"batch": o.vae_batch, "peak_lr": o.vae_lr, "pool": o.pictures, "texture": o.texture}
+            train_autoencoder(clock, self.trainees["vae"], source, **own, **common)
+            scenes = self._held_out(held)
+            measured = measure_autoencoder(self.vae, scenes, o.held_groups)
+            (scale,) = agree(1.0 / measured["latent_std"])
+            self.figures |= measured | {"scaling_factor": scale}
             self.save()
-        if clock.done("vae") and not clock.done("denoiser"):
-            latents = LatentSource(source, self.fast_vae(), self.figures["scaling_factor"], o.pool)
-            train_denoiser(
-                clock,
-                self.trainees["denoiser"],
-                latents,
-                library,
-                batch=o.batch,
-                peak_lr=o.lr,
-                fill=o.fill,
-                render_every=o.render_every,
-            )
-        if clock.done("denoiser"):
+            self._reconstructions(scenes)
+        if self._due("denoiser", "vae"):
+            scale = self.figures["scaling_factor"]
+            denoiser, latents = self.trainees["denoiser"], LatentSource(source, self.fast_vae(), scale, o.pool)
+            train_denoiser(clock, denoiser, latents, library, batch=o.batch, peak_lr=o.lr, **common)
+            self.save()
+            if not rank():
+                scenes = LatentSource(self._held_out(held), self.fast_vae(), scale, 1)
+                self.figures |= measure_denoiser(denoiser, scenes, o.held_groups)
+                self._sheet(library)
+        if self._due("classifier", "vae", "denoiser"):
             train_classifier(
                 clock,
                 self.trainees["classifier"],
@@ -136,12 +159,17 @@ class Training:
                 peak_lr=2e-3,
                 fill=o.fill,
             )
-        self.save()
-        self.figures |= measure_classifier(self.trainees["classifier"], held_out, o.held_groups)
-        self._sheet(library)
-        self._accuracy(library)
-        self.save(full=False)
-        print(json.dumps(self.figures, indent=1), flush=True)
+            self.save()
+        if not rank():
+            if clock.elapsed["classifier"]:
+                self.figures |= measure_classifier(self.trainees["classifier"], self._held_out(held), o.held_groups)
+                self._accuracy(library)
+            self.save(full=False)
+            self._copy()
+            print(json.dumps(self.figures, indent=1), flush=True)
+
+    def _held_out(self, held: Library) -> Source:
+        return Source(held, self.device, 99, size=self.options.size, seed_base=HELD_OUT)
 
     def _sample(self, library: Library, tokens: torch.Tensor, seed: int) -> torch.Tensor:
         denoiser = self.trainees["denoiser"]
@@ -156,12 +184,23 @@ class Training:
             latent_size=self.options.size // 8,
         )
 
+    @torch.no_grad()
+    def _reconstructions(self, scenes: Source) -> None:
+        """Held-out scenes and crops, each row followed by what the autoencoder returns."""
+        if rank():
+            return
+        rows = []
+        for crops in (False, True):
+            images = torch.cat([scenes.draw(crops).images[:2] for _ in range(4)])
+            rows += [images, self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)]
+        sheet(torch.cat(rows), len(rows[0]), self.out / "vae.png")
+
     def _sheet(self, library: Library) -> None:
         prompts = SHEET_PROMPTS[: self.options.sheet]
         tokens = torch.tensor(
             [encode(p) for p in prompts for _ in range(self.options.sheet_columns)], device=self.device
         )
-        sheet(self._sample(library, tokens, 1), 2 * self.options.sheet_columns, self.out / "sheet.png")
+        sheet(self._sample(library, tokens, 1), 4 * self.options.sheet_columns, self.out / "sheet.png")
 
     def _accuracy(self, library: Library) -> None:
         """Whether generated pictures show what held-out captions ask."""
@@ -175,10 +214,11 @@ class Training:
 
     def save(self, full: bool = True) -> None:
         """Export the averaged weights and the figures; ``full``: the state to resume from, too."""
+        if rank():
+            return
         for trainee in self.trainees.values():
-            for part in PARTS:
-                if part in trainee.ema:
-                    write_flat(self.out, part, trainee.ema[part])
+            for part, module in trainee.ema.items():
+                write_flat(self.out, part, module)
         if full:
             torch.save({name: t.state_dict() for name, t in self.trainees.items()}, self.out / ".state.pt")
             (self.out / ".state.pt").replace(self.out / "state.pt")
@@ -187,11 +227,26 @@ class Training:
         self.figures |= {"elapsed": self.clock.elapsed, "updates": updates, "parameters": counts}
         (self.out / "figures.json").write_text(json.dumps(self.figures, indent=1) + "\n")
 
+    def _copy(self) -> None:
+        """What the phases of this command made, into ``parts``."""
+        if self.options.parts is None:
+            return
+        self.options.parts.mkdir(parents=True, exist_ok=True)
+        weights = [f for name in self.ran for part in self.trainees[name].ema for f in files_of(self.out, part)]
+        pictures = [
+            self.out / f"{name}.png" for phase, name in (("vae", "vae"), ("denoiser", "sheet")) if phase in self.ran
+        ]
+        for file in (*weights, *pictures, self.out / "figures.json"):
+            shutil.copyfile(file, self.options.parts / file.name)
+
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Training(parse(parser, argv)).run()
+    options, processes = parse(parser, argv)
+    if processes > 1 and "RANK" not in os.environ:
+        sys.exit(launch(processes, sys.argv[1:] if argv is None else argv))
+    Training(options).run()
 
 
 if __name__ == "__main__":

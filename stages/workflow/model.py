@@ -87,6 +87,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     if config.model.name != AUTO:
         if (classes or Path(config.model.path).is_file()) and "model.family" not in said:
             config.model.family = family
+        _channels(config, folder, said)
         _size(config, said)
         _schedule(config, said)
         return
@@ -97,8 +98,27 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     for key, value in found.items():
         if f"model.{key}" not in said:
             OmegaConf.update(config, f"model.{key}", value)
+    _channels(config, folder, said)
     _size(config, said)
     _schedule(config, said)
+
+
+def _channels(config: DictConfig, folder: Path | None, said: Collection[str]) -> None:
+    """Latents of a UNet have as many channels as the checkpoint's VAE says: most have four, the embedded one its own.
+
+    Raises:
+        ConfigError: another number was asked for.
+    """
+    facts = FACTS.get(str(config.model.family))
+    if facts is None or not facts.unet:
+        return
+    own = read_json(folder / "vae" / "config.json") if folder else None
+    found = own.get("latent_channels") if isinstance(own, dict) else None
+    channels = found if isinstance(found, int) and found > 0 else facts.latent_channels
+    if "model.latent_channels" not in said:
+        config.model.latent_channels = channels
+    elif config.model.latent_channels != channels:
+        raise ConfigError("model.latent_channels", config.model.latent_channels, f"{channels}, as the VAE has it")
 
 
 def _size(config: DictConfig, said: Collection[str]) -> None:

@@ -214,6 +214,8 @@ def _numbers(config: DictConfig) -> None:
 def _family(config: DictConfig) -> None:
     facts = facts_of(config)
     for key in ("latent_channels", "vae_scale_factor", "patch"):
+        if key == "latent_channels" and facts.unet:
+            continue  # the checkpoint's VAE says so, where one was found
         if config.model[key] != getattr(facts, key):
             expected = f"{getattr(facts, key)}, as the family {config.model.family} has it"
             raise ConfigError(f"model.{key}", config.model[key], expected)

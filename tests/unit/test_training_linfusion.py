@@ -11,7 +11,7 @@ from linfusions import published
 
 from benchmarks.linfusion import mounted
 from training.linfusion import MODEL, distil, error, main, write
-from training.models import make_unet
+from training.models import LATENT_CHANNELS, make_unet
 
 
 def test_what_ships_predicts_what_the_stock_network_does() -> None:
@@ -32,7 +32,7 @@ class Inputs:
     alphas = torch.zeros(1)
 
     def draw(self, batch: int) -> dict[str, Any]:
-        sample, states = torch.randn(batch, 4, 8, 8), torch.randn(batch, 77, 160)
+        sample, states = torch.randn(batch, LATENT_CHANNELS, 8, 8), torch.randn(batch, 77, 160)
         return {
             "sample": sample,
             "timestep": torch.full((batch,), 9),

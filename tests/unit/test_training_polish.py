@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from training import polish
 from training.library import Library
-from training.polish import MODEL, Canvases, colour_loss, lattice_loss, main
+from training.losses import colour_loss, lattice_loss
+from training.polish import MODEL, Canvases, main
 from training.source import Source
 
 

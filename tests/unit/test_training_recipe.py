@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from training import export as flat
 from training.clock import Clock, Phase
-from training.export import export
+from training.export import export, files_of, read_flat, write_flat
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def _train(out: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("training")
-    _train(out)
+    _train(out, "--processes", "2")
     return out
 
 
@@ -60,6 +61,18 @@ def test_resume_goes_on_instead_of_starting_over(trained: Path) -> None:
     assert "resumed from" in said
     assert after["updates"] == before["updates"]  # every budget was used: nothing is left to do
     assert after["scaling_factor"] == before["scaling_factor"]
+
+
+def test_large_flat_files_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+    monkeypatch.setattr(flat, "PART_BYTES", 300)  # a layer has 144 bytes
+    write_flat(tmp_path, "unet", module)
+    assert [f.name for f in files_of(tmp_path, "unet")] == ["unet-0.safetensors", "unet-1.safetensors"]
+    read = read_flat(tmp_path, "unet")
+    assert read.keys() == module.state_dict().keys()
+    assert all(torch.equal(read[k], v.half().float()) for k, v in module.state_dict().items())
+    with pytest.raises(FileNotFoundError, match=r"no vae\.safetensors"):
+        read_flat(tmp_path, "vae")
 
 
 def test_exported_folder_makes_a_picture(trained: Path, tmp_path: Path) -> None:

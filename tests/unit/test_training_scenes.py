@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.scenes import MATERIALS, View, render
+from training.scenes import MATERIALS, Scene, View, render
 from training.specs import SETTINGS, SUBJECTS, TIMES, WEATHERS, Spec, sample_spec
 
 
@@ -66,6 +66,18 @@ def test_the_main_subject_shows() -> None:
             continue
         _, ids = _render(spec, View.whole(1, size=128))
         assert (ids == MATERIALS.index(spec.subject)).sum() >= 12, spec
+
+
+def test_no_cloud_lies_on_the_moon() -> None:
+    moon, clouds = MATERIALS.index("moon"), MATERIALS.index("clouds")
+    for seed in range(4):
+        spec = Spec(time="night", weather="cloudy", setting="sea", body="moon")
+        _, ids = _render(spec, View.whole(1, size=128), seed)
+        scene = Scene(spec, torch.tensor([seed]), torch.tensor([0]))
+        at = (torch.arange(128) + 0.5) / 128
+        away = ((at[None] - scene.sun_x[0]) ** 2 + (1 - at[:, None] - scene.sun_y[0]) ** 2).sqrt()
+        assert (ids[0][away < 0.05] == moon).all()
+        assert (ids == clouds).any()
 
 
 def test_unequal_counts_are_refused() -> None:

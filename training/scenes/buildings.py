@@ -36,7 +36,7 @@ def _halo(c: Canvas, s: Scene, x: torch.Tensor, y: torch.Tensor, reach: torch.Te
 def paint_lighthouse(c: Canvas, s: Scene, x: torch.Tensor, y: torch.Tensor, size: torch.Tensor) -> None:
     """A tapered tower with painted bands, brickwork, gallery, lantern room, dome, and a beam after dark."""
     p = s.palette
-    dx, t = c.x - x, (c.y - y) / size
+    dx, t = (c.x - x) / 1.3, (c.y - y) / size  # stout enough for windows and bands to show in a few latents
     if s.lamps > 0.4:
         _beam(c, s, x, y + size * 0.845, size)
     # base plinth

@@ -26,13 +26,13 @@ from .weather import paint_weather
 
 # subject -> (painter, least and greatest height in world units) for what stands on ground
 _STANDING: dict[str, tuple[Callable[..., None], float, float]] = {
-    "lighthouse": (paint_lighthouse, 0.34, 0.46),
-    "house": (paint_house, 0.17, 0.25),
-    "castle": (paint_castle, 0.28, 0.38),
-    "windmill": (paint_windmill, 0.32, 0.42),
-    "tree": (paint_tree, 0.30, 0.44),
-    "tent": (paint_tent, 0.13, 0.19),
-    "cactus": (paint_cactus, 0.26, 0.40),
+    "lighthouse": (paint_lighthouse, 0.40, 0.50),
+    "house": (paint_house, 0.27, 0.38),
+    "castle": (paint_castle, 0.38, 0.48),
+    "windmill": (paint_windmill, 0.38, 0.48),
+    "tree": (paint_tree, 0.34, 0.46),
+    "tent": (paint_tent, 0.19, 0.27),
+    "cactus": (paint_cactus, 0.32, 0.44),
 }
 _SNOW = (0.93, 0.96, 1.0)
 
@@ -45,8 +45,8 @@ def paint_scene(c: Canvas, s: Scene) -> None:
         s.box = (s.u("flock.x", 0.30, 0.70), s.u("flock.y", 0.66, 0.82), s.u("flock.spread", 0.10, 0.20))
     _LAYOUTS[s.spec.setting](c, s)
     if s.spec.subject == "balloon":
-        size = s.u("subject.size", 0.26, 0.40)
-        x, y = s.u("subject.x", 0.25, 0.75), s.u("subject.y", 0.44, 0.55)
+        size = s.u("subject.size", 0.34, 0.46)
+        x, y = s.u("subject.x", 0.25, 0.75), s.u("subject.y", 0.42, 0.50)
         paint_balloon(c, s, x, y, size)
         s.box = (x, y + size * 0.5, size * 0.5)
     paint_weather(c, s)
@@ -72,7 +72,7 @@ def _float(c: Canvas, s: Scene) -> None:
     if s.spec.subject not in ("sailboat", "ship"):
         return
     sail = s.spec.subject == "sailboat"
-    size = s.u("subject.size", 0.26, 0.40) if sail else s.u("subject.size", 0.19, 0.28)
+    size = s.u("subject.size", 0.38, 0.54) if sail else s.u("subject.size", 0.22, 0.30)
     x, y = s.u("subject.x", 0.30, 0.70), s.horizon - s.u("subject.y", 0.04, 0.12)
     if s.spec.setting == "cliff":
         x, size = torch.where(s.u("cliff.side", 0, 1) > 0.5, x * 0.5 + 0.02, 0.98 - x * 0.5), size * 0.6

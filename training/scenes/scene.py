@@ -24,7 +24,7 @@ class Scene:
     """``count`` scenes of one ``spec``. seeds: ``[B]`` int64; colours: ``[B]`` int64 index of the subject's paint.
 
     Tensors ``[B,1,1]``: horizon (its height), sun_x, sun_y (sun or moon), side (+1: light from the right).
-    box: the main subject's (x, y, half size), or None.
+    box: the main subject's (x, y, half size), or None. disc: radius of sun or moon where one shows, or None.
     """
 
     def __init__(self, spec: Spec, seeds: torch.Tensor, colours: torch.Tensor):
@@ -38,9 +38,10 @@ class Scene:
         if spec.time in ("sunset", "sunrise"):
             self.sun_y = self.horizon + self.u("sun.y", 0.045, 0.17)
         else:
-            self.sun_y = self.u("sun.y", 0.70, 0.90)
+            self.sun_y = self.u("sun.y", 0.84 if "mountains" in spec.setting else 0.74, 0.89)  # above most peaks
         self.side = torch.where(self.sun_x > 0.5, 1.0, -1.0)
         self.box: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.disc: torch.Tensor | None = None
 
     def u(self, name: str, low: float, high: float) -> torch.Tensor:
         """A uniform number of each scene that belongs to ``name``: ``[B,1,1]`` in [low, high)."""

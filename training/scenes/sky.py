@@ -52,15 +52,15 @@ def _sun(c: Canvas, s: Scene) -> None:
     c.add(wide * 0.45 * overcast, p.sun)
     c.add(torch.exp(-r / 0.075) * 0.55 * overcast, p.sun)
     if s.spec.body == "sun":
-        radius = s.u("sun.r", 0.035, 0.06) if s.spec.time != "day" else s.u("sun.r", 0.026, 0.038)
-        disc = c.edge(r - radius, 0.002)
+        s.disc = s.u("sun.r", 0.042, 0.07) if s.spec.time != "day" else s.u("sun.r", 0.034, 0.05)
+        disc = c.edge(r - s.disc, 0.002)
         core = torch.lerp(p.sun, torch.ones_like(p.sun), 0.55)
         c.paint(disc * (0.6 + 0.4 * overcast), core, "sun")
 
 
 def _moon(c: Canvas, s: Scene) -> None:
     p = s.palette
-    radius = s.u("moon.r", 0.036, 0.062)
+    s.disc = radius = s.u("moon.r", 0.055, 0.085)
     dx, dy = (c.x - s.sun_x) / radius, (c.y - s.sun_y) / radius
     r = (dx * dx + dy * dy).sqrt()
     veil = 0.5 if s.spec.weather in ("storm", "rain", "fog", "snowfall") else 1.0
@@ -105,4 +105,7 @@ def _clouds(c: Canvas, s: Scene) -> None:
     colour = torch.lerp(colour, p.horizon.expand_as(colour), (air * 0.75)[:, None])
     dense = 0.93 if s.spec.weather in ("storm", "cloudy", "rain", "snowfall") else 0.80
     above = smooth(s.horizon - 0.01, s.horizon + 0.05, c.y)
+    if s.disc is not None:  # sun and moon stay whole: a disc behind clouds is a lump to whoever learns from it
+        away = ((c.x - s.sun_x) ** 2 + (c.y - s.sun_y) ** 2).sqrt()
+        above = above * smooth(s.disc * 1.05, s.disc * 1.8, away)
     c.paint(cover * dense * above, colour, "clouds")
