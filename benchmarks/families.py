@@ -47,6 +47,7 @@ def rows_of(output: Path, kind: str, plan_only: bool) -> list[dict[str, Any]]:
         if name in ran and ran[name]["status"] != "reused":
             took = ran[name]
             row |= {"measured": took["peak_rss_bytes"], "seconds": took["seconds"], "module": took["peak_module"]}
+            row |= {"waited": took["waited_seconds"]}
         found.append(row)
     return found
 
@@ -86,9 +87,10 @@ def main() -> int:
     for row in rows:
         took, predicted = row.get("measured"), row["predicted"]
         each = f"{row['seconds'] / row['tiles']:.1f} s" if took and row["tiles"] else "-"
-        more = (f"{took / predicted:.3f}", f"{row['seconds']:.0f} s", each, row["module"]) if took else ("-",) * 4
+        more = (f"{took / predicted:.3f}", f"{row['seconds']:.0f} s", each) if took else ("-",) * 3
+        more += (f"{row['waited'] / row['seconds']:.0%}", row["module"]) if took else ("-",) * 2
         cells.append((row["family"], row["stage"], mb(predicted), mb(took), *more))
-    table(("family", "stage", "predicted", "measured", "ratio", "took", "a tile", "heaviest module"), cells)
+    table(("family", "stage", "predicted", "measured", "ratio", "took", "a tile", "reading", "heaviest module"), cells)
     measured = [row for row in rows if "measured" in row]
     checks = {f"predicted within {given.budget}": all(row["predicted"] <= limit for row in rows)}
     if measured:

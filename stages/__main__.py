@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         events(Error(message, expected, errno.ENOSPC if disk_full(error) else getattr(error, "errno", None)))
         return 1
-    events(Done(status, own_peak_rss(), peak_vram(), place.rank))
+    events(Done(status, own_peak_rss(), peak_vram(), place.rank, round(progress.waited, 3)))
     return 0
 
 

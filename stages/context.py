@@ -37,6 +37,7 @@ class Progress:
         self._mark = mark
         self._pending, self._sent = 0, 0.0
         self.resumed_because = ""
+        self.waited = 0.0  # seconds that passes stood still for weights
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         """Announce ``total`` pieces of work named ``unit`` ('steps', 'tiles'), ``done`` of them finished before."""

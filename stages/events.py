@@ -40,6 +40,8 @@ class Resumed:
 class Done:
     """The last word of a stage whose result is there. ``status``: ran | resumed | reused. Sizes in bytes.
 
+    ``waited_seconds``: for weights (of a GPU it is not known: 0).
+
     Every rank has one: ``gpus`` are the peaks of the devices that it used.
     """
 
@@ -47,6 +49,7 @@ class Done:
     peak_rss_bytes: int
     gpus: list[int] = field(default_factory=list)
     rank: int = 0
+    waited_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

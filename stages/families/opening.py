@@ -68,6 +68,7 @@ def open_component(
         if lies := context.plan.model(name).placement:
             context.progress.note(described(name, lies))
         yield streamer
+        context.progress.waited += getattr(streamer, "waited", 0.0)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ so the picture is the same at every budget.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ class WeightStreamer:
         self._held: dict[str, int] = {}
         self._private: dict[str, torch.Tensor] = {}
         self._inside = False
+        self.waited = 0.0  # seconds that a pass stood still for weights
         self._load_resident([unit for unit in units if unit.name in resident])
         self._ring = _Ring(ring_bytes)
         self._arena = torch.empty(ring_bytes if self._streamed else 0, dtype=torch.uint8)
@@ -160,7 +162,7 @@ class WeightStreamer:
 
     def _acquire(self, unit: Unit) -> None:
         """Wait until the weights of ``unit`` are in the ring and give them to its module."""
-        wanted = self._position[unit.name]
+        wanted, begin = self._position[unit.name], time.monotonic()
         with self._condition:
             while True:
                 while self._ready and self._ready[0][0] != wanted:
@@ -176,6 +178,7 @@ class WeightStreamer:
                     self._next = wanted  # called out of order: go on reading from here
                     self._condition.notify_all()
                 self._condition.wait()
+        self.waited += time.monotonic() - begin
         self._assign(unit, self._arena[start : start + unit.nbytes])
 
     def _release(self, unit: Unit) -> None:

@@ -40,6 +40,7 @@ def write(
                 "status": result.status,
                 "reason": result.reason,
                 "seconds": result.seconds,
+                "waited_seconds": result.waited_seconds,
                 "peak_rss_bytes": result.peak_rss_bytes,
                 "predicted_peak_rss_bytes": predictions.get(result.name, StagePlan()).predicted_peak_rss_bytes,
                 "ranks": result.ranks,

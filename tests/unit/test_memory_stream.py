@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,6 +193,34 @@ def test_a_pass_that_fails_leaves_the_streamer_usable(folder: Path) -> None:
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
             predict(streamer.model, samples, embeds[..., :7], 2)
         assert torch.equal(predict(streamer.model, samples, embeds, 2), expected)
+
+
+def test_time_that_a_pass_stands_still_for_weights_is_counted(folder: Path) -> None:
+    """A reader that takes its time; weights that are there are not waited for."""
+    component = Checkpoint.open(str(folder)).component("unet")
+    limit, nbytes = sizes(component, torch.float32, "block", "largest")
+    with opened(component, torch.float32, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}) as streamer:
+        streamer.source = Slow(streamer.source)
+        units = len(streamer._streamed)
+        predict(streamer.model, seeded(2, 4, 16, 16), seeded(2, 77, 32), 2)
+        assert streamer.waited > 0.02 * (units - 2)  # the first may have been read before
+    with opened(component, torch.float32, {}) as streamer:
+        predict(streamer.model, seeded(2, 4, 16, 16), seeded(2, 77, 32), 2)
+        assert streamer.waited == 0
+
+
+class Slow:
+    """A source that takes its time."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self.source = source
+
+    def read(self, *arguments: Any) -> None:
+        time.sleep(0.02)
+        self.source.read(*arguments)
+
+    def close(self) -> None:
+        self.source.close()
 
 
 class Broken:

@@ -39,6 +39,7 @@ class StageResult(NamedTuple):
     heaviest: tuple[tuple[str, int], ...] = ()
     timeline: tuple[Sample, ...] = ()
     ranks: int = 1
+    waited_seconds: float = 0.0  # for weights, of ``seconds``
     gpus: tuple[int, ...] = ()  # peaks of those that it used: by rank, or by device
 
     def stats(self) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def reused(state: StageState) -> StageResult:
             heaviest=tuple((str(name), int(size)) for name, size in stats.get("heaviest", [])),
             timeline=tuple(Sample(*sample) for sample in stats.get("timeline", [])),
             ranks=int(stats.get("ranks", 1)),
+            waited_seconds=float(stats.get("waited_seconds", 0)),
             gpus=tuple(map(int, stats.get("gpus", []))),
         )
     except (TypeError, ValueError):  # not as we wrote it: they are figures only

@@ -135,6 +135,7 @@ class LocalProcess:
             heaviest=tuple(monitor.heaviest),
             timeline=tuple(monitor.timeline),
             ranks=self.ranks,
+            waited_seconds=last.waited_seconds,
             gpus=gpus,
         )
 
