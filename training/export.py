@@ -44,13 +44,18 @@ def read_flat(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def export(source: Path, folder: Path) -> None:
-    """Assemble ``folder`` from ``source``; the classifier goes beside this module, for the benchmark."""
+    """Assemble ``folder`` from ``source``; the classifier goes beside this module, for the benchmark.
+
+    Weights that lie in ``folder`` are removed: one old file would go before new ones in parts.
+    """
     figures = json.loads((source / "figures.json").read_text())
     tiny = figures["tiny"]
     vae = make_vae(figures["scaling_factor"], tiny=tiny)
     text, unet = make_text_encoder(), make_unet(tiny=tiny)
     for name, module in (("vae", vae), ("text_encoder", text), ("unet", unet)):
         module.load_state_dict(read_flat(source, name))
+        for old in (folder / name).glob("*.safetensors*"):
+            old.unlink()
     save_folder(folder, vae, text, unet)
 
 
