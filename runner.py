@@ -24,33 +24,24 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from stages.config import ROOT, ConfigError
 from stages.schema import Config
-from stages.workflow import overrides, run, signals
+from stages.workflow import overrides, signals, sweep
 from stages.workflow.errors import explain
+from stages.workflow.run import Reported
 
 PIPELINE = "stages"  # the package that holds the stages
-RUNNER = "HIGHRES_RUNNER"  # environment: process id of the command that the person gave
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, OSError)  # said in one message
-failed: list[str] = []  # runs of this process that were refused or failed, and have said why
 ConfigStore.instance().store(name="schema", node=Config)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
-def job(config: DictConfig) -> None:
+def job(config: DictConfig) -> float | None:
     """One run: the only one, or one job of a sweep (which may be on another machine)."""
-    said = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    assert isinstance(said, list)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    try:
-        run.execute(config, [str(text) for text in said], sweep=sweep, pipeline=PIPELINE)
-    except run.Reported as error:
-        if os.environ.get(RUNNER) != str(os.getpid()):  # a sweep job elsewhere: its launcher has to know
-            raise
-        failed.append(str(error))
+    return sweep.job(config, PIPELINE, sweeps=HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def main() -> int:
@@ -63,10 +54,13 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us whole; we say them in one message
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(search)  # for stage processes and sweep jobs
-    os.environ[RUNNER] = str(os.getpid())
+    os.environ[sweep.RUNNER] = str(os.getpid())
     try:
         sys.argv[1:] = overrides.prepare(sys.argv[1:])
-        job()
+        with sweep.of(sys.argv[1:]) as jobs:
+            job()
+    except Reported:
+        return 1
     except signals.Stopped as stop:
         if not stop.said:
             print("\nstopped before the work began", file=sys.stderr, flush=True)
@@ -76,7 +70,7 @@ def main() -> int:
             raise
         print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
         return 1
-    return 1 if failed else 0
+    return 0 if jobs is None or jobs.all_well else 1
 
 
 if __name__ == "__main__":

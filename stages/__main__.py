@@ -108,8 +108,10 @@ def compute(state: StageState, context: StageContext, module: str, force: bool) 
     try:
         lock.acquire(timeout=0)
     except TimeoutError:
-        context.progress.note(f"{state.name}: waits, another process computes the same result")
+        who = f" ({held})" if (held := state.entry.holder()) else ""
+        context.progress.note(f"{state.name}: waits, another process computes the same result{who}")
         lock.acquire()
+    state.entry.hold(context.run_dir.name)
     try:
         if not force and state.entry.manifest() is not None:
             return "reused"

@@ -195,12 +195,24 @@ class StitchConfig:
 
 
 @dataclass(kw_only=True)
+class WildcardsConfig:
+    """What the lines of ``prompts_file`` leave open: ``{a|b}``, ``__name__``."""
+
+    dir: str | None = None  # where __name__ finds name.txt; None: "wildcards" beside the file
+    seed: int = 0  # of what is drawn; a sweep that goes on draws the same
+    draws: int = 1  # of each line that leaves something open
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is made from."""
 
     prompt: str | None = None  # required; the empty text is a prompt too
     negative_prompt: str = ""
     prompt_file: str | None = None
+    prompts_file: str | None = None  # with -m: a run for every line, PROMPT or PROMPT -- NEGATIVE
+    prompt_line: str | None = None  # such a line
+    wildcards: WildcardsConfig = field(default_factory=WildcardsConfig)
     prompt_weighting: str = "auto"  # auto: (word:1.2), [word], BREAK, AND, prompts of any length, for CLIP | off
     width: int = 2048
     height: int = 2048
@@ -210,6 +222,7 @@ class Config:
     force: bool = False
     progress: bool = True
     output_dir: str = "outputs"
+    score: str | None = None  # seconds | peak | seams | module:function: what a sweeper that optimises is told
     regions: Any = None  # a list, a mapping, or the name of a file with either
     reroll: list[Any] = field(default_factory=list)
     device: str = "cpu"

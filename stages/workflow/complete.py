@@ -16,7 +16,7 @@ from stages.paths import anchored, is_hub_id
 from stages.regions.document import read_document
 from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
-from stages.workflow import loras, model
+from stages.workflow import loras, model, prompts
 from stages.workflow.overrides import CONF
 from stages.workflow.overrides import parse as parse_override
 from stages.workflow.validate import check_sizes, validate
@@ -68,6 +68,15 @@ def _sections(config: DictConfig, kind: Any = Config, prefix: str = "") -> None:
 
 
 def _read_prompt(config: DictConfig) -> None:
+    if config.prompts_file is not None:
+        hint = "Each of its lines is a run: python runner.py -m prompts_file=FILE"
+        raise ConfigError("prompts_file", config.prompts_file, "-m on the command line", hint)
+    if config.prompt_line is not None:
+        if config.prompt is not None or config.prompt_file is not None:
+            raise ConfigError("prompt_line", config.prompt_line, "either prompts or prompts_file", "Leave one out.")
+        text, negative = prompts.split(config.prompt_line)
+        config.prompt, config.prompt_line = escape_all(text), None
+        config.negative_prompt = escape_all(config.negative_prompt if negative is None else negative)
     if config.prompt_file is None:
         if config.prompt is None and config.regions:
             config.prompt = ""  # the regions say it all, or are refused for what they leave uncovered

@@ -16,14 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 from stages.config import ROOT, ConfigError, close_match
 from stages.documents import escape
 from stages.files import write_json
+from stages.hashes import fingerprint
 from stages.paths import anchored
 from stages.schema import Config
+from stages.workflow import prompts
 from stages.workflow.saved import SAVED, settings
 from stages.workflow.words import meant, nearest, sampler
 
 CONF = ROOT / "conf"
-_TEXT = {"prompt", "negative_prompt"}
-_PATHS = {"run", "output_dir", "model.path", "model.lora_dir", "guide.image", "prompt_file"}
+SWEEPS = ".sweeps"  # under output_dir: a folder for every sweep
+_TEXT = {"prompt", "negative_prompt", "prompt_line"}
+_PATHS = {"run", "output_dir", "model.path", "model.lora_dir", "guide.image", "prompt_file", "prompts_file"}
 _DTYPE = "technique.dtype."
 _FREE = (
     "technique.component_dtype",
@@ -32,10 +35,11 @@ _FREE = (
     "reroll",
     "hydra",
 )  # anything may stand below these
-_TRANSIENT = {"run", "stage", "force", "progress", "output_dir"}  # of one command, not of the run
+_TRANSIENT = {"run", "stage", "force", "progress", "output_dir", "score"}  # of one command, not of the run
 _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
+_NO_OTHER = {"force", "progress"}  # keys that make no other sweep of it
 _OPTIONAL = {"experiment"}  # groups of which no option need be taken
-_ALTERNATIVES = {"prompt": "prompt_file", "prompt_file": "prompt"}
+_ALTERNATIVES = {"prompt", "prompt_file", "prompt_line"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
 _OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*?)(?P<package>@[^=]*)?(?P<equal>=)(?P<value>.*)", re.DOTALL)
@@ -169,8 +173,27 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
         overrides.append(_readable(_ready(override, multirun), override))
-    overrides = merge([], overrides)
+    overrides = _lines(merge([], overrides)) if multirun else merge([], overrides)
     return [*flags, *_with_saved_run(overrides)]
+
+
+def _lines(overrides: list[str]) -> list[str]:
+    """``prompts_file`` as what is swept over: its lines, as they are now."""
+    given = value_of(overrides, "prompts_file")
+    if given is None:
+        return overrides
+    path = anchored(given, near=True)
+    folder = value_of(overrides, "wildcards.dir")
+    numbers = {}
+    for key, least in (("wildcards.seed", 0), ("wildcards.draws", 1)):
+        text = value_of(overrides, key) or str(least)
+        if not text.isdigit() or int(text) < least:
+            raise ConfigError(key, text, f"a whole number from {least}")
+        numbers[key] = int(text)
+    beside = anchored(folder, near=True) if folder else path.parent / "wildcards"
+    lines = prompts.read(path, beside, *numbers.values())
+    kept = [text for text in overrides if not text.startswith(("prompts_file=", "wildcards."))]
+    return merge(kept, [f"prompt_line={','.join(map(quote, lines))}"])
 
 
 def _understood(override: Override, options: dict[str, list[str]], multirun: bool) -> Override:
@@ -224,7 +247,8 @@ def merge(base: Iterable[str], new: Iterable[str]) -> list[str]:
     for text in [*base, *new]:
         override = parse(text)
         assert override is not None, text
-        replaced = text not in new and (override.key in fresh or _ALTERNATIVES.get(override.key) in fresh)
+        other = _ALTERNATIVES & fresh if override.key in _ALTERNATIVES else set()
+        replaced = text not in new and (override.key in fresh or other)
         if not replaced:
             found[f"{override.key}{override.package}"] = text
     return list(found.values())
@@ -255,9 +279,15 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
     keys = {override.key for text in overrides if (override := parse(text))}
     if "model.path" in keys and "model" not in keys:  # defaults of another model would be none of this one
         overrides = ["model=auto", *overrides]
-    folder = quote(str(output_dir / ".hydra"))
-    clutter = [f"{key}={folder}" for key in ("hydra.run.dir", "hydra.sweep.dir") if key not in keys]
-    return [*overrides, *clutter]
+    clutter = {"hydra.run.dir": output_dir / ".hydra", "hydra.sweep.dir": output_dir / SWEEPS / _name(overrides)}
+    return [*overrides, *(f"{key}={quote(str(folder))}" for key, folder in clutter.items() if key not in keys)]
+
+
+def _name(overrides: Iterable[str]) -> str:
+    """Of a sweep: by what is swept over, so that the same command finds its sweep again."""
+    keys = {text: override.key for text in overrides if (override := parse(text))}
+    kept = [text for text, key in keys.items() if key not in _NO_OTHER and not key.startswith(("hydra", "launch."))]
+    return fingerprint({"overrides": sorted(kept)})[:16]
 
 
 def _said(key: str, value: Any) -> str:
@@ -281,8 +311,10 @@ def save(run_dir: Path, overrides: Iterable[str], config: DictConfig) -> None:
     kept = []
     for text in overrides:
         override = parse(text)
-        if override and override.key == "prompt_file":
+        if override and override.key in ("prompt_file", "prompt_line"):
             kept.append(f"prompt={quote(config.prompt)}")
+            if override.key == "prompt_line":
+                kept.append(f"negative_prompt={quote(config.negative_prompt)}")
             if config.model.loras:
                 kept.append(_said("model.loras", OmegaConf.to_container(config.model.loras)))
         elif override and override.key not in _TRANSIENT and not override.key.startswith("hydra"):

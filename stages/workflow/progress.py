@@ -52,7 +52,8 @@ class Silent:
 class Plain(Silent):
     """Lines: start, at most one every two seconds, end."""
 
-    def __init__(self) -> None:
+    def __init__(self, speaker: str = "") -> None:
+        self.speaker = speaker
         self.total, self.done, self.unit, self.first, self.printed, self.began = 0, 0, "", 0, 0.0, 0.0
 
     def begin(self, stage: str, reason: str) -> None:
@@ -85,7 +86,7 @@ class Plain(Silent):
             self.line(f"{result.name}: done in {took}")
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        print(f"{self.speaker}{text}", flush=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         lines = [list(header), *[list(row) for row in rows]]
@@ -144,8 +145,9 @@ class Bars(Plain):
             self.task = None
 
 
-def reporter(wanted: bool) -> Silent:
-    """The reporter that fits: ``progress=false`` is silent, a terminal gets bars, all else lines."""
+def reporter(wanted: bool, speaker: str = "") -> Silent:
+    """The reporter that fits: ``progress=false`` is silent, a terminal gets bars, all else lines, and so do several
+    runs that speak at once, each line with its ``speaker``."""
     if not wanted:
         return Silent()
-    return Bars() if sys.stdout.isatty() else Plain()
+    return Bars() if sys.stdout.isatty() and not speaker else Plain(speaker)

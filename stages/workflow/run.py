@@ -23,18 +23,22 @@ from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
-from stages.workflow import launch, nodes, overrides, planning, report
+from stages.workflow import launch, nodes, overrides, planning, report, tables
 from stages.workflow.complete import complete
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
-from stages.workflow.progress import Silent, duration, megabytes, reporter
+from stages.workflow.progress import Silent, reporter
 from stages.workflow.store import Store
 
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
 
 
 class Reported(Exception):
-    """The run failed and the person has been told why."""
+    """The run failed and the person has been told why. ``run``: its name, if it came to one."""
+
+    def __init__(self, message: str, run: str | None = None) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 def execute(
@@ -42,51 +46,62 @@ def execute(
     said: Sequence[str],
     *,
     sweep: bool = False,
+    speaker: str = "",
     pipeline: str = "stages",
     predictions: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, Any]:
-    """Do what the command says; returns what ``run.json`` holds ({} for ``stage=plan``).
+    """Do what the command says; returns what ``run.json`` holds, with ``kept`` if the run was finished before (of
+    ``stage=plan`` the run's name alone).
 
     Args:
         said: the command line's overrides, kept for ``run=NAME`` later.
-        sweep: a job of several: a given run name gets the fingerprint's beginning, so that jobs do not collide.
+        sweep: a job of several: a given run name gets the fingerprint's beginning, so that jobs do not collide, and a
+            run that is finished stays as it is.
+        speaker: begins each line that is said, where several runs speak at once.
         predictions: stage -> its plan; default: from ``plan.json``.
 
     Raises:
         Reported: refused or failed; the message has been printed.
         KeyboardInterrupt: stopped by the person, after saying how to go on.
     """
-    shown = Silent()
+    job, shown = None, Silent()
     try:
         job = complete(config, said)
-        shown = reporter(job.config.progress)
-        return _execute(job, said, sweep, pipeline, predictions, shown)
+        shown = reporter(job.config.progress, speaker)
+        store, declared = Store(Path(job.config.output_dir) / ".store"), importlib.import_module(pipeline).PIPELINE
+        job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
+        return _execute(job, store, said, sweep, pipeline, predictions, shown)
     except (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError) as error:
         shown.close()
         if os.environ.get("HIGHRES_TRACEBACK") == "1":
             raise
-        print(explain(error) if isinstance(error, OSError) else error, file=sys.stderr, flush=True)
-        raise Reported from error
+        message = explain(error) if isinstance(error, OSError) else str(error)
+        print(f"{speaker}{message}", file=sys.stderr, flush=True)
+        raise Reported(message, job and job.run) from error
 
 
 def _execute(
     job: Job,
+    store: Store,
     said: Sequence[str],
     sweep: bool,
     pipeline: str,
     predictions: Mapping[str, StagePlan] | None,
     shown: Silent,
 ) -> dict[str, Any]:
-    output_dir = Path(job.config.output_dir)
-    store, declared = Store(output_dir / ".store"), importlib.import_module(pipeline).PIPELINE
-    job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
-    config, run_dir = job.config, output_dir / str(job.run)
+    declared = importlib.import_module(pipeline).PIPELINE
+    config, run_dir = job.config, Path(job.config.output_dir) / str(job.run)
     make_folder(run_dir)
     if config.launch.node_rank:
         nodes.help_out(job, store, declared, run_dir, pipeline, shown)
         return {}
     with _folder_lock(run_dir, shown):
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
+        if sweep and (finished := _finished(states, run_dir)):
+            link_results(run_dir, states)
+            shown.line(f"{job.run}: finished before")
+            shown.final(str(run_dir / (finished["image"] or "")))
+            return {**finished, "kept": True}
         before = _kept(run_dir)
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config)
@@ -103,16 +118,27 @@ def _execute(
                         _restore(run_dir, before)  # values that cannot work are not the run's
                     raise
             if config.stage == "plan":
-                _show_plan(states, predictions, shown)
+                tables.plan(states, predictions, shown)
                 _draw_regions(job.regions, run_dir, shown)
                 shown.final(f"plan of {run_dir}: nothing was computed")
-                return {}
+                return {"run": job.run}
             return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
         except KeyboardInterrupt as stop:
             shown.close()
             print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
             vars(stop)["said"] = True
             raise
+
+
+def _finished(states: Sequence[StageState], run_dir: Path) -> dict[str, Any] | None:
+    """What the run came to, if all that is asked of it now is there from then."""
+    made = read_object(run_dir / "run.json")
+    listed = made.get("stages")
+    if made.get("error") or not isinstance(listed, list) or any(one.status in ("run", "resume") for one in states):
+        return None
+    known = {(one.get("name"), one.get("fingerprint")) for one in listed if isinstance(one, dict)}
+    there = {(one.name, one.fingerprint) for one in states if one.status == "reuse"}
+    return made if there and there <= known else None
 
 
 def _kept(run_dir: Path) -> dict[Path, str | None]:
@@ -179,7 +205,7 @@ def _run_stages(
         shown.close()
         link_results(run_dir, states)
         summary = report.write(run_dir, job, results, predictions, error)
-    _show_results(results, predictions, summary, shown)
+    tables.results(results, predictions, summary, shown)
     image = run_dir / "image.png"
     shown.line(f"report: {run_dir / 'report.html'}")
     shown.final(str(image if image.exists() else run_dir))
@@ -250,18 +276,6 @@ def _link(link: Path, target: str | None) -> None:
         link.symlink_to(target)
 
 
-def _show_plan(states: Sequence[StageState], predictions: Mapping[str, StagePlan], shown: Silent) -> None:
-    rows = []
-    for state in states:
-        guess = predictions.get(state.name, StagePlan())
-        seconds, peak = guess.predicted_seconds, megabytes(guess.predicted_peak)
-        rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
-    shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
-    for state in states:
-        if (needed := predictions.get(state.name, StagePlan()).disk_bytes) and state.status != "reuse":
-            shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")
-
-
 def _draw_regions(regions: Regions, run_dir: Path, shown: Silent) -> None:
     """``regions.png``, a look at where the prompts lie; the one of other settings goes."""
     path = run_dir / "regions.png"
@@ -273,28 +287,3 @@ def _draw_regions(regions: Regions, run_dir: Path, shown: Silent) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(sketch(regions))
     shown.line(f"regions: {path} shows {len(regions.regions)} of them")
-
-
-def _show_results(
-    results: Sequence[launch.StageResult],
-    predictions: Mapping[str, StagePlan],
-    summary: Mapping[str, Any],
-    shown: Silent,
-) -> None:
-    rows = []
-    vram = max(result.peak_vram_bytes or 0 for result in results)
-    for result in results:
-        guess = megabytes(predictions.get(result.name, StagePlan()).predicted_peak)
-        time_ = duration(result.seconds) if result.status != "reused" else "-"
-        peak = megabytes(result.peak_vram_bytes if vram else result.peak_rss_bytes)
-        rows.append((result.name, result.status, time_, peak, guess, result.reason))
-    shown.table(("stage", "status", "time", "VRAM peak" if vram else "peak", "predicted", "reason"), rows)
-    peak, budget = megabytes(summary["peak_rss_bytes"]), megabytes(summary["budget_bytes"])
-    total = duration(sum(result.seconds for result in results))
-    if vram:
-        budget = megabytes(summary["device_budget_bytes"])
-        shown.line(f"total {total}, peak of VRAM {megabytes(vram)} of {budget}, of RAM {peak}")
-        return
-    ranks = max(results, key=lambda result: result.peak_rss_bytes).ranks
-    budget = budget if ranks == 1 else f"{ranks} x {budget}"
-    shown.line(f"total {total}, peak {peak} of {budget} (runner {megabytes(summary['runner_peak_rss_bytes'])})")

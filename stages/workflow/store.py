@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,7 @@ class Entry:
         self.stage, self.fingerprint, self.payload = stage, print_, payload
         self.path = root / stage / print_
         self._lock_path = root / ".locks" / f"{stage}-{print_}.lock"
+        self._holder_path = root / ".locks" / f"{stage}-{print_}.json"
         self._stats_path = root / ".stats" / f"{stage}-{print_}.json"
 
     def _check(self) -> Check:
@@ -77,6 +79,16 @@ class Entry:
         from filelock import FileLock
 
         return FileLock(free(self._lock_path), thread_local=False)
+
+    def hold(self, run: str) -> None:
+        """Say who has the lock, for those that wait for it."""
+        write_json(self._holder_path, {"run": run, "process": os.getpid(), "host": socket.gethostname()})
+
+    def holder(self) -> str:
+        """Who had the lock last: ``run poster, process 4242``; "" where nobody said."""
+        found = read_object(self._holder_path)
+        where = "" if found.get("host") in (None, socket.gethostname()) else f" on {found['host']}"
+        return f"run {found.get('run')}, process {found.get('process')}{where}" if found else ""
 
     def prepare(self, *, force: bool = False) -> None:
         """Make the folder fit to compute in (the lock is held): only intact files of earlier tries stay, or none.
