@@ -17,11 +17,12 @@ _numbers = count()
 
 
 @contextmanager
-def atomic_path(path: Path, later: Syncs | None = None) -> Iterator[Path]:
+def atomic_path(path: Path, later: Syncs | None = None, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside ``path`` (same suffix); on success it is synced and renamed to ``path``.
 
     On an error the temporary file is removed and ``path`` is as it was: a reader sees the old file or the new one.
     ``later``: has it synced after it was renamed, for what a digest vouches for and an older copy can replace.
+    ``sync=False``: never, for what is written anew every second.
 
     Raises:
         FileNotFoundError: nothing was written under the temporary name.
@@ -30,12 +31,13 @@ def atomic_path(path: Path, later: Syncs | None = None) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{next(_numbers)}-{path.name}")
     try:
         yield temporary
-        if later is None:
+        now = sync and later is None
+        if now:
             _sync(temporary)
         os.replace(temporary, path)
-        if later is None:
+        if now:
             _sync(path.parent)
-        else:
+        elif later is not None:
             later.add(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,9 +98,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
     """Write a text file atomically, UTF-8."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -30,6 +30,7 @@ from stages.memory.tensors import digest_of
 from stages.models.loading import Streamer
 from stages.picture.opening import check_whole, look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
+from stages.preview import learn
 from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import Direction, exact_decode, exact_encode
@@ -55,6 +56,7 @@ def run(context: StageContext) -> None:
         if not config.guide.image:
             latents = _source(context)
             picture = _decode(context, streamer, latents, scratch / "picture.safetensors")
+            learn(context, latents, picture.pixels)
             _preview(context, picture)
         if in_pixels and (latents is None or latents.shape[1:] != shape):
             guide = _encode(context, streamer, picture, shape)

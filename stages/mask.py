@@ -21,6 +21,7 @@ RUN_WIDE = (
     "memory",  # the budget changes speed, never the picture
     "launch",  # threads, and how often memory is looked at
     "progress",  # what a person sees
+    "preview",
     "device",  # in the fingerprint of every stage that opens a model
     "device_map",  # where a model's weights lie, never what they are
     "max_memory",

@@ -21,6 +21,7 @@ from stages.families.schedules import make_scheduler
 from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows, bands
 from stages.memory.tensors import read_tensors
+from stages.preview import Preview
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
@@ -88,6 +89,8 @@ def sample(
     if sampler.finished:
         return sampler
 
+    every = config.preview[context.stage.module] if ranks.first else 0
+    preview = Preview(context, canvas.size) if every else None
     sampler.mixture.turns = next((turns for one in techniques if (turns := one.turns(folder))), None)
     batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
     with open_component(context, checkpoint, name, techniques=techniques, micro_batch=batch) as streamer:
@@ -105,9 +108,13 @@ def sample(
         while not sampler.finished:
             for technique in techniques:
                 technique.begin(sampler.step, folder)
-            sampler.advance(denoiser, group_size)
+            step = sampler.step + 1
+            shown = preview if every and (step % every == 0 or step == len(sampler.timesteps)) else None
+            sampler.advance(denoiser, group_size, shown and shown.add)
             if ranks.first:
                 progress.advance()
+            if shown is not None:
+                shown.write()
     ranks.wait()
     return sampler
 

@@ -204,6 +204,22 @@ class WildcardsConfig:
 
 
 @dataclass(kw_only=True)
+class PreviewConfig:
+    """Small pictures of how it comes out, in the report: of every N-th step (0: none). No result hangs on them."""
+
+    lowres: int = 1  # lowres.preview_every=
+    denoise: int = 1  # denoise.preview_every=
+    vae: str | None = None  # model.preview_vae=: folder of an AutoencoderTiny (TAESD); None: linear in the latents
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """``stage=serve``: the runs of output_dir in a browser of this machine."""
+
+    port: int = 8000  # 0: any that is free
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is made from."""
 
@@ -218,7 +234,7 @@ class Config:
     height: int = 2048
     seed: int = 0
     run: str | None = None  # folder under output_dir; derived from prompt and parameters
-    stage: Any = "all"  # all | plan | NAME | [NAME, NAME]
+    stage: Any = "all"  # all | plan | serve | NAME | [NAME, NAME]
     force: bool = False
     progress: bool = True
     output_dir: str = "outputs"
@@ -239,3 +255,5 @@ class Config:
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     stitch: StitchConfig = field(default_factory=StitchConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)

@@ -14,6 +14,7 @@ from stages import PIPELINE
 from stages.context import StageContext
 from stages.files import atomic_path, write_json
 from stages.picture.png import PngWriter
+from stages.picture.pyramid import Pyramid
 from stages.picture.seam_map import heat_map, plain
 from stages.picture.seams import Gradients, Meter, judge
 from stages.picture.tile_strips import TileStrips
@@ -21,7 +22,9 @@ from stages.techniques import TECHNIQUES
 from stages.techniques.lora_file import KEY as LORAS
 from stages.techniques.lora_file import strengths
 from stages.tiles import Size, latent_grid
+from stages.workflow.store import CHECKPOINT
 
+ZOOM = "zoom"  # the folder of the picture's tiles
 OF_THE_MODEL = ("model.native_size", "model.vae_scale_factor", "model.latent_channels", "model.patch")  # it says so
 # say nothing about the picture to someone else, and too much about whose it is
 PATHS = ("guide.image", "technique.linfusion.path")
@@ -71,7 +74,8 @@ def parameters(config: DictConfig) -> str:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Blend ``decode/tiles`` into ``image.png``; beside it ``seams.json`` and maps: how visible the tiles' borders are.
+    """Blend ``decode/tiles`` into ``image.png``; beside it ``zoom/``, the same for the report's viewer, ``seams.json``
+    and maps: how visible the tiles' borders are.
 
     Raises:
         ValueError: a tile is missing or is no tile of this canvas.
@@ -86,6 +90,8 @@ def run(context: StageContext) -> dict[str, Any]:
     }
     image, meter = context.output / "image.png", Meter(Size(config.height, config.width))
     threads = config.launch.threads or os.cpu_count() or 1
+    zoom = context.output / f"{CHECKPOINT}-zoom"  # a tree of files: moved into place when whole
+    shutil.rmtree(zoom, ignore_errors=True)
     try:
         strips = TileStrips(context.inputs["decode"] / "tiles", tiles)
         with atomic_path(image) as temporary:
@@ -95,15 +101,19 @@ def run(context: StageContext) -> dict[str, Any]:
                 PngWriter(
                     file, config.width, config.height, texts=texts, level=config.stitch.compression, threads=threads
                 ) as png,
+                Pyramid(zoom, config.width, config.height) as pyramid,
             ):
                 for strip in strips:
                     context.progress.mark("blend")
                     png.write(strip)
+                    pyramid.write(strip)
                     meter.add(strip)
                     context.progress.advance()
     except ValueError as error:
         hint = f"Make the tiles again: python runner.py run={config.run} stage=decode force=true"
         raise ValueError(f"stitch: {error}. {hint}") from error
+    shutil.rmtree(context.output / ZOOM, ignore_errors=True)
+    os.replace(zoom, context.output / ZOOM)
     write_seams(context, meter.gradients())
     if config.stitch.format != "png":
         context.progress.mark(config.stitch.format)

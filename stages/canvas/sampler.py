@@ -39,6 +39,7 @@ class Schedule(Protocol):
     def begin(self, noise: Tensor) -> Tensor: ...
     def noised(self, guide: Tensor, noise: Tensor, timestep: Tensor) -> Tensor: ...
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor: ...
+    def expected(self, scaled: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor: ...
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
@@ -146,8 +147,16 @@ class Sampler:
         for band, (top, _) in enumerate(self.bands):
             yield top, self.space.outside(self._load(band), top)
 
-    def advance(self, denoise: Callable[[TileBatch, Tensor], Tensor], group_size: int) -> None:
+    def advance(
+        self,
+        denoise: Callable[[TileBatch, Tensor], Tensor],
+        group_size: int,
+        expects: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
         """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch.
+
+        ``expects`` is told, band by band as ``latents`` gives them, what they would be without noise, were the
+        prediction right.
 
         Raises:
             ValueError: NaN or an infinity in a prediction, or in what the scheduler makes of it.
@@ -165,7 +174,7 @@ class Sampler:
             total = self.schedule.num_train_timesteps
             self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size, self.ranks)
         if self.ranks.first:
-            self._step_bands(timestep, now)
+            self._step_bands(timestep, now, expects)
         self.step += 1
 
     def _share_inputs(self, timestep: Tensor) -> None:
@@ -181,15 +190,18 @@ class Sampler:
                 if not self.ranks.first:
                     self._scaled.write(top, shared)
 
-    def _step_bands(self, timestep: Tensor, now: str) -> None:
+    def _step_bands(self, timestep: Tensor, now: str, expects: Callable[[int, Tensor], None] | None) -> None:
         """The scheduler's step of every band, from the canvas' prediction; what comes of it is kept on disk."""
         step = self.step + 1
         with StepNoise(self._folder, self._shape, self.generator).given_to(self.scheduler) as noise:
             for band, (top, bottom) in enumerate(self.bands):
                 noise.turn_to(top, bottom)
                 latents = self._guided(band, self._load(band), timestep, self.step)
-                self.schedule.scaled(latents, timestep)  # schedulers want it to be called before a step
+                scaled = self.schedule.scaled(latents, timestep)  # schedulers want it to be called before a step
                 prediction = self._prediction.read(top, bottom)
+                if expects is not None:
+                    expects(top, self.space.outside(self.schedule.expected(scaled, prediction, timestep), top))
+                del scaled
                 stepped = self.schedule.step(prediction, timestep, latents, self.generator)
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them

@@ -70,6 +70,9 @@ class FlowSchedule(Schedule):
     def scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return latents
 
+    def expected(self, scaled: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        return scaled - float(timestep) / self.num_train_timesteps * prediction
+
 
 def packed(latents: Tensor) -> Tensor:
     """``[N, h * w, 4 C]`` of ``latents [N, C, 2 h, 2 w]``: a token is 2x2 latents."""

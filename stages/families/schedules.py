@@ -92,6 +92,23 @@ class Schedule:
         """As the denoiser takes them."""
         return self.scheduler.scale_model_input(latents, timestep)
 
+    def expected(self, scaled: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """What the latents would be without noise, were the prediction of what the denoiser saw right.
+
+        Schedulers that count in sigmas scale what it sees to variance 1: it lies where the training had it.
+        """
+        table = getattr(self.scheduler, "alphas_cumprod", None)
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if table is None or kind == "sample":
+            return prediction if kind == "sample" else scaled
+        place = min(max(float(timestep), 0.0), len(table) - 1.0)
+        low, share = int(place), place - int(place)
+        kept = float(table[low]) * (1 - share) + float(table[min(low + 1, len(table) - 1)]) * share
+        alpha, sigma = max(kept, 1e-4) ** 0.5, (1 - kept) ** 0.5
+        if kind == "v_prediction":
+            return alpha * scaled - sigma * prediction
+        return (scaled - sigma * prediction) / alpha
+
     def result(self, latents: Tensor, top: int) -> Tensor:
         """Rows from ``top`` on as they are kept when all is denoised, what pipelines give for ``output_type="latent"``;
         guides come in the same space."""

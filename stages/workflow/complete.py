@@ -41,7 +41,7 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     _read_prompt(config)
     keys = {override.key for text in said if (override := parse_override(text))}
     _apply_regions(config, keys)
-    for key in ("guide.image", "model.path", "model.denoiser", "technique.linfusion.path"):
+    for key in ("guide.image", "model.path", "model.denoiser", "technique.linfusion.path", "preview.vae"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if value and not (key == "model.path" and is_hub_id(value)):
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))

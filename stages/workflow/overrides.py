@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
@@ -26,7 +27,16 @@ from stages.workflow.words import meant, nearest, sampler
 CONF = ROOT / "conf"
 SWEEPS = ".sweeps"  # under output_dir: a folder for every sweep
 _TEXT = {"prompt", "negative_prompt", "prompt_line"}
-_PATHS = {"run", "output_dir", "model.path", "model.lora_dir", "guide.image", "prompt_file", "prompts_file"}
+_PATHS = {
+    "run",
+    "output_dir",
+    "model.path",
+    "model.lora_dir",
+    "preview.vae",
+    "guide.image",
+    "prompt_file",
+    "prompts_file",
+}
 _DTYPE = "technique.dtype."
 _FREE = (
     "technique.component_dtype",
@@ -40,6 +50,13 @@ _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option,
 _NO_OTHER = {"force", "progress"}  # keys that make no other sweep of it
 _OPTIONAL = {"experiment"}  # groups of which no option need be taken
 _ALTERNATIVES = {"prompt", "prompt_file", "prompt_line"}
+_BESIDE = {  # keys as people say them that lie elsewhere: device is a name, and no stage is made from the others
+    "device.device_map": "device_map",
+    "device.max_memory": "max_memory",
+    "lowres.preview_every": "preview.lowres",
+    "denoise.preview_every": "preview.denoise",
+    "model.preview_vae": "preview.vae",
+}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
 _OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*?)(?P<package>@[^=]*)?(?P<equal>=)(?P<value>.*)", re.DOTALL)
@@ -166,8 +183,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         override = _understood(override, options, multirun)
         if override.key == "regions.grid":
             override = override._replace(key="regions", value=f"{{grid: {override.value}}}")
-        if override.key in ("device.device_map", "device.max_memory"):  # device is a name; those lie beside it
-            override = override._replace(key=override.key.removeprefix("device."))
+        override = override._replace(key=_BESIDE.get(override.key, override.key))
         if override.key.startswith(_DTYPE):  # technique.dtype is a name; those of components lie beside it
             component = override.key.removeprefix(_DTYPE)
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
@@ -303,6 +319,20 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def typed(overrides: Iterable[str], config: DictConfig) -> str:
+    """The command that makes a run from nothing, for a shell: its overrides with texts as a person types them."""
+    words = []
+    for text in overrides:
+        override = parse(text)
+        if override and override.key in _TEXT:
+            words.append(f"{override.key}={config[override.key]}")
+        elif override and override.key in _PATHS:
+            words.append(f"{override.key}={value_of([text], override.key) or 'null'}")
+        elif override and not override.key.startswith("hydra") and override.key not in ("stage", "force"):
+            words.append(text)
+    return shlex.join(["python", "runner.py", *words])
 
 
 def save(run_dir: Path, overrides: Iterable[str], config: DictConfig) -> None:

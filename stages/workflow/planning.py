@@ -35,6 +35,10 @@ REHEARSED = "rehearsal.json"  # as stages/rehearsal.py writes it
 RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 RANK = 16_000_000  # bytes: connections to other ranks, and what is exchanged (measured: 5 to 14 MB)
 COMPEL = 36_000_000  # bytes: the library that weighted prompts and long ones are encoded with (measured: 30 MB)
+# of stitch's process, which opens no model: bytes at rest, a thread that deflates, and a column of pixels, of which the
+# rows of strips, of tiles and of all levels are kept (measured: 67 MB at 2048 pixels wide, 123 MB at 16384)
+STITCH, STITCH_THREAD, STITCH_COLUMN = 57_000_000, 1_000_000, 4_200
+TINY = 100_000_000  # bytes: a tiny VAE of previews, and what it decodes at a time
 LAUNCHER = 16_000_000  # bytes: the process that starts ranks
 
 
@@ -51,7 +55,8 @@ def plan(
     pipeline: str = "stages",
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, StagePlan]:
-    """Plans of the stages that open a model, by name; also written to ``plan.json``, where the stages find theirs.
+    """Plans of the stages that open a model, and of ``stitch``, by name; also written to ``plan.json``, where they are
+    found.
 
     Raises:
         DoesNotFit: before any work.
@@ -82,6 +87,9 @@ def plan(
         profiles = {name: replace(one, models=tuple(map(_stays, one.models))) for name, one in profiles.items()}
     if "text_encode" in profiles and not on_gpu(config) and _may_be_weighted(job):
         profiles["text_encode"] = replace(profiles["text_encode"], base=profiles["text_encode"].base + COMPEL)
+    for state in running if config.preview.vae and not on_gpu(config) else ():
+        if state.name in profiles and config.preview.get(state.stage.module):
+            profiles[state.name] = replace(profiles[state.name], base=profiles[state.name].base + TINY)
     for state in running:
         if state.name in profiles and spread(job, state.stage).ranks > 1:
             profiles[state.name] = replace(profiles[state.name], base=profiles[state.name].base + RANK)
@@ -95,9 +103,16 @@ def plan(
     check_disk(running, profiles.values())
     by_name = {state.name: state.stage for state in running}
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
+    plans |= {state.name: _stitch(config) for state in running if state.stage.module == "stitch"}
     _without_room(plans, profiles, note)
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
+
+
+def _stitch(config: DictConfig) -> StagePlan:
+    threads = config.launch.threads or os.cpu_count() or 1
+    size = STITCH + STITCH_THREAD * threads + STITCH_COLUMN * config.width
+    return StagePlan(predicted_peak_rss_bytes=usage(os.getpid()).rss + RUNNER_GROWTH + size)
 
 
 def _may_be_weighted(job: Job) -> bool:
@@ -186,7 +201,7 @@ def _without_room(
 ) -> None:
     """Take the prepared copies out that would fill the disk: those weights are read from the checkpoint."""
     for name, plan in plans.items():
-        for model in profiles[name].models:
+        for model in profiles[name].models if name in profiles else ():
             file = plan.model(model.component).prepared
             if file is None or Path(file).is_file() or COPIES * model.weights <= room(Path(file).parent):
                 continue

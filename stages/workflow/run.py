@@ -51,7 +51,7 @@ def execute(
     predictions: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, Any]:
     """Do what the command says; returns what ``run.json`` holds, with ``kept`` if the run was finished before (of
-    ``stage=plan`` the run's name alone).
+    ``stage=plan`` the run's name alone, of ``serve`` nothing).
 
     Args:
         said: the command line's overrides, kept for ``run=NAME`` later.
@@ -66,6 +66,11 @@ def execute(
     """
     job, shown = None, Silent()
     try:
+        if config.stage == "serve":
+            from stages.workflow.report.serve import serve  # a web server: not for every run
+
+            serve(config)
+            return {}
         job = complete(config, said)
         shown = reporter(job.config.progress, speaker)
         store, declared = Store(Path(job.config.output_dir) / ".store"), importlib.import_module(pipeline).PIPELINE
@@ -110,19 +115,17 @@ def _execute(
         if config.stage != "plan":
             check_inputs(states, command)
         try:
-            if predictions is None:
-                try:
-                    predictions = _predict(states, job, store, run_dir, pipeline, shown)
-                except (ConfigError, planning.DoesNotFit, launch.StageFailed) as error:
-                    if getattr(error, "refused", True):
-                        _restore(run_dir, before)  # values that cannot work are not the run's
-                    raise
             if config.stage == "plan":
+                predictions = _predict(states, job, store, run_dir, pipeline, shown, before)
                 tables.plan(states, predictions, shown)
                 _draw_regions(job.regions, run_dir, shown)
                 shown.final(f"plan of {run_dir}: nothing was computed")
                 return {"run": job.run}
-            return _run_stages(states, job, run_dir, command, pipeline, predictions, shown)
+            with report.Live(run_dir, job, states, command, overrides.typed(said, config)) as live:
+                if predictions is None:
+                    predictions = _predict(states, job, store, run_dir, pipeline, shown, before)
+                live.planned(predictions)
+                return _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live)
         except KeyboardInterrupt as stop:
             shown.close()
             print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
@@ -153,7 +156,13 @@ def _restore(run_dir: Path, before: Mapping[Path, str | None]) -> None:
 
 
 def _predict(
-    states: Sequence[StageState], job: Job, store: Store, run_dir: Path, pipeline: str, shown: Silent
+    states: Sequence[StageState],
+    job: Job,
+    store: Store,
+    run_dir: Path,
+    pipeline: str,
+    shown: Silent,
+    before: Mapping[Path, str | None],
 ) -> Mapping[str, StagePlan]:
     """Plans of this run: new ones where a model will be opened, else those of last time."""
     opens = any(state.stage.opens_model and state.status in ("run", "resume") for state in states)
@@ -162,10 +171,9 @@ def _predict(
         return stage_plans(read_object(run_dir / "plan.json"))
     try:
         return planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
-    except (KeyboardInterrupt, launch.StageFailed) as error:
-        if not asked:
-            said = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            report.write(run_dir, job, [], {}, said)
+    except (ConfigError, planning.DoesNotFit, launch.StageFailed) as error:
+        if getattr(error, "refused", True):
+            _restore(run_dir, before)  # values that cannot work are not the run's
         raise
 
 
@@ -177,6 +185,7 @@ def _run_stages(
     pipeline: str,
     predictions: Mapping[str, StagePlan],
     shown: Silent,
+    live: report.Live,
 ) -> dict[str, Any]:
     results: list[launch.StageResult] = []
     payloads = read_object(run_dir / PAYLOADS)
@@ -189,9 +198,11 @@ def _run_stages(
                 results.append(launch.reused(state))
             else:
                 shown.begin(state.name, state.reason)
-                results.append(_run_one(state, job, run_dir, pipeline, shown))
+                live.begin(state.name)
+                results.append(_run_one(state, job, run_dir, pipeline, shown, live))
                 link_results(run_dir, states)
             shown.end(results[-1])
+            live.end(results[-1])
             write_json(run_dir / PAYLOADS, payloads := {**payloads, state.name: state.payload})
     except KeyboardInterrupt:
         error = "interrupted"
@@ -201,10 +212,13 @@ def _run_stages(
         if failure.refused:
             raise
         raise launch.StageFailed(f"{failure}\nGo on with: {command}") from None
+    except OSError as failure:
+        error = explain(failure)
+        raise
     finally:
         shown.close()
         link_results(run_dir, states)
-        summary = report.write(run_dir, job, results, predictions, error)
+        summary = live.finish(error, stopped=error == "interrupted")
     tables.results(results, predictions, summary, shown)
     image = run_dir / "image.png"
     shown.line(f"report: {run_dir / 'report.html'}")
@@ -212,13 +226,16 @@ def _run_stages(
     return summary
 
 
-def _run_one(state: StageState, job: Job, run_dir: Path, pipeline: str, shown: Silent) -> launch.StageResult:
+def _run_one(
+    state: StageState, job: Job, run_dir: Path, pipeline: str, shown: Silent, live: report.Live
+) -> launch.StageResult:
     def hear(event: Event) -> None:
         shown.event(state.name, event)
+        live.event(event)
 
     force = bool(job.config.force)
     with nodes.told(state, job, run_dir):
-        return launch.run_stage(state, job, run_dir, on_event=hear, pipeline=pipeline, force=force)
+        return launch.run_stage(state, job, run_dir, on_event=hear, on_start=live.watch, pipeline=pipeline, force=force)
 
 
 def _elsewhere(config: DictConfig) -> str:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stages.files import read_object, write_json
 from stages.paths import anchored
-from stages.workflow import run
+from stages.workflow import report, run
 from stages.workflow.overrides import SWEEPS, parse, value_of
 from stages.workflow.progress import Silent, duration, reporter
 from stages.workflow.score import score
@@ -80,8 +80,10 @@ class Sweep:
             if one["status"] not in GOOD:
                 bad.append(f"  job {one['number'] + 1} ({varies}): {one['status']}{f': {reason}' if reason else ''}")
         write_json(self.folder / "sweep.json", {"jobs": jobs})
+        page = report.sweep(self.folder)
         shown.line("")
         shown.table(("job", "with", "run", "status", "time", "reason"), rows)
+        shown.line(f"sheet: {page}")
         if bad:
             text = f"{len(bad)} of {len(jobs)} jobs have no result:"
             again = "The same command tries these again; what is finished is not computed again."

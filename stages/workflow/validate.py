@@ -25,6 +25,7 @@ from stages.config import (
     parse_bytes,
 )
 from stages.families.facts import facts_of, running_steps
+from stages.files import read_object
 from stages.hashes import is_remembered
 from stages.techniques import TECHNIQUES
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
@@ -204,6 +205,8 @@ def _numbers(config: DictConfig) -> None:
         raise ConfigError("stitch.compression", config.stitch.compression, "a zlib level, 0 to 9")
     if config.launch.threads is not None:
         _at_least(config, "launch.threads", 1)
+    _at_least(config, "preview.lowres", 0)
+    _at_least(config, "preview.denoise", 0)
     _at_least(config, "launch.nproc", 1)
     _at_least(config, "launch.nnodes", 1)
     _at_least(config, "launch.timeout", 1)
@@ -249,7 +252,20 @@ def _memory(config: DictConfig) -> None:
         parse_bytes(config.memory.device_budget, "memory.device_budget")
 
 
+def _preview_vae(config: DictConfig) -> None:
+    """One that decodes this model's latents."""
+    if (folder := config.preview.vae) is None:
+        return
+    known = read_object(Path(folder) / "config.json")
+    got = known.get("_class_name"), known.get("latent_channels", 4)
+    if got != ("AutoencoderTiny", config.model.latent_channels):
+        found = f"{got[0]} of {got[1]} channels" if known else "no config.json"
+        expected = f"a folder with an AutoencoderTiny of {config.model.latent_channels} channels (TAESD)"
+        raise ConfigError("model.preview_vae", f"{folder}: {found}", expected)
+
+
 def _files(config: DictConfig) -> None:
+    _preview_vae(config)
     if config.guide.image is not None:
         image = Path(config.guide.image)
         gone = not image.exists() and is_remembered(image, Path(config.output_dir) / ".store" / ".identity")

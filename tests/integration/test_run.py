@@ -22,7 +22,7 @@ FILES = {
     "guide": {"latents.safetensors", "lowres.png"},
     "denoise": {"canvas.safetensors", *(f"tiles/r0{row}_c0{col}.safetensors" for row in (0, 1) for col in (0, 1, 2))},
     "decode": {f"tiles/r0{row}_c0{col}.safetensors" for row in (0, 1) for col in (0, 1, 2)},
-    "stitch": {"image.png", "seams.json", "seams_decode.png", "seams_denoise.png"},
+    "stitch": {"image.png", "seams.json", "seams_decode.png", "seams_denoise.png", "zoom/zoom.json", "zoom/0/0_0.jpg"},
 }
 
 

@@ -20,6 +20,7 @@ def run_stage(
     run_dir: Path,
     *,
     on_event: Callable[[Event], None] = lambda event: None,
+    on_start: Callable[[StageProcess], None] = lambda process: None,
     pipeline: str = "stages",
     force: bool = False,
 ) -> StageResult:
@@ -27,6 +28,7 @@ def run_stage(
 
     Args:
         on_event: hears Start, Advance, Note and Resumed as they come.
+        on_start: is handed the process, whose memory it may look at.
         pipeline: the package that holds PIPELINE and the stage modules.
 
     Raises:
@@ -35,6 +37,7 @@ def run_stage(
     """
     process = local.start(state, job, run_dir, pipeline=pipeline, force=force)
     try:
+        on_start(process)
         result = process.watch(on_event)
     except BaseException:
         process.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +12,7 @@ from stages.workflow.errors import ended
 from stages.workflow.graph import StageState
 
 MEANWHILE = "another process computed it meanwhile"  # the reason of a stage that waited for a result
-_NOT_STATS = ("name", "status", "reason", "fingerprint")
+_NOT_STATS = ("name", "status", "reason", "fingerprint", "computed_seconds")
 _TAIL = 20  # lines of a failed stage's log that are shown
 
 
@@ -41,6 +41,8 @@ class StageResult(NamedTuple):
     ranks: int = 1
     waited_seconds: float = 0.0  # for weights, of ``seconds``
     gpus: tuple[int, ...] = ()  # peaks of those that it used: by rank, or by device
+    marks: tuple[tuple[float, str], ...] = ()  # seconds since the start, what happened then
+    computed_seconds: float = 0.0  # of a reused one: what it took when it was computed
 
     def stats(self) -> dict[str, Any]:
         """What the store remembers of a computation."""
@@ -49,6 +51,11 @@ class StageResult(NamedTuple):
 
 class StageProcess(Protocol):
     """A stage that was started. ``local.start`` makes one on this machine."""
+
+    @property
+    def timeline(self) -> Sequence[Sample]:
+        """Its memory so far."""
+        ...
 
     def watch(self, on_event: Callable[[Event], None]) -> StageResult:
         """Pass its events on until it has ended.
@@ -64,7 +71,7 @@ class StageProcess(Protocol):
 
 
 def reused(state: StageState) -> StageResult:
-    """The result of a stage that did not have to run: no time now, the peak that was measured when it ran."""
+    """The result of a stage that did not have to run: no time now, the figures that were measured when it ran."""
     stats = state.entry.stats()
     result = StageResult(state.name, "reused", state.reason, 0.0, 0, 0, state.fingerprint)
     try:
@@ -77,6 +84,8 @@ def reused(state: StageState) -> StageResult:
             ranks=int(stats.get("ranks", 1)),
             waited_seconds=float(stats.get("waited_seconds", 0)),
             gpus=tuple(map(int, stats.get("gpus", []))),
+            marks=tuple((float(seconds), str(text)) for seconds, text in stats.get("marks", [])),
+            computed_seconds=float(stats.get("seconds", 0.0)),
         )
     except (TypeError, ValueError):  # not as we wrote it: they are figures only
         return result

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,16 +18,17 @@ from omegaconf import DictConfig
 from stages.config import ROOT, on_gpu
 from stages.context import MARK_BYTES, read_device_bytes, read_mark
 from stages.distributed import NAMES
-from stages.events import Done, Error, Event, Resumed, from_line
+from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, from_line
 from stages.files import free, make_folder, set_aside
 from stages.job import Job
-from stages.memory.monitor import Monitor, usage
+from stages.memory.monitor import Monitor, Sample, usage
 from stages.workflow import device, enforce
 from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
 from stages.workflow.spread import spread
 
 _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
+_MARKS = 100  # of what happened in a stage, the first ones
 
 
 def environment(config: DictConfig) -> dict[str, str]:
@@ -76,6 +77,8 @@ class LocalProcess:
         self._marks.truncate(MARK_BYTES)
         self._view = mmap.mmap(self._marks.fileno(), MARK_BYTES)
         self._process: subprocess.Popen[bytes] | None = None
+        self._happened: list[tuple[float, str]] = []
+        self._total, self._done, self._unit = 0, 0, ""
         self._monitor: Monitor | None = None
 
     def start(self, command: list[str], job: Job) -> None:
@@ -108,11 +111,37 @@ class LocalProcess:
         held = (lambda: read_mark(self._view), self._enforcer.look, lambda: read_device_bytes(self._view))
         self._monitor = Monitor(pid, period, *held, self._enforcer.lost).start()
 
+    @property
+    def timeline(self) -> Sequence[Sample]:
+        """See :class:`stages.workflow.launch.base.StageProcess`."""
+        return self._monitor.timeline if self._monitor is not None else ()
+
+    def _keep(self, event: Event) -> None:
+        """Remember when it was said, for the timeline: the steps of a few, the notes of all."""
+        match event:
+            case Start():
+                self._total, self._done, self._unit = event.total, event.done, event.unit
+                text = f"{event.total} {event.unit}" if not event.done else ""
+            case Advance(n):
+                self._done += n
+                text = f"{self._done} of {self._total} {self._unit}" if self._total <= _MARKS else ""
+            case Note(said) | Resumed(said):
+                text = said
+            case _:
+                text = ""
+        if text and len(self._happened) < _MARKS:
+            self._happened.append((round(time.monotonic() - self._begin, 3), text))
+
     def watch(self, on_event: Callable[[Event], None]) -> StageResult:
         """See :class:`stages.workflow.launch.base.StageProcess`."""
         state, process, monitor = self._state, self._process, self._monitor
         assert process is not None and monitor is not None
-        last, resumed, gpus = listen(self._events, on_event, self._node * self.ranks)
+
+        def heard(event: Event) -> None:
+            self._keep(event)
+            on_event(event)
+
+        last, resumed, gpus = listen(self._events, heard, self._node * self.ranks)
         code = process.wait()
         module = self._close()
         if self._enforcer.violation is not None and code != 0:
@@ -137,6 +166,7 @@ class LocalProcess:
             ranks=self.ranks,
             waited_seconds=last.waited_seconds,
             gpus=gpus,
+            marks=tuple(self._happened),
         )
 
     def end(self) -> None:
