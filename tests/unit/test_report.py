@@ -144,7 +144,8 @@ def test_a_run_that_ends_before_its_stages_do_is_final(make: Make, tmp_path: Pat
         raise error
     html = (tmp_path / "report.html").read_text()
     assert f'data-state="{state}"' in html and said(tmp_path)["state"] == state
-    assert str(error).partition(":")[0] in html and "Go on with:" in html
+    assert str(error).partition(":")[0] in html
+    assert ("Mend that in the command:" if kept else "Go on with:") in html
     assert (tmp_path / "run.json").exists() != kept
 
 
