@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from stages.models.controlnets import as_unet
 from stages.models.single_file import CONFIGS
 
 Configs = dict[str, dict[str, Any]]  # by component
 
 KINDS = ("sd15", "sd21", "sdxl", "sd3", "flux", "flux2_klein", "z_image")
+CONTROLNETS = {"sd15_controlnet": "sd15", "sd21_controlnet": "sd21", "sdxl_controlnet": "sdxl"}  # of UNets
 DEPTHS = ("num_layers", "num_single_layers", "n_layers", "num_hidden_layers")  # keys that count equal blocks
 _CLIP = {
     "hidden_size": 32,
@@ -111,6 +113,9 @@ def configs(kind: str, *, small: bool = False, layers: Mapping[str, int] | None 
 
     ``layers``: component -> how many blocks of each sort it has at most.
     """
+    if kind in CONTROLNETS:
+        unet = configs(CONTROLNETS[kind], small=small)["unet"]
+        return {"controlnet": {"_class_name": "ControlNetModel", **as_unet(unet)}}
     paths = sorted((CONFIGS / kind).glob("*/config.json"))
     found = {path.parent.name: json.loads(path.read_text()) for path in paths}
     if small:

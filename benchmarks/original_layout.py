@@ -54,7 +54,10 @@ _OPEN_CLIP = (
 
 
 def entries_of(kind: str, specs: Mapping[str, list[Spec]], configs: Mapping[str, dict[str, Any]]) -> list[Entry]:
-    """The tensors of a single file with the components ``unet``, ``vae`` and ``text_encoder``."""
+    """The tensors of a single file with the components ``unet``, ``vae`` and ``text_encoder``, or of a ControlNet."""
+    if "controlnet" in specs:
+        per_block = configs["controlnet"]["layers_per_block"] + 1
+        return _named(specs["controlnet"], "control_model.", lambda name: controlnet_name(name, per_block))
     per_block = configs["unet"]["layers_per_block"] + 1
     types = configs["unet"]["up_block_types"]
     levels = len(configs["vae"]["block_out_channels"])
@@ -104,6 +107,17 @@ def unet_name(name: str, per_block: int, up_block_types: list[str]) -> str:
     if kind == "resnets":
         return f"{block}.{_RESNET['.'.join(inner[:-1])]}.{last}"
     return f"{block}.{'.'.join(inner)}"
+
+
+def controlnet_name(name: str, per_block: int) -> str:
+    """``controlnet_down_blocks.3.weight`` -> ``zero_convs.3.0.weight``; what it shares with a UNet as there."""
+    part, *rest, last = name.split(".")
+    if part == "controlnet_cond_embedding":
+        place = {"conv_in": 0, "conv_out": 14}.get(rest[0])
+        return f"input_hint_block.{2 * int(rest[-1]) + 2 if place is None else place}.{last}"
+    if part == "controlnet_down_blocks":
+        return f"zero_convs.{rest[0]}.0.{last}"
+    return f"middle_block_out.0.{last}" if part == "controlnet_mid_block" else unet_name(name, per_block, [])
 
 
 def vae_name(name: str, levels: int) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/random_checkpoint.py sd15 DIR                       # a diffusers folder, fp16, full size (2.1 GB)
     python benchmarks/random_checkpoint.py sd21 DIR --layout both         # and the same weights as DIR/sd21.safetensors
+    python benchmarks/random_checkpoint.py sd15_controlnet DIR            # for its UNet: DIR is model.controlnets' path
     python benchmarks/random_checkpoint.py flux DIR                       # bf16, 33.8 GB
     python benchmarks/random_checkpoint.py flux DIR --layers transformer=2,text_encoder_2=4      # full width, 4.1 GB
     python benchmarks/random_checkpoint.py flux DIR --holes               # for stage=plan: zeros that take no disk
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks._checkpoint_configs import KINDS, Configs, configs, scheduler_config
+from benchmarks._checkpoint_configs import CONTROLNETS, KINDS, Configs, configs, scheduler_config
 from benchmarks._checkpoint_tokenizers import write_tokenizer
 from benchmarks.original_layout import Entry, Spec, entries_of
 from stages.files import atomic_path, write_json
@@ -36,7 +37,7 @@ from stages.models.component import construct
 
 DTYPES = {"fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16"), "fp32": (torch.float32, "F32")}
 PIECE = 1 << 22  # numbers drawn at a time: 16 MB
-SINGLE = ("sd15", "sd21", "sdxl")  # whose original layout is written too
+SINGLE = ("sd15", "sd21", "sdxl", *CONTROLNETS)  # whose original layout is written too
 PIPELINES: dict[str, dict[str, Any]] = {
     "sd15": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False},
     "sd21": {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False},
@@ -147,7 +148,7 @@ def depths(text: str) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("kind", choices=(*KINDS, *CONTROLNETS))
     parser.add_argument("dir", type=Path, metavar="DIR", help="where the diffusers folder is written")
     parser.add_argument("--layout", choices=("folder", "single", "both"), default="folder")
     parser.add_argument(
@@ -166,14 +167,18 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = options.dtype or ("bf16" if options.kind in ("flux", "flux2_klein", "z_image") else "fp16")
     found = configs(options.kind, small=options.small, layers=options.layers)
     every = {name: specs(name, config) for name, config in found.items()}
-    write_small_files(options.dir, options.kind, found)  # a single file needs its configs and its tokenizer too
+    if options.kind in CONTROLNETS:
+        write_json(options.dir / "config.json", found["controlnet"])
+    else:
+        write_small_files(options.dir, options.kind, found)  # a single file needs its configs and its tokenizer too
     how: dict[str, Any] = {"dtype": dtype, "seed": options.seed, "holes": options.holes}
     if options.layout != "single":
         for name in found:
             base = "model" if "encoder" in name else "diffusion_pytorch_model"
             entries = [Entry(spec.name.partition("/")[2], spec.shape, (spec,)) for spec in every[name]]
             variant = f".{options.variant}" if options.variant else ""
-            write_safetensors(options.dir / name / f"{base}{variant}.safetensors", entries, **how)
+            folder = options.dir if options.kind in CONTROLNETS else options.dir / name
+            write_safetensors(folder / f"{base}{variant}.safetensors", entries, **how)
     if options.layout != "folder":
         path = options.dir / f"{options.kind}.safetensors"
         write_safetensors(path, entries_of(options.kind, every, found), **how)

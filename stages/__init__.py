@@ -26,7 +26,8 @@ class Stage(NamedTuple):
     records: bool = False  # whether it may read what the stages above it declare, whose fingerprints are in its own
     spreads: bool = False  # whether several processes may share its tiles (launch.nproc)
     measures: bool = False  # whether its result holds figures of the machine it ran on
-    checks: tuple[str, ...] = ()  # keys that it may read besides to refuse their values: no result hangs on them
+    # keys that it may read besides: to refuse their values, or of what it needs; no result hangs on them otherwise
+    checks: tuple[str, ...] = ()
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
 
     @property
@@ -61,6 +62,7 @@ PIPELINE: tuple[Stage, ...] = (
         needs=lambda config: ("text_encode",),
         opens_model=True,
         spreads=True,
+        checks=("guide.fit",),  # of pictures that ControlNets are shown
     ),
     Stage(
         name="guide",
@@ -82,6 +84,7 @@ PIPELINE: tuple[Stage, ...] = (
         needs=_denoise_needs,
         opens_model=True,
         spreads=True,
+        checks=("guide.image", "guide.fit"),
     ),
     Stage(
         name="decode",

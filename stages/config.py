@@ -29,11 +29,15 @@ class ConfigError(ValueError):
     """A value that cannot work: names the key, what was got and what is allowed."""
 
     def __init__(self, key: str, got: Any, expected: str, hint: str = "") -> None:
-        self.key = key
+        self.key, self._rest = key, (got, expected, hint)
         said = repr(got)
         said = said if len(said) <= LONGEST_SAID else f"{said[:LONGEST_SAID]}... ({len(said)} characters)"
         text = f"{key}: got {said}, expected {expected}."
         super().__init__(f"{text} {hint}" if hint else text)
+
+    def under(self, key: str) -> ConfigError:
+        """The same of another key."""
+        return ConfigError(key, *self._rest)
 
 
 def lowres_size(width: int, height: int, native: int, multiple: int, regions: bool = False) -> tuple[int, int]:

@@ -28,6 +28,9 @@ from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import digest_of
 from stages.models.loading import Streamer
+from stages.models.upscaler import COMPONENT, Upscaler, enlarge, places
+from stages.models.upscaler import KEY as UPSCALE
+from stages.paths import is_safetensors
 from stages.picture.opening import check_whole, look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
 from stages.preview import learn
@@ -37,13 +40,16 @@ from stages.vae.exact_vae import Direction, exact_decode, exact_encode
 from stages.vae.tiled import HALO, decode_tiled, encode_tiled, encoder_statistics, factor, guide_tiles
 from stages.workflow.store import CHECKPOINT, digest
 
+ENLARGED = "enlarged.safetensors"
+
 
 def run(context: StageContext) -> None:
-    """Write ``lowres.png`` (the preview) and ``latents.safetensors`` (``[1, C, H/f, W/f]`` float32)."""
+    """Write ``lowres.png`` (the preview), ``latents.safetensors`` (``[1, C, H/f, W/f]`` float32) and, of a trained
+    upscaler, ``enlarged.safetensors`` (``pixels [1, 3, h, w]`` uint8)."""
     config, progress = context.config, context.progress
     f = config.model.vae_scale_factor
     shape = (config.model.latent_channels, config.height // f, config.width // f)
-    in_pixels = config.guide.image or config.guide.upscale == "lanczos"
+    in_pixels, trained = config.guide.image or config.guide.upscale != "latent", is_safetensors(config.guide.upscale)
     scratch = context.output / CHECKPOINT
     halves = {"encoder": bool(in_pixels), "decoder": not config.guide.image}
     if config.guide.image:  # before the model is there: some kinds are decoded as a whole
@@ -51,13 +57,15 @@ def run(context: StageContext) -> None:
         picture = open_picture(image, scratch / "picture.safetensors", canvas, config.guide.fit, f, progress.note)
         small = picture.resized((config.lowres.width, config.lowres.height))
         _preview(context, Picture.of(small, scratch / "lowres.safetensors"))
+        picture = _enlarged(context, picture) if trained else picture
+    latents = None if config.guide.image else _source(context)
+    if trained and latents is not None:  # models are open one after the other
+        with open_vae(context, **halves) as streamer:
+            picture = _shown(context, streamer, latents, scratch)
+        picture = _enlarged(context, picture)
     with open_vae(context, **halves) as streamer:
-        latents = None
-        if not config.guide.image:
-            latents = _source(context)
-            picture = _decode(context, streamer, latents, scratch / "picture.safetensors")
-            learn(context, latents, picture.pixels)
-            _preview(context, picture)
+        if latents is not None and not trained:
+            picture = _shown(context, streamer, latents, scratch)
         if in_pixels and (latents is None or latents.shape[1:] != shape):
             guide = _encode(context, streamer, picture, shape)
         else:
@@ -76,6 +84,14 @@ def _source(context: StageContext) -> Rows:
     return Rows.open(context.inputs["denoise"] / "canvas.safetensors")
 
 
+def _shown(context: StageContext, streamer: Streamer, latents: Rows, scratch: Path) -> Picture:
+    """The picture to enlarge, decoded and shown."""
+    picture = _decode(context, streamer, latents, scratch / "picture.safetensors")
+    learn(context, latents, picture.pixels)
+    _preview(context, picture)
+    return picture
+
+
 def _preview(context: StageContext, picture: Picture) -> None:
     """``lowres.png``, and in a later upscaling phase ``previous.png``: the picture that it enlarges."""
     name = "lowres.png"
@@ -91,7 +107,7 @@ def _preview(context: StageContext, picture: Picture) -> None:
 def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path) -> Picture:
     """The picture to enlarge; in tiles if it is larger than one."""
     mark = file.with_suffix(".json")
-    if not _whole(context, file, mark):  # else an earlier try was stopped later
+    if not _whole(context, file, mark, "decoded"):  # else an earlier try was stopped later
         f = factor(streamer.model)
         with atomic_path(file) as temporary:
             picture = Picture.create(temporary, latents.width * f, latents.height * f)
@@ -104,12 +120,29 @@ def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path
     return Picture(Rows.open(file, "pixels"))
 
 
-def _whole(context: StageContext, file: Path, mark: Path) -> bool:
+def _enlarged(context: StageContext, picture: Picture) -> Picture:
+    """By the trained upscaler, a picture that is smaller than the canvas."""
+    config, file = context.config, context.output / ENLARGED
+    if picture.width >= config.width and picture.height >= config.height:
+        context.progress.note(f"{UPSCALE}: the picture is as large as the canvas already, and is left as it is")
+        return picture
+    mark = context.output / CHECKPOINT / "enlarged.json"
+    if not _whole(context, file, mark, "enlarged"):
+        upscaler = Upscaler(Path(config.guide.upscale), str(config.device))
+        context.progress.mark(COMPONENT)
+        context.progress.start(len(places(picture.height)) * len(places(picture.width)), "tiles")
+        with atomic_path(file) as temporary:
+            enlarge(upscaler, picture, temporary, context.progress.advance)
+        write_json(mark, {"sha256": digest(file)})
+    return Picture(Rows.open(file, "pixels"))
+
+
+def _whole(context: StageContext, file: Path, mark: Path, again: str) -> bool:
     """Whether an earlier try left the picture, and every byte of it is as it was; one that is damaged is named."""
     if file.is_file() and read_json(mark) == {"sha256": digest(file)}:
         return True
     if file.exists() and mark.exists():
-        context.progress.note(f"warning: {file.name} is damaged; it is decoded again")
+        context.progress.note(f"warning: {file.name} is damaged; it is {again} again")
     return False
 
 
@@ -228,7 +261,7 @@ def look(looking: Looking) -> StageLook:
     """The decoder over the picture that is enlarged, the encoder over the canvas, where the guide needs them."""
     config, f = looking.config, looking.config.model.vae_scale_factor
     size, source = Size(config.height // f, config.width // f), _source_size(config)
-    encodes, decodes = bool(config.guide.image) or config.guide.upscale == "lanczos", not config.guide.image
+    encodes, decodes = bool(config.guide.image) or config.guide.upscale != "latent", not config.guide.image
     if config.guide.vae_mode == "exact":
         passes: list[tuple[Direction, Size]] = [("encode", size)] if encodes else []
         found = exact_look(looking, "guide", [*passes, ("decode", source)] if decodes else passes)
@@ -242,7 +275,14 @@ def look(looking: Looking) -> StageLook:
         check_whole(image, canvas, config.guide.fit, f)
         opened = opening_bytes(image, canvas, config.guide.fit, f)
         enlarged = look_at(image).kept(canvas, config.guide.fit, f)
-    return found._replace(extra=_held_bytes(config, enlarged) + keys, before=opened)
+    models, disk = found.models, found.disk
+    if is_safetensors(config.guide.upscale):
+        upscaler = Upscaler(Path(config.guide.upscale))
+        if enlarged.height < config.height or enlarged.width < config.width:
+            tiles = len(places(enlarged.height)) * len(places(enlarged.width))
+            enlarged = Size(enlarged.height * upscaler.scale, enlarged.width * upscaler.scale)
+            models, disk = (upscaler.profile(tiles), *models), disk + 3 * enlarged.height * enlarged.width
+    return found._replace(models=models, disk=disk, extra=_held_bytes(config, enlarged) + keys, before=opened)
 
 
 def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:

@@ -30,6 +30,7 @@ RUN_WIDE = (
     "model.path",  # likewise, as the bytes of the checkpoint
     "model.revision",
     "model.denoiser",
+    "model.vae",
     "model.config",
     "model.family",  # found from the checkpoint's classes
     "model.name",  # for messages

@@ -39,3 +39,11 @@ def anchored(path: str, near: bool = False) -> Path:
     """Absolute: as given, else (with ``near``) under the current folder if it is there, else under the project."""
     expanded = Path(path).expanduser()
     return expanded.absolute() if near and expanded.exists() else ROOT / expanded
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a model that is no part of a checkpoint: its config, if there is one, and its weights; of a folder
+    all that may be."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    weights = sorted(one for one in path.iterdir() if is_safetensors(one.name)) if path.is_dir() else [path]
+    return [config, *weights] if config.is_file() else weights

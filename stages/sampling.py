@@ -91,6 +91,8 @@ def sample(
 
     every = config.preview[context.stage.module] if ranks.first else 0
     preview = Preview(context, canvas.size) if every else None
+    for technique in techniques:
+        technique.prepare(context, canvas.size, folder)
     sampler.mixture.turns = next((turns for one in techniques if (turns := one.turns(folder))), None)
     batch = context.plan.micro_batch or family.micro_batch(network_config, views[0].tile.size, config.device)
     with open_component(context, checkpoint, name, techniques=techniques, micro_batch=batch) as streamer:
@@ -107,7 +109,7 @@ def sample(
         group_size = context.plan.group_size or batch
         while not sampler.finished:
             for technique in techniques:
-                technique.begin(sampler.step, folder)
+                technique.begin(sampler.step, len(sampler.timesteps), folder)
             step = sampler.step + 1
             shown = preview if every and (step % every == 0 or step == len(sampler.timesteps)) else None
             sampler.advance(denoiser, group_size, shown and shown.add)
@@ -132,6 +134,8 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
             key, max(tile) * factor, f"tiles of at most {most * factor} pixels, as the model has positions"
         )
     dtype, techniques = dtype_of(config, name), techniques_of(config, stage)
+    pixels = Size(*(side * config.model.vae_scale_factor for side in size))
+    before = max((technique.opening(pixels) for technique in techniques), default=0)
     # views with and without guidance do not share a micro-batch
     samples = [
         sum(view.passes for view in some if view.passes == guided) for some in (views, more) for guided in (1, 2)
@@ -146,7 +150,8 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile
-    measured = looking.measured((tile, batch), name, stage, call, size=batch, whole_stages=config.device != "cpu")
+    key = (tile, batch, tuple(one.name for one in techniques))
+    measured = looking.measured(key, name, stage, call, size=batch, whole_stages=config.device != "cpu")
     state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques)
     profile = ModelProfile(
         component=name,
@@ -167,4 +172,4 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     if any(technique.through for technique in techniques):  # groups that stand still
         kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
         extra += profile.micro_batches * STANDING
-    return StageLook((profile,), extra=extra, disk=kept)
+    return StageLook((profile,), extra=extra, before=before, disk=kept)

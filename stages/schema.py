@@ -16,9 +16,11 @@ class ModelConfig:
     family: str = MISSING  # sd
     path: str = MISSING  # diffusers folder, hub id, or a single .safetensors file
     denoiser: str | None = None  # a .safetensors or .gguf file whose UNet or transformer takes the place of path's
+    vae: str | None = None  # a folder or a .safetensors file with an AutoencoderKL in the place of path's
     revision: str | None = None  # of a hub id
     config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
     loras: Any = field(default_factory=list)  # adapters: [{path: FILE, scale: 1.0}, FILE, FILE:0.8], in order
+    controlnets: Any = field(default_factory=list)  # [{path: PATH, image: FILE or guide: true, scale, start, end}]
     lora_dir: str | None = None  # where <lora:NAME:0.8> in a prompt finds NAME.safetensors, in any folder below
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     text_tokens: int | None = None  # of a text at most, for families that do not pad them; None: by its bytes
@@ -145,7 +147,7 @@ class GuideConfig:
     mode: str = "sdedit"
     image: str | None = None
     fit: str = "crop"  # crop | stretch: an image of another shape than the canvas
-    upscale: str = "lanczos"  # lanczos | latent
+    upscale: str = "lanczos"  # lanczos | latent | a .safetensors file of a trained upscaler
     phases: Any = None  # long sides of smaller canvases on the way up, pixels; [] for none; derived
     vae_mode: str = "shared"  # independent | shared | exact, as decode.mode
     tile_size: int | None = None  # of the tiled encode, pixels; derived

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -12,6 +14,8 @@ from stages.families import family_of
 from stages.families.base import Family
 from stages.families.facts import facts_of
 from stages.models.checkpoint import Checkpoint
+from stages.models.component import Component
+from stages.models.controlnets import controlnet
 from stages.models.loading import Built, Streamer, build, open_model
 from stages.plans import described
 from stages.techniques import techniques_of
@@ -27,17 +31,28 @@ def open_checkpoint(config: DictConfig, components: Sequence[str], note: Callabl
     Raises:
         CheckpointError: it cannot be used, or has a trait that its family does not understand.
     """
+    files = {facts_of(config).denoiser: config.model.denoiser, "vae": config.model.vae}
     checkpoint = Checkpoint.open(
         config.model.path,
         revision=config.model.revision,
         components=tuple(components),
         config=config.model.get("config"),
         prediction_type=config.model.prediction_type if "scheduler" in components else None,
-        files={facts_of(config).denoiser: config.model.denoiser} if config.model.denoiser else None,
+        files={name: file for name, file in files.items() if file},
         note=note,
     )
     family_of(config).check(checkpoint, components)
     return checkpoint
+
+
+def _component(family: Family, checkpoint: Checkpoint, name: str, techniques: Sequence[Technique]) -> Component:
+    """A component; a denoiser with the networks that run in its pass."""
+    found = checkpoint.component(name)
+    if name != family.facts.denoiser:
+        return found
+    paths = [path for technique in techniques for path in technique.networks]
+    factor = family.facts.vae_scale_factor
+    return replace(found, controlnets=tuple(controlnet(Path(path), found.config, factor) for path in paths))
 
 
 @contextmanager
@@ -53,11 +68,12 @@ def open_component(
     """One component with its weights, see ``models.loading.open_model``; ``techniques``: those of the stage, where the
     caller asks them too."""
     config, stage, family = context.config, context.stage.module, family_of(context.config)
+    techniques = techniques_of(config, stage) if techniques is None else techniques
     with open_model(
-        checkpoint.component(name),
+        _component(family, checkpoint, name, techniques),
         dtype=dtype_of(config, name),
         blocks=family.blocks(name),
-        techniques=techniques_of(config, stage) if techniques is None else techniques,
+        techniques=techniques,
         plan=context.plan.model(name),
         micro_batch=micro_batch,
         mark=context.progress.mark,
@@ -84,10 +100,11 @@ def built(
     config: DictConfig, family: Family, checkpoint: Checkpoint, name: str, stage: str, drop: Sequence[str] = ()
 ) -> Built:
     """One component as ``stage`` would open it, for a look: no weight is read."""
+    techniques = techniques_of(config, stage)
     return build(
-        checkpoint.component(name),
+        _component(family, checkpoint, name, techniques),
         dtype=dtype_of(config, name),
         blocks=family.blocks(name),
-        techniques=techniques_of(config, stage),
+        techniques=techniques,
         drop=(*drop, *family.unused(name, checkpoint.config(name))),
     )

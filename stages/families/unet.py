@@ -35,7 +35,7 @@ UNET = Blocks(
     classes=frozenset(
         {
             *("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock", "Downsample2D", "Upsample2D"),
-            *("Attention", "FeedForward"),
+            *("Attention", "FeedForward", "ControlNetConditioningEmbedding"),
         }
     ),
     stages=frozenset({"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}),

@@ -64,9 +64,10 @@ class Checkpoint:
 
         ``config``: for a single file, a diffusers folder with its configs (and tokenizer), where they are not those of
         Stable Diffusion 1.5, 2.1 or SDXL; it also holds the components that the file lacks. ``files``: component ->
-        the file of its weights, where they are not those of ``path``. ``prediction_type``: overrides the scheduler
-        config's (a single file does not say whether it predicts ``epsilon`` or ``v_prediction``). ``variant``:
-        ``fp16``, or ``""`` for the plain files; None takes fp16 where it exists. ``note``: gets lines about a download.
+        the file of its weights, where they are not those of ``path``; a VAE may be a folder with its config.
+        ``prediction_type``: overrides the scheduler config's (a single file does not say whether it predicts
+        ``epsilon`` or ``v_prediction``). ``variant``: ``fp16``, or ``""`` for the plain files; None takes fp16 where it
+        exists. ``note``: gets lines about a download.
         """
         refuse_pickle(path)
         own = {name: Path(file) for name, file in (files or {}).items() if name in components}
@@ -111,6 +112,10 @@ class Checkpoint:
     def config(self, name: str) -> dict[str, Any]:
         """The config of component ``name``, without what says how it is run."""
         found = _json(self.folder / name / "config.json")
+        if name == "vae" and name in self._files:
+            from stages.models.other_vae import vae_config
+
+            found = vae_config(self._files[name], found)
         _check_layers(self.folder / name, found)
         return plain(found) if "encoder" in name else found
 
@@ -129,7 +134,11 @@ class Checkpoint:
         if "encoder" not in name:  # of diffusers, whether its config says so or not
             config = {"_class_name": class_name, **config}
         identities: tuple[str, ...] = ()
-        if name in self._files:
+        if name == "vae" and name in self._files:
+            from stages.models.other_vae import vae_tensors
+
+            tensors = vae_tensors(self._files[name], config)
+        elif name in self._files:
             from stages.models.single_file import denoiser_tensors
 
             tensors = denoiser_tensors(self._files[name], None, class_name, config)

@@ -31,6 +31,15 @@ class Component:
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorRef] = field(repr=False)
     identities: tuple[str, ...] = ()  # modules that its file has no weights of, because they do nothing
+    controlnets: tuple[Component, ...] = ()  # that run in its pass: children of its network
+
+    @property
+    def every_tensor(self) -> dict[str, TensorRef]:
+        """Those of the ControlNets too, as ``build()``'s parameters are named."""
+        found = dict(self.tensors)
+        for number, one in enumerate(self.controlnets):
+            found |= {f"controlnets.{number}.{name}": ref for name, ref in one.tensors.items()}
+        return found
 
     def build(self, *, optional: Iterable[str] = ()) -> nn.Module:
         """The stock diffusers or transformers model, parameters on ``meta``, buffers real; eval, no gradients.
@@ -77,6 +86,8 @@ class Component:
                 buffer.copy_(read_tensor(self.tensors[name]))
         if self.class_name in CROPPED:
             keep_in_file(model, self.tensors)
+        if self.controlnets:
+            model.controlnets = nn.ModuleList([one.build() for one in self.controlnets])
         return skip_copies(model.eval().requires_grad_(False))
 
 

@@ -92,9 +92,10 @@ def build(
         classes=blocks.classes.difference(*(technique.through for technique in techniques)),
         whole=blocks.whole.union(*(technique.whole for technique in techniques)),
         stages=blocks.stages if all(technique.joins for technique in techniques) else frozenset(),
+        parkable=blocks.parkable if all(technique.parks for technique in techniques) else None,
         kept=frozenset[str]().union(*(technique.kept(network) for technique in techniques)),
     )
-    tensors = without_large(network, component.tensors, dtype)
+    tensors = without_large(network, component.every_tensor, dtype)
     layout = Layout(network, dtype, channels_last=any(technique.channels_last for technique in techniques))
     return Built(network, layout, tensors, blocks)
 

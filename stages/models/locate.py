@@ -72,6 +72,29 @@ def choose_weights(names: Collection[str], component: str, variant: str | None =
     raise CheckpointError(f"{component}: no weights; expected {wanted}, got {sorted(own) or 'no such folder'}.")
 
 
+def lone_weights(path: Path) -> Path:
+    """The file of a model that is no part of a checkpoint: ``path``, or the one in a folder that is a component alone.
+
+    Raises:
+        CheckpointError: there is none, only pickles, or several that belong together.
+    """
+    if path.is_file():
+        return path
+    try:
+        main = choose_weights({f"model/{file.name}" for file in path.iterdir()}, "model").main
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if main.endswith(".json"):
+        raise CheckpointError(f"{path}: its weights lie in several files, expected one .safetensors file.")
+    return path / main.partition("/")[2]
+
+
+def described_beside(path: Path, class_name: str) -> dict[str, Any] | None:
+    """The ``config.json`` of a folder, or beside a file, if it is of a ``class_name``."""
+    found = read_json((path if path.is_dir() else path.parent) / "config.json")
+    return found if isinstance(found, dict) and found.get("_class_name") == class_name else None
+
+
 def fetch(
     repo_id: str,
     components: Iterable[str],

@@ -87,7 +87,7 @@ class SingleFile:
         if name in ("unet", "transformer"):
             return denoiser_tensors(self.path, self.refs, class_name, config)
         own = {key: ref for key, ref in self.refs.items() if key.startswith(self._prefixes(name))}
-        part = Part("", _vae) if name == "vae" else PARTS[self.layout][name]
+        part = Part("", converted_vae) if name == "vae" else PARTS[self.layout][name]
         if part.convert is None:
             return {key.removeprefix(part.prefix): ref for key, ref in own.items()}
         return relocate(own, partial(part.convert, config=config), self.path)
@@ -245,7 +245,8 @@ def _layout(path: Path, refs: Mapping[str, TensorRef], config: str | None) -> st
     return original.class_name if original else ""
 
 
-def _vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+def converted_vae(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Under diffusers' names."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     return convert_ldm_vae_checkpoint(tensors, config)

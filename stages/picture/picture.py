@@ -48,16 +48,19 @@ class Picture:
         rows = max(1, _STRIP // self.width)
         return [(top, min(top + rows, self.height)) for top in range(0, self.height, rows)]
 
-    def cut(self, region: tuple[float, float, float, float], extent: tuple[int, int]) -> Image.Image:
+    def cut(
+        self, region: tuple[float, float, float, float], extent: tuple[int, int], *, alone: bool = False
+    ) -> Image.Image:
         """The region (left, top, right, bottom; fractions of pixels count) resized to ``extent`` (width, height).
 
         The Lanczos window reaches beyond the region into the picture. Regions that come row by row read the picture
-        about once.
+        about once; one ``alone`` reads no more than it needs, and nothing of it is kept.
         """
         box = [float(np.float32(edge)) for edge in region]  # as Pillow keeps it: moving it by whole pixels is exact
         left, right = self._reach(box[0], box[2], extent[0], self.width)
         top, bottom = self._reach(box[1], box[3], extent[1], self.height)
-        crop = _image(self._window.box(top, left, bottom, right))
+        box_of = self.pixels.box(top, left, bottom, right)[0] if alone else self._window.box(top, left, bottom, right)
+        crop = _image(box_of)
         width = extent[0]
         across = (box[0] - left, 0, box[2] - left, crop.height)
         crop = crop.resize((width, crop.height), Image.Resampling.LANCZOS, box=across)

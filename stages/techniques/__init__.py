@@ -8,6 +8,7 @@ from stages.techniques.attention import Attention
 from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
 from stages.techniques.compile import Compile
+from stages.techniques.controlnet import ControlNets, LowresControlNets
 from stages.techniques.linfusion import LinFusion
 from stages.techniques.lora import Lora, TextLora
 from stages.techniques.offload import Offload
@@ -20,6 +21,8 @@ TECHNIQUES: tuple[type[Technique], ...] = (
     ChannelsLast,
     Tf32,
     LinFusion,
+    ControlNets,
+    LowresControlNets,
     Lora,
     TextLora,
     Attention,

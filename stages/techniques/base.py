@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.context import StageContext
     from stages.memory.layout import Layout
     from stages.memory.planner import ModelProfile
     from stages.memory.source import WeightSource
@@ -27,6 +28,8 @@ class Technique(ABC):
     channels_last = False  # whether 4-D weights are packed channels-last
     through: frozenset[str] = frozenset()  # classes of modules that tiles stand still inside of: always cut further
     whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
+    parks = True  # whether skip connections may wait in host memory (``Blocks.parkable``)
+    networks: tuple[str, ...] = ()  # paths of ControlNets that run in the denoiser's pass, as its ``controlnets``
     joins = True  # whether blocks with the skip connections between them may be one unit (``Blocks.stages``)
     period = 1  # steps after which it keeps nothing for the next one: a run can be taken up again there
 
@@ -44,6 +47,10 @@ class Technique(ABC):
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
         """What of it decides the picture's bits, by dotted config keys; ``cache``: where hashes of files are kept."""
         return {}
+
+    def packed(self, cache: Path) -> Mapping[str, Any]:
+        """What of it decides the bytes of packed weights."""
+        return self.fingerprint(cache)
 
     def touches(self, stage: str) -> bool:
         """Whether it has a part in ``stage`` (the module's name)."""
@@ -79,13 +86,27 @@ class Technique(ABC):
         """``canvas.mixture.Turns`` where the tiles of a step need one another, with scratch files in ``folder``."""
         return None
 
+    def opening(self, canvas: Size) -> int:
+        """Bytes that ``prepare`` takes, which are free again when a model is opened; ``canvas``: its pixels.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        return 0
+
+    def prepare(  # noqa: B027
+        self, context: StageContext, canvas: Size, folder: Path
+    ) -> None:
+        """A stage begins, its model is not open yet; ``canvas``: its latents, ``folder``: for scratch."""
+
     def on_open(self, streamer: Any) -> None:  # noqa: B027
         """Change an open model (``models.loading.Streamer``)."""
 
     def begin(  # noqa: B027
-        self, step: int, folder: Path
+        self, step: int, steps: int, folder: Path
     ) -> None:
-        """A step begins, the first is 0; its calls are of the same batches in every step. ``folder``: for scratch."""
+        """A step of ``steps`` begins, the first is 0; its calls are of the same batches in every step. ``folder``:
+        for scratch."""
 
     def before_call(  # noqa: B027
         self, batch: Any, step: Tensor, inputs: dict[str, Tensor]

@@ -150,7 +150,7 @@ class StepCache(Technique):
         )
         return replace(model, cuts=cuts, cached=model.steps - -(-model.steps // self.period))
 
-    def begin(self, step: int, folder: Path) -> None:
+    def begin(self, step: int, steps: int, folder: Path) -> None:
         self._full, self._number = step % self.period == 0, -1
         if self._full:
             self._held, self._lying, self._file = None, [], folder / "deep_features.bin"

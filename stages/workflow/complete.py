@@ -12,10 +12,11 @@ from omegaconf.errors import ValidationError
 from stages.config import ConfigError, close_match, resolve
 from stages.documents import escape_all
 from stages.job import Job
-from stages.paths import anchored, is_hub_id
+from stages.paths import anchored, is_hub_id, is_safetensors
 from stages.regions.document import read_document
 from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
+from stages.techniques import controls
 from stages.workflow import loras, model, prompts
 from stages.workflow.overrides import CONF
 from stages.workflow.overrides import parse as parse_override
@@ -41,11 +42,14 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     _read_prompt(config)
     keys = {override.key for text in said if (override := parse_override(text))}
     _apply_regions(config, keys)
-    for key in ("guide.image", "model.path", "model.denoiser", "technique.linfusion.path", "preview.vae"):
+    for key in ("guide.image", "model.path", "model.denoiser", "model.vae", "technique.linfusion.path", "preview.vae"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
         if value and not (key == "model.path" and is_hub_id(value)):
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
+    if is_safetensors(str(config.guide.upscale)):
+        config.guide.upscale = escape_all(str(anchored(config.guide.upscale, near=True)))
     loras.complete(config)
+    controls.complete(config)
     model.check_path(config)
     model.recognise(config, keys)
     check_sizes(config)

@@ -15,6 +15,7 @@ from stages.families.facts import facts_of
 from stages.hashes import file_hash, fingerprint
 from stages.job import Job
 from stages.mask import masked
+from stages.paths import is_safetensors
 from stages.regions.scale import parameter as region_parameter
 from stages.techniques import TECHNIQUES, techniques_of
 from stages.techniques.dtype import dtype_names
@@ -92,7 +93,7 @@ def parameters(job: Job, stage: Stage, cache: Path) -> dict[str, Any]:
         value = OmegaConf.select(config, key)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
-        if key == "guide.image" and value:
+        if value and (key == "guide.image" or (key == "guide.upscale" and is_safetensors(str(value)))):
             value = file_hash(Path(str(value)), cache)
         if key in ("regions", "reroll") and value:
             value = region_parameter(job.regions_of(stage), key, stage.module)

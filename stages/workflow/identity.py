@@ -13,7 +13,7 @@ from stages.families.facts import facts_of
 from stages.files import read_json
 from stages.hashes import file_hash, fingerprint
 from stages.models.locate import class_in_index
-from stages.paths import PICKLES, is_hub_id
+from stages.paths import PICKLES, files_of, is_hub_id
 
 DISTILLED = "is_distilled"
 _IGNORED = {*PICKLES, ".msgpack", ".h5", ".onnx", ".md", ".png", ".jpg"}
@@ -67,7 +67,7 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
     """{component: hash} of those components that the checkpoint has; {} if the stage opens none.
 
     A single file or a hub revision holds every component: one entry, under ``file`` or ``revision`` (and what
-    ``model.config`` adds to a file). ``model.denoiser`` takes the place of one component's weights.
+    ``model.config`` adds to a file). ``model.denoiser`` and ``model.vae`` take the place of a component's weights.
     """
     if not components:
         return {}
@@ -75,6 +75,9 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
     replaced = facts_of(config).denoiser if config.model.denoiser else ""
     if replaced in components:
         found["denoiser"] = file_hash(Path(config.model.denoiser), cache)
+    if config.model.vae and "vae" in components:
+        files = files_of(Path(config.model.vae))
+        found["vae file"] = fingerprint({file.name: file_hash(file, cache) for file in files})
     if is_hub_id(path):
         return found | {"revision": f"{path}@{resolve_revision(path, config.model.revision)}"}
     root = Path(path)
@@ -85,7 +88,7 @@ def model_identity(config: DictConfig, components: tuple[str, ...], cache: Path)
         root = Path(config.model.config)  # the same file under other configs is another model
     for component in components:
         files = sorted(file for file in (root / component).rglob("*") if _counts(file))
-        if component == replaced:
+        if component == replaced or (component == "vae" and config.model.vae):
             files = [file for file in files if ".safetensors" not in file.name]
         if files:
             hashes = {file.relative_to(root).as_posix(): file_hash(file, cache) for file in files}

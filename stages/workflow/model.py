@@ -30,6 +30,7 @@ def check_path(config: DictConfig) -> None:
         ConfigError
     """
     _check_denoiser(config)
+    _check_vae(config)
     expected = "a folder, a .safetensors file or a hub id"
     if OmegaConf.is_missing(config.model, "path"):
         raise ConfigError(
@@ -62,6 +63,21 @@ def _check_denoiser(config: DictConfig) -> None:
         raise ConfigError("model.denoiser", str(path), expected, str(error)) from None
     if not names:
         raise ConfigError("model.denoiser", str(path), f"{expected} (it is empty)")
+
+
+def _check_vae(config: DictConfig) -> None:
+    if config.model.vae is None:
+        return
+    path, expected = Path(config.model.vae), "a .safetensors file with an AutoencoderKL, or a folder of one"
+    if path.is_dir():
+        said = read_json(path / "config.json")
+        kind = said.get("_class_name") if isinstance(said, dict) else None
+        if kind != "AutoencoderKL":
+            got = f"{path} with a {kind}" if kind else f"{path} without config.json"
+            raise ConfigError("model.vae", got, expected)
+    elif not is_weights_file(path):
+        hint = "Unpickling runs code from the file." if path.suffix.lower() in PICKLES else ""
+        raise ConfigError("model.vae", str(path), expected, hint)
 
 
 def recognise(config: DictConfig, said: Collection[str]) -> None:

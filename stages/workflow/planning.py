@@ -216,13 +216,14 @@ def _without_room(
 def _prepared(stage: Stage, component: str, config: DictConfig, store: Store) -> Path:
     """Where the packed copy of a component's weights lies: by all that decides its bytes."""
     cache = store.root / ".identity"
-    guide = f"{config.guide.image is None}{config.guide.upscale}" if stage.module == "guide" else ""
+    way = "latent" if config.guide.upscale == "latent" else "lanczos"  # as far as halves of a VAE go
+    guide = f"{config.guide.image is None}{way}" if stage.module == "guide" else ""
     key = {
         "component": component,
         "model": model_identity(config, (component,), cache),
         "half": f"{stage.module}{guide}" if component == "vae" else "",
         "dtype": dtype_names(config, (component,)),
-        "techniques": {one.name: dict(one.fingerprint(cache)) for one in techniques_of(config, stage.module)},
+        "techniques": {one.name: dict(one.packed(cache)) for one in techniques_of(config, stage.module)},
     }
     return store.root / "weights" / f"{fingerprint(key)}.bin"
 

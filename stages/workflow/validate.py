@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from stages.config import (
 from stages.families.facts import facts_of, running_steps
 from stages.files import read_object
 from stages.hashes import is_remembered
+from stages.paths import PICKLES, is_safetensors
 from stages.techniques import TECHNIQUES
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
 
@@ -80,7 +82,7 @@ def validate(config: DictConfig) -> None:
     _one_of(config, "denoise.blend", BLENDS)
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "prompt_weighting", ("auto", "off"))
-    _one_of(config, "guide.upscale", ("lanczos", "latent"))
+    _upscale(config)
     _one_of(config, "guide.vae_mode", DECODE_MODES)
     _one_of(config, "guide.fit", ("crop", "stretch"))
     _one_of(config, "decode.mode", DECODE_MODES)
@@ -108,6 +110,23 @@ def validate(config: DictConfig) -> None:
     for technique in TECHNIQUES:
         technique.check(config)
     _files(config)
+
+
+def _upscale(config: DictConfig) -> None:
+    """A way of resampling, or the file of a trained upscaler."""
+    given, ways = str(config.guide.upscale), ("lanczos", "latent")
+    if given in ways:
+        return
+    expected = f"{', '.join(ways)} or a .safetensors file of an upscaler"
+    if not is_safetensors(given):
+        pickle = given.lower().endswith(PICKLES)
+        hint = "Unpickling runs code from the file: take its .safetensors file." if pickle else close_match(given, ways)
+        raise ConfigError("guide.upscale", given, expected, hint)
+    if not Path(given).is_file():
+        raise ConfigError("guide.upscale", given, expected, "A relative path starts in the current folder.")
+    if find_spec("spandrel") is None:
+        hint = 'pip install "highres-lowram[upscale]", or pip install spandrel'
+        raise ConfigError("guide.upscale", given, "lanczos or latent without the package spandrel", hint)
 
 
 def _nodes(config: DictConfig) -> None:
@@ -216,6 +235,8 @@ def _numbers(config: DictConfig) -> None:
 
 def _family(config: DictConfig) -> None:
     facts = facts_of(config)
+    if config.model.vae is not None and facts.vae != "AutoencoderKL":
+        raise ConfigError("model.vae", config.model.vae, f"nothing: this model has an {facts.vae} of its own")
     for key in ("latent_channels", "vae_scale_factor", "patch"):
         if key == "latent_channels" and facts.unet:
             continue  # the checkpoint's VAE says so, where one was found

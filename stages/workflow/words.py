@@ -24,6 +24,12 @@ _MEANT = {
     ("tile_size",): "denoise.tile_size=N or decode.tile_size=N",
     ("budget", "max_memory"): "memory.budget=SIZE",
     ("out", "output", "outdir", "output_path"): "output_dir=FOLDER",
+    (
+        "controlnet",
+        "controlnets",
+        "model.controlnet",
+        "control_image",
+    ): "model.controlnets=[{path: PATH, image: FILE, scale: 1.0}]",
     ("model.lora", "lora", "loras", "lora_weights"): "model.loras=[FILE:0.8]",
 }
 _SAMPLERS = {
