@@ -13,6 +13,7 @@ from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_checked, write_tensors
 from stages.models.loading import Streamer
+from stages.preview import learn
 from stages.tiles import Size, Tile, latent_grid
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_decode
@@ -42,8 +43,11 @@ def run(context: StageContext) -> None:
             if config.decode.mode == "shared":
                 statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
         for tile, pixels in decoded_tiles(vae, canvas, ranks.share(missing), halo, statistics):
+            pixels = to_uint8(pixels)
             with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
-                write_tensors(temporary, {"pixels": to_uint8(pixels)}, checked=True)
+                write_tensors(temporary, {"pixels": pixels}, checked=True)
+            if tile == tiles[0]:
+                learn(context, canvas.box(*tile[2:])[0], pixels)
             progress.advance()
     ranks.wait()
 

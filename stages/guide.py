@@ -87,7 +87,8 @@ def _source(context: StageContext) -> Rows:
 def _shown(context: StageContext, streamer: Streamer, latents: Rows, scratch: Path) -> Picture:
     """The picture to enlarge, decoded and shown."""
     picture = _decode(context, streamer, latents, scratch / "picture.safetensors")
-    learn(context, latents, picture.pixels)
+    if "lowres" in context.inputs:
+        learn(context, latents.read(0, latents.height)[0], picture.pixels.read(0, picture.height)[0])
     _preview(context, picture)
     return picture
 

@@ -1,7 +1,7 @@
 """What comes out, before it has: the latents of a step as colours, small, for the report. No result hangs on it.
 
-The colours are a linear map of the latents, fitted once to what the VAE makes of them (``guide`` has both), and kept
-beside the results. Or a tiny VAE of the same latents decodes them (``model.preview_vae=FOLDER``, TAESD).
+The colours are a linear map of the latents, fitted once to what the VAE makes of them (``guide`` and ``decode`` have
+both) and kept beside the results. Or a tiny VAE of the same latents decodes them (``model.preview_vae=FOLDER``: TAESD).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from stages.context import StageContext
 from stages.files import atomic_path, read_object, write_json
 from stages.hashes import fingerprint
 from stages.memory.imports import light_imports
-from stages.memory.rows import Rows
 from stages.picture.png import PngWriter
 from stages.tiles import Size
 from stages.workflow.identity import model_identity
@@ -55,26 +54,23 @@ class Preview:
             png.write(pixels)
 
 
-def learn(context: StageContext, latents: Rows, pixels: Rows) -> None:
-    """Fit the map to what the VAE made of ``latents``, unless it is known.
+def learn(context: StageContext, latents: Tensor, pixels: Tensor) -> None:
+    """Fit the map to what the VAE made of a few latents, unless it is known.
 
     Args:
-        latents: ``[1, C, h, w]`` float32.
-        pixels: ``[1, 3, f h, f w]`` uint8.
+        latents: ``[C, h, w]`` float32.
+        pixels: ``[3, f h, f w]`` uint8.
     """
     path = _fitted(context)
     if path.is_file():
         return
-    f, found = pixels.height // latents.height, []
-    for top in range(0, latents.height, max(1, latents.height // _ROWS)):
-        strip = pixels.read(top * f, (top + 1) * f)[0].float() / 255
-        seen = strip.unflatten(2, (latents.width, f)).mean(dim=(1, 3))
-        found.append(torch.cat([latents.read(top, top + 1)[0, :, 0], seen]))
-    pairs = torch.cat(found, dim=1).double()
-    known = torch.cat([pairs[: latents.channels], torch.ones_like(pairs[:1])])
+    every, f = max(1, latents.shape[1] // _ROWS), pixels.shape[1] // latents.shape[1]
+    seen = pixels.unflatten(1, (-1, f))[:, ::every].unflatten(3, (-1, f)).float().mean(dim=(2, 4)) / 255
+    given = latents[:, ::every]
+    known = torch.cat([given, torch.ones_like(given[:1])]).flatten(1).double()
     # a little ridge: a picture of one colour has no directions
-    square = known @ known.T + 1e-3 * pairs.shape[1] * torch.eye(len(known), dtype=torch.float64)
-    write_json(path, {"map": torch.linalg.solve(square, known @ pairs[latents.channels :].T).tolist()})
+    square = known @ known.T + 1e-3 * known.shape[1] * torch.eye(len(known), dtype=torch.float64)
+    write_json(path, {"map": torch.linalg.solve(square, known @ seen.flatten(1).double().T).tolist()})
 
 
 def _fitted(context: StageContext) -> Path:

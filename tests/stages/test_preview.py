@@ -13,7 +13,7 @@ from PIL import Image
 from stages import preview
 from stages.config import ConfigError
 from stages.families.schedules import Schedule
-from stages.memory.rows import Rows
+from stages.files import read_object
 from stages.preview import coloured, decoded
 
 
@@ -48,14 +48,14 @@ def test_on_or_off_the_result_is_the_same(work: Work, tiny: Path) -> None:
     assert not list(folders["denoise"].rglob("*preview*"))
 
 
-def test_colours_are_those_that_the_vae_makes(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The map is fitted by ``guide``, to what lies in its folder."""
-    work.run(until="denoise")
-    (map_,) = (work.output_dir / ".store" / ".previews").iterdir()
+@pytest.mark.parametrize(("mode", "until"), [("sdedit", "guide"), ("none", "decode")])
+def test_colours_are_learned_where_the_vae_is_open(work: Work, mode: str, until: str) -> None:
+    work.run({"guide.mode": mode}, until=until)
+    (file,) = (work.output_dir / ".store" / ".previews").iterdir()
+    colours = read_object(file)["map"]
+    assert np.array(colours).shape == (5, 3)
     latents = torch.linspace(-1, 1, 4 * 6 * 8).reshape(4, 6, 8)
-    assert not np.array_equal(coloured(latents, preview.read_object(map_)["map"]), coloured(latents, None))
-    weights = torch.tensor(preview.read_object(map_)["map"])
-    assert weights.shape == (5, 3)
+    assert not np.array_equal(coloured(latents, colours), coloured(latents, None))
 
 
 def test_a_linear_vae_is_found_again(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +63,9 @@ def test_a_linear_vae_is_found_again(work: Work, tmp_path: Path, monkeypatch: py
     torch.manual_seed(1)
     weights, latents = torch.rand(4, 3) * 0.2, torch.randn(1, 4, 40, 24)
     seen = (torch.einsum("ck,bchw->bkhw", weights, latents) + 0.5).clamp(0, 1)
-    rows, pixels = (
-        Rows.create(tmp_path / "l", (4, 40, 24)),
-        Rows.create(tmp_path / "p", (3, 320, 192), torch.uint8, "pixels"),
-    )
-    rows.write(0, latents)
-    pixels.write(0, (seen * 255).round().to(torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3))
-    preview.learn(None, rows, pixels)  # type: ignore[arg-type]
-    found = coloured(latents[0], preview.read_object(tmp_path / "map.json")["map"])
+    pixels = (seen * 255).round().to(torch.uint8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    preview.learn(None, latents[0], pixels[0])  # type: ignore[arg-type]
+    found = coloured(latents[0], read_object(tmp_path / "map.json")["map"])
     assert np.abs(found.astype(int) - (seen[0] * 255).permute(1, 2, 0).numpy()).mean() < 3
 
 

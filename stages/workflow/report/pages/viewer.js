@@ -5,7 +5,7 @@ const viewer = (() => {
   const {width, height} = data, MOST = 160, COLORS = {denoise: "#ff3b30", decode: "#34c759", regions: "#ffcc00"};
   const levels = data.zoom ? data.zoom.levels : 1, side = data.zoom ? data.zoom.tile : Math.max(width, height);
   const images = new Map(), shown = {}, pointers = new Map();
-  let view = null, waits = false, lowres = null, pinch = 0;
+  let view = null, whole = true, waits = false, lowres = null, pinch = 0;
 
   const density = () => window.devicePixelRatio || 1;
   const fitted = () => Math.min(canvas.clientWidth / width, canvas.clientHeight / height);
@@ -34,7 +34,7 @@ const viewer = (() => {
 
   function draw() {
     if (!canvas.clientWidth) return;
-    view = view || fit();
+    if (whole) view = fit();
     view.scale = Math.max(fitted() * 0.8, Math.min(view.scale, 16));
     view.x = Math.max(0, Math.min(view.x, width));
     view.y = Math.max(0, Math.min(view.y, height));
@@ -91,6 +91,7 @@ const viewer = (() => {
   }
 
   function zoom(by, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
+    whole = false;
     const before = view.scale, dx = x - canvas.clientWidth / 2, dy = y - canvas.clientHeight / 2;
     view.scale = Math.max(fitted() * 0.8, Math.min(before * by, 16));
     view.x += dx / before - dx / view.scale;
@@ -98,9 +99,9 @@ const viewer = (() => {
     later();
   }
 
-  function move(dx, dy) { view.x -= dx / view.scale; view.y -= dy / view.scale; later(); }
+  function move(dx, dy) { whole = false; view.x -= dx / view.scale; view.y -= dy / view.scale; later(); }
 
-  function whole() { view = fit(); later(); }
+  function all() { whole = true; later(); }
 
   for (const on of host.querySelectorAll("canvas")) {
     on.addEventListener("wheel", event => {
@@ -124,14 +125,14 @@ const viewer = (() => {
   }
   canvas.addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const far = 80, keys = {"+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), "0": whole,
+    const far = 80, keys = {"+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), "0": all,
       "1": () => zoom(1 / density() / view.scale), ArrowLeft: () => move(far, 0), ArrowRight: () => move(-far, 0),
       ArrowUp: () => move(0, far), ArrowDown: () => move(0, -far)};
     if (!keys[event.key]) return;
     event.preventDefault();
     keys[event.key]();
   });
-  const buttons = {in: () => zoom(1.5), out: () => zoom(1 / 1.5), fit: whole, full: () => zoom(1 / density() / view.scale)};
+  const buttons = {in: () => zoom(1.5), out: () => zoom(1 / 1.5), fit: all, full: () => zoom(1 / density() / view.scale)};
   host.querySelectorAll("[data-do]").forEach(button => button.addEventListener("click", () => buttons[button.dataset.do]()));
   host.querySelectorAll("[data-show]").forEach(box => box.addEventListener("change", () => {
     shown[box.dataset.show] = box.checked;
@@ -141,7 +142,6 @@ const viewer = (() => {
     }
     later();
   }));
-  let wasFitted = 0;
-  new ResizeObserver(() => { if (!view || view.scale === wasFitted) view = fit(); wasFitted = fitted(); later(); }).observe(pane);
+  new ResizeObserver(later).observe(pane);
   return {get view() { return view; }};
 })();
