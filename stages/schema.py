@@ -115,6 +115,7 @@ class LaunchConfig:
 
     threads: int | None = None  # torch threads; None: all cores
     sample_seconds: float = 0.02  # memory sampling period
+    total_budget: str | None = None  # of all runs at once on this machine, with the same output_dir: one waits for room
     nproc: int = 1  # ranks of a stage that share its tiles, each with a GPU of its own and memory.budget for itself
     nnodes: int = 1  # hosts that share a picture's tiles, each with nproc ranks and the same folders
     node_rank: int = 0  # which of them this one is; the first (0) keeps the run

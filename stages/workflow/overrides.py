@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import secrets
@@ -59,6 +60,13 @@ _BESIDE = {  # keys as people say them that lie elsewhere: device is a name, and
 }
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
+LAUNCHER = "hydra/launcher"
+_LAUNCHERS = {  # name: our extra, the package that it brings, our class in the place of its own
+    "joblib": ("joblib", "hydra_plugins.hydra_joblib_launcher", ""),
+    "submitit_slurm": ("slurm", "hydra_plugins.hydra_submitit_launcher", "cluster.Slurm"),
+    "submitit_local": ("slurm", "hydra_plugins.hydra_submitit_launcher", "cluster.Local"),
+    "ray": ("ray", "ray", ""),
+}
 _OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*?)(?P<package>@[^=]*)?(?P<equal>=)(?P<value>.*)", re.DOTALL)
 _RUN = re.compile(r"\w[\w.-]{0,99}")
 
@@ -190,7 +198,19 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         check(override, multirun, options)
         overrides.append(_readable(_ready(override, multirun), override))
     overrides = _lines(merge([], overrides)) if multirun else merge([], overrides)
-    return [*flags, *_with_saved_run(overrides)]
+    return [*flags, *_launcher(_with_saved_run(overrides))]
+
+
+def _launcher(overrides: list[str]) -> list[str]:
+    """Launchers that are extras: ours in the place of Hydra's own, and how those are installed that are not there."""
+    name = value_of(overrides, LAUNCHER)
+    if name not in _LAUNCHERS:
+        return overrides
+    extra, package, target = _LAUNCHERS[name]
+    if importlib.util.find_spec(package.partition(".")[0]) is None or importlib.util.find_spec(package) is None:
+        hint = f"Install it: pip install -c constraints.txt -e '.[{extra}]'"
+        raise ConfigError(LAUNCHER, name, f"a launcher that is installed ({package} is not)", hint)
+    return [*overrides, f"hydra.launcher._target_=hydra_plugins.highres_lowram.{target}"] if target else overrides
 
 
 def _lines(overrides: list[str]) -> list[str]:

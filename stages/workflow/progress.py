@@ -49,6 +49,13 @@ class Silent:
         print(path, flush=True)
 
 
+class Mute(Silent):
+    """Nothing at all."""
+
+    def final(self, path: str) -> None:
+        """Where the picture would be is nobody's question."""
+
+
 class Plain(Silent):
     """Lines: start, at most one every two seconds, end."""
 

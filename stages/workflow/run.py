@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from stages.config import ConfigError
 from stages.documents import save_text
@@ -23,13 +23,14 @@ from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
-from stages.workflow import launch, nodes, overrides, planning, report, tables
+from stages.workflow import launch, nodes, overrides, planning, report, shares, tables
 from stages.workflow.complete import complete
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
-from stages.workflow.progress import Silent, reporter
+from stages.workflow.progress import Mute, Silent, reporter
 from stages.workflow.store import Store
 
+REFUSALS = (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError)
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
 
 
@@ -51,7 +52,7 @@ def execute(
     predictions: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, Any]:
     """Do what the command says; returns what ``run.json`` holds, with ``kept`` if the run was finished before (of
-    ``stage=plan`` the run's name alone, of ``serve`` nothing).
+    ``stage=plan`` the run's name and its predicted peak, of ``serve`` nothing).
 
     Args:
         said: the command line's overrides, kept for ``run=NAME`` later.
@@ -73,16 +74,33 @@ def execute(
             return {}
         job = complete(config, said)
         shown = reporter(job.config.progress, speaker)
-        store, declared = Store(Path(job.config.output_dir) / ".store"), importlib.import_module(pipeline).PIPELINE
-        job = job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep))
+        job, store = _named(job, pipeline, sweep)
         return _execute(job, store, said, sweep, pipeline, predictions, shown)
-    except (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError) as error:
+    except REFUSALS as error:
         shown.close()
         if os.environ.get("HIGHRES_TRACEBACK") == "1":
             raise
         message = explain(error) if isinstance(error, OSError) else str(error)
         print(f"{speaker}{message}", file=sys.stderr, flush=True)
         raise Reported(message, job and job.run) from error
+
+
+def foresee(config: DictConfig, said: Sequence[str], *, pipeline: str = "stages") -> int:
+    """Bytes that a job of a sweep will take at most, runner and stages, as ``stage=plan`` finds out; its budget where
+    nothing is predicted, 0 where nothing has to run or the job will be refused."""
+    config = OmegaConf.merge(config, {"stage": "plan"})  # type: ignore[assignment]
+    try:
+        job, store = _named(complete(config, said), pipeline, True)
+        made = _execute(job, store, said, True, pipeline, None, Mute())
+    except REFUSALS:
+        return 0
+    return 0 if made.get("kept") else made["predicted_peak_rss_bytes"] or job.budget
+
+
+def _named(job: Job, pipeline: str, sweep: bool) -> tuple[Job, Store]:
+    """The job under the name of its run, and the store of its results."""
+    store, declared = Store(Path(job.config.output_dir) / ".store"), importlib.import_module(pipeline).PIPELINE
+    return job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep)), store
 
 
 def _execute(
@@ -100,7 +118,7 @@ def _execute(
     if config.launch.node_rank:
         nodes.help_out(job, store, declared, run_dir, pipeline, shown)
         return {}
-    with _folder_lock(run_dir, shown):
+    with _folder_lock(run_dir, shown), shares.of(job, shown.line) as share:
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         if sweep and (finished := _finished(states, run_dir)):
             link_results(run_dir, states)
@@ -115,16 +133,20 @@ def _execute(
         if config.stage != "plan":
             check_inputs(states, command)
         try:
+            if share:
+                share.take(job.budget * config.launch.nproc)
             if config.stage == "plan":
                 predictions = _predict(states, job, store, run_dir, pipeline, shown, before)
                 tables.plan(states, predictions, shown)
                 _draw_regions(job.regions, run_dir, shown)
                 shown.final(f"plan of {run_dir}: nothing was computed")
-                return {"run": job.run}
+                return {"run": job.run, "predicted_peak_rss_bytes": _peak(states, predictions)}
             with report.Live(run_dir, job, states, command, overrides.typed(said, config)) as live:
                 if predictions is None:
                     predictions = _predict(states, job, store, run_dir, pipeline, shown, before)
                 live.planned(predictions)
+                if share and (peak := _peak(states, predictions)):
+                    share.settle(peak)
                 return _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live)
         except KeyboardInterrupt as stop:
             shown.close()
@@ -175,6 +197,12 @@ def _predict(
         if getattr(error, "refused", True):
             _restore(run_dir, before)  # values that cannot work are not the run's
         raise
+
+
+def _peak(states: Sequence[StageState], predictions: Mapping[str, StagePlan]) -> int:
+    """Bytes that the runner and its stages are going to take at most; 0 where nobody has predicted it."""
+    running = [one.name for one in states if one.status in ("run", "resume")]
+    return max((predictions.get(name, StagePlan()).predicted_peak_rss_bytes or 0 for name in running), default=0)
 
 
 def _run_stages(

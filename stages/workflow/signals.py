@@ -31,8 +31,9 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """For a stage's process: signals reach the whole group, and its parent decides what becomes of it."""
-    for name in ("SIGINT", "SIGHUP"):
+    """For a stage's process: signals reach the whole group, and its parent decides what becomes of it. Slurm sends
+    SIGTERM to all of a job that it is about to requeue: what a stage has done until it is killed counts."""
+    for name in ("SIGINT", "SIGHUP", *(("SIGTERM",) if "SLURM_JOB_ID" in os.environ else ())):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

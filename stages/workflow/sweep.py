@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stages.files import read_object, write_json
 from stages.paths import anchored
-from stages.workflow import report, run
+from stages.workflow import report, run, shares
 from stages.workflow.overrides import SWEEPS, parse, value_of
 from stages.workflow.progress import Silent, duration, reporter
 from stages.workflow.score import score
@@ -38,6 +38,7 @@ def of(arguments: Sequence[str]) -> Iterator[Sweep | None]:
         return
     overrides = [text for text in arguments if text[:1] != "-" and parse(text)]
     sweep = Sweep(Path(value_of(overrides, "hydra.sweep.dir") or SWEEPS), _jobs(overrides))
+    shares.of_command(value_of(overrides, shares.KEY), sweep.folder.parent)
     try:
         yield sweep
     finally:
