@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -15,7 +14,7 @@ from stages.families.base import Family
 from stages.families.facts import facts_of
 from stages.models.checkpoint import Checkpoint
 from stages.models.component import Component
-from stages.models.controlnets import controlnet
+from stages.models.controlnets import controlnets
 from stages.models.loading import Built, Streamer, build, open_model
 from stages.plans import described
 from stages.techniques import techniques_of
@@ -51,8 +50,10 @@ def _component(family: Family, checkpoint: Checkpoint, name: str, techniques: Se
     if name != family.facts.denoiser:
         return found
     paths = [path for technique in techniques for path in technique.networks]
-    factor = family.facts.vae_scale_factor
-    return replace(found, controlnets=tuple(controlnet(Path(path), found.config, factor) for path in paths))
+    if not paths:
+        return found
+    vae, factor = checkpoint.config("vae"), family.facts.vae_scale_factor
+    return replace(found, controlnets=controlnets(paths, found.config, vae, factor))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ TRANSFORMER = Blocks(
     classes=frozenset(
         {
             *("JointTransformerBlock", "Attention", "FeedForward", "AdaLayerNormZero", "SD35AdaLayerNormZeroX"),
-            *("AdaLayerNormContinuous", "PatchEmbed"),
+            *("AdaLayerNormContinuous", "PatchEmbed", "SD3SingleTransformerBlock"),
         }
     )
 )

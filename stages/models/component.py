@@ -32,6 +32,7 @@ class Component:
     tensors: dict[str, TensorRef] = field(repr=False)
     identities: tuple[str, ...] = ()  # modules that its file has no weights of, because they do nothing
     controlnets: tuple[Component, ...] = ()  # that run in its pass: children of its network
+    condition_shift: float = 0.0  # of a ControlNet: what is added to the latents that it is shown
 
     @property
     def every_tensor(self) -> dict[str, TensorRef]:
@@ -88,6 +89,9 @@ class Component:
             keep_in_file(model, self.tensors)
         if self.controlnets:
             model.controlnets = nn.ModuleList([one.build() for one in self.controlnets])
+            net: Any
+            for net, one in zip(model.controlnets, self.controlnets, strict=True):
+                net.condition_shift = one.condition_shift
         return skip_copies(model.eval().requires_grad_(False))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.memory.refs import TensorRef
 from stages.memory.tensors import read_tensor
 
-CROPPED = frozenset({"SD3Transformer2DModel"})  # stock classes that have one
+CROPPED = frozenset({"SD3Transformer2DModel", "SD3ControlNetModel"})  # stock classes that have one
 
 
 @contextmanager
@@ -71,8 +71,8 @@ class CroppedPositions:
 def keep_in_file(model: nn.Module, tensors: Mapping[str, TensorRef]) -> None:
     """Let ``model``'s position tables, on meta, be read from their file."""
     for name, module in model.named_modules():
-        if type(module).__name__ == "PatchEmbed":
-            embed: Any = module
+        embed: Any = module
+        if type(module).__name__ == "PatchEmbed" and embed.pos_embed is not None:
             ref = tensors[f"{name}.pos_embed"]
             crops = CroppedPositions(ref, embed.pos_embed_max_size, embed.patch_size)
             del embed.pos_embed

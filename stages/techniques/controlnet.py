@@ -1,13 +1,14 @@
-"""``model.controlnets``: ControlNets beside a UNet (arXiv 2302.05543), in the same pass of blocks. No torch before one.
+"""``model.controlnets``: ControlNets (arXiv 2302.05543) in a denoiser's own pass of blocks. No torch before one.
 
-A ControlNet is a child of the UNet that it steers: its weights are laid out, planned and streamed with the UNet's, and
-a pass of the one begins with a pass of the other, which leaves what is added to the skip connections. What it is shown
-is cut from its picture where a tile lies on the canvas.
+A ControlNet is a child of the network that it steers: its weights are laid out, planned and streamed with the others,
+and a pass of the one begins with a pass of the other, which leaves what is added to a UNet's skip connections or to a
+transformer's blocks. What it is shown is cut from its picture where a tile lies on the canvas; a transformer's is shown
+the guide's latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from stages.families.facts import facts_of
 from stages.hashes import file_hash, fingerprint
 from stages.paths import files_of
 from stages.techniques.base import Technique
-from stages.techniques.controls import KEY, Control, check, controls
+from stages.techniques.controlnet_calls import CONDITION, SCALE, steer
+from stages.techniques.controls import KEY, NETWORKS, Control, check, controls
 from stages.tiles import Size
 
 if TYPE_CHECKING:
@@ -26,11 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from stages.context import StageContext
+    from stages.memory.rows import Window
     from stages.picture.picture import Picture
     from stages.tiles import Tile
 
-CONDITION, SCALE = "controlnet_condition_{}", "controlnet_scale_{}"  # arguments of the network, by number
-_SHARED = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs", "cross_attention_kwargs")
 _APART = {  # what cuts or runs a UNet in a way that leaves no place for them
     "technique.step_cache.interval": (1, "What is deep is left out of a pass, and with it what they add there."),
     "technique.compile": ("none", "A pass with them is made of several networks."),
@@ -57,6 +58,7 @@ class ControlNets(Technique):
         self._given, self._config = tuple(given), config
         self._always = on_gpu(config)  # there units run in the order of a whole pass
         self._pictures: list[Picture] = []
+        self._latents: Window | None = None  # of the guide, in place of pictures
         self._acting = [True] * len(given)
         self._canvas = Size(0, 0)
 
@@ -70,10 +72,15 @@ class ControlNets(Technique):
         given = controls(config)
         if not given:
             return
-        if not facts_of(config).unet:
-            raise ConfigError(KEY, [one.path for one in given], "none for a transformer", "Those here are of UNets.")
+        facts = facts_of(config)
+        wanted = NETWORKS.get(facts.classes[facts.denoiser])
+        if wanted is None:
+            hint = f"Those here are of {', '.join(NETWORKS)}."
+            raise ConfigError(KEY, [one.path for one in given], "none for this model", hint)
         for one in given:
-            check(one)
+            check(one, wanted)
+        if not facts.unet:
+            _check_latents(config, given)
         if config.guide.mode == "none" and (of_guide := [one.path for one in given if one.image is None]):
             hint = "With guide.mode=none there is no guide: give it an image: FILE."
             raise ConfigError(f"{KEY} ({of_guide[0]})", "guide: true", "an image", hint)
@@ -109,35 +116,13 @@ class ControlNets(Technique):
     # -- the network --------------------------------------------------------------------------------------------
 
     def on_model(self, network: nn.Module, component: str) -> None:
-        whole: Any = network.forward
-        nets: Any = network.controlnets
-
-        def forward(**inputs: Any) -> Any:
-            given = []
-            for number, net in enumerate(nets):
-                shown, scale = (inputs.pop(name.format(number), None) for name in (CONDITION, SCALE))
-                if shown is not None:
-                    given.append((net, shown, scale))
-            if not given:
-                return whole(**inputs)
-            shared = {name: inputs[name] for name in _SHARED if name in inputs}
-            total: list[Tensor] = []
-            for net, shown, scale in given:
-                down, middle = net(**shared, controlnet_cond=shown, conditioning_scale=scale, return_dict=False)
-                if total:
-                    for sum_, more in zip(total, (*down, middle), strict=True):
-                        sum_ += more
-                else:
-                    total = [*down, middle]
-                del down, middle
-            middle = total.pop()
-            return whole(**inputs, down_block_additional_residuals=_handed(total), mid_block_additional_residual=middle)
-
-        network.forward = forward
+        steer(network)
 
     # -- what it is shown ---------------------------------------------------------------------------------------
 
     def opening(self, canvas: Size) -> int:
+        if not facts_of(self._config).unet:
+            return 0
         from stages.picture.opening import check_whole, opening_bytes
 
         found, unit, fit = [0], self._config.model.vae_scale_factor, self._config.guide.fit
@@ -155,6 +140,11 @@ class ControlNets(Technique):
 
     def prepare(self, context: StageContext, canvas: Size, folder: Path) -> None:
         self._canvas = canvas
+        if not facts_of(self._config).unet:
+            from stages.memory.rows import Rows, Window
+
+            self._latents = Window(Rows.open(context.inputs["guide"] / "latents.safetensors"))
+            return
         self._pictures = [self._picture(one, number, context, folder) for number, one in enumerate(self._given)]
 
     def _file(self, one: Control) -> Path | None:
@@ -189,7 +179,7 @@ class ControlNets(Technique):
     def before_call(self, batch: Any, step: Tensor, inputs: dict[str, Tensor]) -> None:
         import torch
 
-        sample = inputs["sample"]
+        sample = next(iter(inputs.values()))
         for number, one in enumerate(self._given):
             if not (self._acting[number] or self._always):
                 continue
@@ -198,9 +188,13 @@ class ControlNets(Technique):
             inputs[SCALE.format(number)] = torch.tensor(scale, device=sample.device)
 
     def _shown(self, number: int, batch: Any) -> torch.Tensor:
-        """``[N, 3, 8h, 8w]`` float32 in [0, 1]: what lies under each tile."""
+        """``[N, 3, 8h, 8w]`` float32 in [0, 1], what lies under each tile; for a transformer its ``[N, C, h, w]``."""
         import torch
 
+        if not facts_of(self._config).unet:
+            if self._latents is None or batch.samples.is_meta:
+                return torch.empty_like(batch.samples)
+            return torch.stack([self._latents.box(*tile[2:]) for tile in batch.tiles])
         unit = self._config.model.vae_scale_factor
         count, _, height, width = batch.samples.shape
         found = torch.empty((count, 3, height * unit, width * unit), device=batch.samples.device)
@@ -241,12 +235,15 @@ class LowresControlNets(ControlNets):
         """They are those that ``ControlNets`` has checked."""
 
 
+def _check_latents(config: DictConfig, given: Sequence[Control]) -> None:
+    """A transformer's are shown latents: those of the guide."""
+    if of_image := [one for one in given if one.image is not None]:
+        hint = "It would have to be encoded; give it as guide.image with guide: true."
+        raise ConfigError(f"{KEY} (image of {Path(of_image[0].path).name})", of_image[0].image, "guide: true", hint)
+    if config.denoise.dilated.enabled:
+        hint = "A part of a canvas of several has no latents of the guide."
+        raise ConfigError("denoise.dilated.enabled", True, f"false with {KEY} of a transformer", hint)
+
+
 def _network(one: Control, cache: Path) -> str:
     return fingerprint({file.name: file_hash(file, cache) for file in files_of(Path(one.path))})
-
-
-def _handed(residuals: list[Tensor]) -> Iterator[Tensor]:
-    """One after the other, each free again when it has been added."""
-    residuals.reverse()
-    while residuals:
-        yield residuals.pop()

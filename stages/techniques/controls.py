@@ -15,7 +15,12 @@ from stages.paths import PICKLES, anchored, is_hub_id, is_safetensors
 
 KEY = "model.controlnets"
 EXPECTED = "a list of {path: FOLDER or FILE, image: FILE or guide: true, scale: 1.0, start: 0.0, end: 1.0}"
-CLASS = "ControlNetModel"
+# stock class of a denoiser -> that of its ControlNets
+NETWORKS: Mapping[str, str] = {
+    "UNet2DConditionModel": "ControlNetModel",
+    "FluxTransformer2DModel": "FluxControlNetModel",
+    "SD3Transformer2DModel": "SD3ControlNetModel",
+}
 _GUIDE = "guide"
 _FIELDS = {"path", "image", "guide", "scale", "start", "end"}
 
@@ -103,8 +108,8 @@ def _number(entry: Mapping[str, Any], key: str, usual: float) -> float:
     return float(value)
 
 
-def check(one: Control) -> None:
-    """What can be known of its files without torch.
+def check(one: Control, wanted: str) -> None:
+    """What can be known of its files without torch; ``wanted``: the class of the network.
 
     Raises:
         ConfigError: none of a ControlNet, of a kind that is not understood, or no picture.
@@ -121,10 +126,10 @@ def check(one: Control) -> None:
     if path.is_dir():
         config = read_json(path / "config.json")
         kind = config.get("_class_name") if isinstance(config, dict) else None
-        if kind != CLASS:
+        if kind != wanted:
             hint = "Of a union of ControlNets each kind of condition has a number, which is not understood here."
             got = f"{one.path} with a {kind}" if kind else f"{one.path} without config.json"
-            raise ConfigError(KEY, got, f"a {CLASS}", hint if "Union" in str(kind) else "")
+            raise ConfigError(KEY, got, f"a {wanted}", hint if "Union" in str(kind) else "")
     if one.image is not None and not Path(one.image).is_file():
         hint = "A relative path starts in the current folder."
         raise ConfigError(f"{KEY} (image of {path.name})", one.image, "a picture that can be read", hint)

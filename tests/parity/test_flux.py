@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import small_flux
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from controlnets import guided, shown
+from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxImg2ImgPipeline, FluxPipeline
 from in_process import Work
 from small_flux import ONE_TILE
 from torch import Tensor
@@ -112,3 +113,27 @@ def test_units_of_the_full_size() -> None:
     assert 679e6 < whole["transformer_blocks.0"] < 681e6 and 282e6 < whole["single_transformer_blocks.0"] < 284e6
     found = rungs(network, layout, blocks)
     assert len(found) <= 6 and found[-1] < 96_000_000
+
+
+def test_a_controlnet_adds_to_its_blocks(folder: Path, tmp_path: Path) -> None:
+    pipeline = FluxControlNetPipeline.from_pretrained(folder, controlnet=None)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    net: Any = FluxControlNetModel.from_transformer(pipeline.transformer, **sizes)
+    small_flux.stirred(net)
+    net.save_pretrained(tmp_path / "net")
+    got, guide = guided(Work(tmp_path, folder), ONE_TILE, tmp_path / "net", 0.6, tmp_path)
+    pipeline.register_modules(controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline(
+        prompt="a cat",
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        width=128,
+        height=64,
+        controlnet_conditioning_scale=0.6,
+        **shown(pipeline, guide, pipeline.vae.config.shift_factor),
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+    close(got, FluxPipeline._unpack_latents(found, 64, 128, 8))
+    assert (stock(folder) - got).abs().max() > 0.01

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from controlnets import guided, shown
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
@@ -259,3 +262,41 @@ def test_a_trait_that_fits_no_other_component_is_refused(folder: Path, tmp_path:
     why = FAMILY.refuse(Checkpoint.open(str(other)), FACTS["sd3"].opened)
     assert why and "got pooled_projection_dim=48, expected 32" in why
     assert FAMILY.refuse(Checkpoint.open(str(folder)), FACTS["sd3"].opened) is None
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["zeros for the pooled states", "positions of the transformer"])
+def test_a_controlnet_adds_to_its_blocks(folder: Path, tmp_path: Path, own: bool) -> None:
+    """As published for SD 3 (latents that are not shifted), and as for SD 3.5 (no text, no positions of its own)."""
+    pipeline = StableDiffusion3ControlNetPipeline.from_pretrained(folder, controlnet=None)
+    config = dict(pipeline.transformer.config)
+    names = ("sample_size", "attention_head_dim", "num_attention_heads", "pooled_projection_dim")
+    sizes: dict[str, Any] = {name: config[name] for name in (*names, "caption_projection_dim", "pos_embed_max_size")}
+    more = {} if own else {"use_pos_embed": False}
+    net = SD3ControlNetModel(
+        num_layers=2,
+        joint_attention_dim=config["joint_attention_dim"] if own else None,
+        force_zeros_for_pooled_projection=own,
+        **sizes,
+        **more,
+    )
+    stirred(net)
+    net.save_pretrained(tmp_path / "net")
+    got, guide = guided(Work(tmp_path, folder), ONE_TILE, tmp_path / "net", 0.6, tmp_path)
+    if not own:  # as the pipeline does it where it is given one
+        net.pos_embed = net._get_pos_embed_from_transformer(pipeline.transformer)
+    pipeline.register_modules(controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    want = pipeline(
+        prompt="a cat",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        width=128,
+        height=64,
+        controlnet_conditioning_scale=0.6,
+        **shown(pipeline, guide, pipeline.vae.config.shift_factor),
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images
+    close(got, want)
+    plain = Work(tmp_path / "plain", folder).run(ONE_TILE, until="denoise")["denoise"]
+    assert (read_tensors(plain / "canvas.safetensors")["latents"] - got).abs().max() > 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from opening import built
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.families.sd import FAMILY
 from stages.memory import graphs
@@ -25,11 +26,15 @@ from stages.memory.places import Places
 from stages.memory.prepared import PreparedSource
 from stages.memory.source import CheckpointSource
 from stages.memory.stream_cuda import CudaStreamer
+from stages.memory.trace import trace
 from stages.memory.units import split_units
 from stages.models.checkpoint import Checkpoint
 from stages.models.component import Component
-from stages.models.loading import build, prepared
+from stages.models.controlnets import controlnet
+from stages.models.loading import build, open_model, prepared
+from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
+from stages.techniques.controlnet_calls import CONDITION, SCALE, steer
 from stages.techniques.step_cache import StepCache
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -99,8 +104,6 @@ def inputs(samples: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 
 def plan(component: Component, limit: int, stage_limit: int, ring: float, **more: Any) -> dict[str, Any]:
     """Everything streamed in the order of use; ``ring`` in largest units."""
-    from stages.memory.trace import trace
-
     model, layout, _, blocks = built(component)
     units = split_units(model, layout, blocks, limit or layout.nbytes, stage_limit)
 
@@ -211,6 +214,69 @@ def test_passes_that_leave_units_out_are_recorded_apart(unet: Component) -> None
     plain = deep_and_above(unet, "cuda", lambda streamer, passed: passed)
     found = deep_and_above(unet, "cuda", lambda streamer, passed: partial(streamer.graphed, passed))
     assert all(torch.equal(one, plain[0]) for one in (*plain, *found))
+
+
+def steered(component: Component, device: str, call: Callable[[Any, Any], Any]) -> Tensor:
+    """A pass that begins with one of a ControlNet, all weights streamed; ``call`` as above."""
+    made = build(component, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=(ChannelsLast(), Steers()))
+    units = split_units(made.network, made.layout, made.blocks, 900_000, 200_000)
+    assert not made.blocks.parked(made.network, units)
+
+    def passed(model: Any, *values: Tensor) -> Tensor:
+        names = ("sample", "timestep", "encoder_hidden_states", CONDITION.format(0), SCALE.format(0))
+        return model(**dict(zip(names, values, strict=True)), return_dict=False)[0]
+
+    values = [*inputs(), torch.rand((6, 3, 128, 128), generator=torch.Generator().manual_seed(1)), torch.tensor(0.5)]
+    order = trace(made.network, units, lambda: passed(made.network, *(one.to("meta") for one in values)), 0).order
+    units.sort(key=lambda unit: order.index(unit.name))
+    source = CheckpointSource(made.tensors, made.layout)
+    options: dict[str, Any] = {"layout": made.layout, "units": units, "source": source, "micro_batch": 2}
+    options |= {"ring_bytes": 2 * max(unit.nbytes for unit in units), "device": device}
+    with torch.inference_mode(), CudaStreamer(made.network, **options) as streamer:
+        run = call(streamer, partial(passed, streamer.model))
+        first, second = (run(*(one.to(device) for one in values)).clone() for _ in range(2))
+    assert torch.equal(first, second)
+    return first
+
+
+class Steers(Technique):
+    """What ``model.controlnets`` does to a network."""
+
+    parks = False
+
+    @classmethod
+    def of(cls, config: Any) -> Steers:
+        return cls()
+
+    def on_model(self, network: nn.Module, component: str) -> None:
+        steer(network)
+
+
+@pytest.fixture(scope="module")
+def controlled(unet: Component, small: Callable[[str], Path]) -> Component:
+    return replace(unet, controlnets=(controlnet(small("sd15_controlnet"), unet.config, {}),))
+
+
+def test_a_controlnet_is_streamed_with_its_unet(no_gpu: None, controlled: Component, expected: Tensor) -> None:
+    found = steered(controlled, "cpu", lambda streamer, passed: passed)
+    techniques = (ChannelsLast(), Steers())
+    with open_model(
+        controlled, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=techniques, micro_batch=2
+    ) as streamer:
+        image, timestep, embeds = inputs()
+        shown = torch.rand((6, 3, 128, 128), generator=torch.Generator().manual_seed(1))
+        given: dict[str, Any] = {CONDITION.format(0): shown, SCALE.format(0): torch.tensor(0.5)}
+        every = {"sample": image, "timestep": timestep, "encoder_hidden_states": embeds, "return_dict": False}
+        model: Any = streamer.model
+        assert torch.equal(model(**every, **given)[0], found)
+        assert torch.equal(model(**every)[0], expected), "it is shown nothing"
+    assert (found - expected).abs().max() > 0.01
+
+
+@gpu
+def test_a_controlnet_is_recorded_with_its_unet(controlled: Component) -> None:
+    plain = steered(controlled, "cuda", lambda streamer, passed: passed)
+    assert torch.equal(steered(controlled, "cuda", lambda streamer, passed: partial(streamer.graphed, passed)), plain)
 
 
 class Graph:
