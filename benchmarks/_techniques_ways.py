@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -150,9 +151,10 @@ def _trace(pipe: Any, work: dict[str, Any], device: str, dtype: torch.dtype) -> 
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """The stages of a planned run one after the other, each with the device to itself; the steps of ``denoise``."""
-    from stages import __main__
-    from stages.context import Progress
+    """The stages of a planned run one after the other, each in a process of its own; the steps of ``denoise``.
+
+    They are forks of this one, which has imported torch and not touched the device: what a stage holds ends with it.
+    """
     from stages.documents import load
     from stages.job import Job
     from stages.workflow.graph import build
@@ -161,29 +163,55 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     run_dir = Path(job["run_dir"])
     run = Job.of(load(run_dir / "config.yaml"))
     states = build(run, Store(Path(run.config.output_dir) / ".store"), verify=False)
+    interval = run.config.technique.step_cache.interval or 1
+    found: dict[str, Any] = {"stages": {}}
+    for state in states:
+        stage = _forked(lambda name=state.name: _stage(job, name, run_dir, interval))
+        steps = stage.pop("denoise", {})
+        found["stages"][state.name] = stage
+        found |= steps
+    for name in next(iter(found["stages"].values())).keys() - {"seconds"}:
+        found[name] = max(stage[name] for stage in found["stages"].values())
+    image = states[-1].entry.path / "image.png"
+    Path(job["picture"]).write_bytes(image.read_bytes())
+    return found
+
+
+def _stage(job: dict[str, Any], name: str, run_dir: Path, interval: int) -> dict[str, Any]:
+    from stages import __main__
+    from stages.context import Progress
+
     clock = Clock()
 
     class Steps(Progress):
         def advance(self, n: int = 1) -> None:
             clock.mark()
 
-    found: dict[str, Any] = {"stages": {}}
-    for state in states:
-        clock.restart()
-        if on_gpu(job):
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        __main__.run(state.name, run_dir, "stages", Steps(), True)
-        found["stages"][state.name] = {"seconds": round(time.perf_counter() - begin, 2), **peaks(job)}
-        if state.name == "denoise":
-            found |= clock.speed(run.config.technique.step_cache.interval or 1)
-    for name in peaks(job):
-        found[name] = max(stage[name] for stage in found["stages"].values())
-    image = states[-1].entry.path / "image.png"
-    Path(job["picture"]).write_bytes(image.read_bytes())
-    return found
+    begin = time.perf_counter()
+    __main__.run(name, run_dir, "stages", Steps(), True)
+    found: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2), **peaks(job)}
+    return found | ({"denoise": clock.speed(interval)} if name == "denoise" else {})
+
+
+def _forked(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``call`` gives in a child. RuntimeError where it fails; its own words have been printed by then."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(call()).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("a stage failed")
+    return json.loads(text)
 
 
 WAYS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"stock": stock, "ours": ours}
