@@ -168,8 +168,11 @@ def _border(axis: Literal["column", "row"], position: int, steps: np.ndarray, bo
     return Border(axis, position, gradient, nearby, aligned, _ratio(gradient, nearby), float(pieces.max()), pieces)
 
 
+ALONE = 1000.0  # the ratio of a step where there is none around it: JSON has no infinity
+
+
 def _ratio(gradient: float, reference: float) -> float:
-    return gradient / reference if reference > 0 else (1.0 if gradient == 0 else float("inf"))
+    return gradient / reference if reference > 0 else (1.0 if gradient == 0 else ALONE)
 
 
 def psnr(one: Iterable[np.ndarray], other: Iterable[np.ndarray]) -> float:

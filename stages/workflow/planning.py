@@ -36,9 +36,10 @@ RUNNER_GROWTH = 6_000_000  # bytes: bars, events, the timeline
 RANK = 16_000_000  # bytes: connections to other ranks, and what is exchanged (measured: 5 to 14 MB)
 COMPEL = 36_000_000  # bytes: the library that weighted prompts and long ones are encoded with (measured: 30 MB)
 # of stitch's process, which opens no model: bytes at rest, a thread that deflates, and a column of pixels, of which the
-# rows of strips, of tiles and of all levels are kept (measured: 67 MB at 2048 pixels wide, 123 MB at 16384)
-STITCH, STITCH_THREAD, STITCH_COLUMN = 57_000_000, 1_000_000, 4_200
-TINY = 100_000_000  # bytes: a tiny VAE of previews, and what it decodes at a time
+# rows of strips, of tiles and of all levels are kept, and its steps in brightness (67 MB at 2048x2048 pixels, 178 MB at
+# 16384x16384: tests/slow/test_report_16384.py)
+STITCH, STITCH_THREAD, STITCH_COLUMN = 57_000_000, 1_000_000, 7_500
+TINY = 115_000_000  # bytes: a tiny VAE of previews (TAESD), and what it decodes at a time (measured: 113 MB)
 LAUNCHER = 16_000_000  # bytes: the process that starts ranks
 
 

@@ -186,6 +186,14 @@ def test_regions_have_no_grid_of_denoise_tiles(tmp_path):
     assert set(json.loads((folder / "seams.json").read_text())) == {"decode"}
 
 
+def test_a_step_with_nothing_around_it_is_a_number(tmp_path):
+    tiles = [tile.scaled(8) for tile in latent_grid(704, 600, 288, 32, 8)]
+    picture = np.zeros((600, 704, 3), np.uint8)
+    picture[:, max(tile.left for tile in tiles) :] = 90
+    folder = stitched(tmp_path, picture).parent
+    assert json.loads((folder / "seams.json").read_text())["decode"]["borders"][0]["ratio"] == 1000
+
+
 def test_one_tile_has_no_seams(tmp_path):
     folder = stitched(tmp_path, random_picture(256, 256)).parent
     assert json.loads((folder / "seams.json").read_text()) == {}

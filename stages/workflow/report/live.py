@@ -38,6 +38,7 @@ class Live:
         self._states = [state for state in states if state.status != "skip"]
         self._plans: Mapping[str, StagePlan] = {}
         self._results: dict[str, StageResult] = {}
+        self._drawn: dict[str, dict[str, Any]] = {}  # rows of those, for every second
         self._now, self._process, self._note = "", None, ""
         self._total, self._done, self._unit, self._first, self._since = 0, 0, "", 0, 0.0
         self._began, self._lock, self._ended = time.time(), threading.RLock(), threading.Event()
@@ -91,6 +92,8 @@ class Live:
         """A stage is done or was reused."""
         with self._lock:
             self._results[result.name] = result
+            plan = self._plans.get(result.name, StagePlan())
+            self._drawn[result.name] = rows.finished(result, plan, _POINTS)
             self._now, self._process = "", None
 
     def finish(self, error: str = "", *, stopped: bool = False, keep: bool = False) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Live:
         for one in self._states:
             plan, result = self._plans.get(one.name, StagePlan()), self._results.get(one.name)
             if result is not None:
-                found.append(rows.finished(result, plan, most))
+                found.append(self._drawn[one.name] if most == _POINTS else rows.finished(result, plan, most))
                 continue
             row = rows.waiting(one, plan)
             if one.name == self._now:
