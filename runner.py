@@ -31,7 +31,6 @@ from stages.config import ROOT, ConfigError
 from stages.schema import Config
 from stages.workflow import overrides, signals, sweep
 from stages.workflow.errors import explain
-from stages.workflow.run import Reported
 
 PIPELINE = "stages"  # the package that holds the stages
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, OSError)  # said in one message
@@ -59,8 +58,6 @@ def main() -> int:
         sys.argv[1:] = overrides.prepare(sys.argv[1:])
         with sweep.of(sys.argv[1:]) as jobs:
             job()
-    except Reported:
-        return 1
     except signals.Stopped as stop:
         if not stop.said:
             print("\nstopped before the work began", file=sys.stderr, flush=True)
@@ -70,7 +67,7 @@ def main() -> int:
             raise
         print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
         return 1
-    return 0 if jobs is None or jobs.all_well else 1
+    return 1 if sweep.failed or (jobs and not jobs.all_well) else 0
 
 
 if __name__ == "__main__":

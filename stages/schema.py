@@ -223,6 +223,13 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True)
+class StoreConfig:
+    """The store of results, ``<output_dir>/.store``."""
+
+    max_size: str | None = None  # after a run the oldest results go that no run links to; None: no limit
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is made from."""
 
@@ -237,7 +244,11 @@ class Config:
     height: int = 2048
     seed: int = 0
     run: str | None = None  # folder under output_dir; derived from prompt and parameters
-    stage: Any = "all"  # all | plan | serve | NAME | [NAME, NAME]
+    stage: Any = "all"  # all | plan | NAME | [NAME, NAME], or list | gc | export | serve
+    keep: Any = "7d"  # stage=gc: results that no run links to stay as long
+    dry: bool = False  # stage=gc only says what it would do
+    to: str | None = None  # stage=export: the new folder
+    store: StoreConfig = field(default_factory=StoreConfig)
     force: bool = False
     progress: bool = True
     output_dir: str = "outputs"

@@ -37,6 +37,7 @@ _PATHS = {
     "guide.image",
     "prompt_file",
     "prompts_file",
+    "to",
 }
 _DTYPE = "technique.dtype."
 _FREE = (
@@ -46,7 +47,17 @@ _FREE = (
     "reroll",
     "hydra",
 )  # anything may stand below these
-_TRANSIENT = {"run", "stage", "force", "progress", "output_dir", "score"}  # of one command, not of the run
+_TRANSIENT = {
+    "run",
+    "stage",
+    "force",
+    "progress",
+    "output_dir",
+    "score",
+    "keep",
+    "dry",
+    "to",
+}  # of one command, not of the run
 _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
 _NO_OTHER = {"force", "progress"}  # keys that make no other sweep of it
 _OPTIONAL = {"experiment"}  # groups of which no option need be taken

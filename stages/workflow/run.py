@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import shlex
 import sys
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 from stages.config import ConfigError
 from stages.documents import save_text
 from stages.events import Event
-from stages.files import atomic_path, free, make_folder, read_object, set_aside, write_json, write_text
+from stages.files import atomic_path, make_folder, read_object, write_json, write_text
 from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
-from stages.workflow import launch, nodes, overrides, planning, report, shares, tables
+from stages.workflow import folder, launch, nodes, overrides, planning, report, shares, tables, upkeep
 from stages.workflow.complete import complete
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
 from stages.workflow.progress import Mute, Silent, reporter
 from stages.workflow.store import Store
+from stages.workflow.upkeep.clean import trim
 
 REFUSALS = (ConfigError, MissingInput, planning.DoesNotFit, launch.StageFailed, OSError)
 PAYLOADS = "payloads.json"  # of a run: what its stages were made from last time
@@ -52,7 +50,7 @@ def execute(
     predictions: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, Any]:
     """Do what the command says; returns what ``run.json`` holds, with ``kept`` if the run was finished before (of
-    ``stage=plan`` the run's name and its predicted peak, of ``serve`` nothing).
+    ``stage=plan`` the run's name and its predicted peak, of ``serve`` and the like nothing).
 
     Args:
         said: the command line's overrides, kept for ``run=NAME`` later.
@@ -67,10 +65,7 @@ def execute(
     """
     job, shown = None, Silent()
     try:
-        if config.stage == "serve":
-            from stages.workflow.report.serve import serve  # a web server: not for every run
-
-            serve(config)
+        if upkeep.command(config):
             return {}
         job = complete(config, said)
         shown = reporter(job.config.progress, speaker)
@@ -100,7 +95,7 @@ def foresee(config: DictConfig, said: Sequence[str], *, pipeline: str = "stages"
 def _named(job: Job, pipeline: str, sweep: bool) -> tuple[Job, Store]:
     """The job under the name of its run, and the store of its results."""
     store, declared = Store(Path(job.config.output_dir) / ".store"), importlib.import_module(pipeline).PIPELINE
-    return job.named(run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep)), store
+    return job.named(folder.run_name(job.config, build(job, store, pipeline=declared, verify=False), sweep)), store
 
 
 def _execute(
@@ -118,17 +113,17 @@ def _execute(
     if config.launch.node_rank:
         nodes.help_out(job, store, declared, run_dir, pipeline, shown)
         return {}
-    with _folder_lock(run_dir, shown), shares.of(job, shown.line) as share:
+    with folder.locked(run_dir, shown), shares.of(job, shown.line) as share:
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         if sweep and (finished := _finished(states, run_dir)):
-            link_results(run_dir, states)
+            folder.link_results(run_dir, states)
             shown.line(f"{job.run}: finished before")
             shown.final(str(run_dir / (finished["image"] or "")))
             return {**finished, "kept": True}
-        before = _kept(run_dir)
+        before = folder.kept(run_dir)
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config)
-        link_results(run_dir, states)
+        folder.link_results(run_dir, states)
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
         if config.stage != "plan":
             check_inputs(states, command)
@@ -147,7 +142,9 @@ def _execute(
                 live.planned(predictions)
                 if share and (peak := _peak(states, predictions)):
                     share.settle(peak)
-                return _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live)
+                summary = _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live)
+                trim(config, shown.line)
+                return summary
         except KeyboardInterrupt as stop:
             shown.close()
             print(f"\nstopped; everything finished is kept. Go on with: {command}", file=sys.stderr, flush=True)
@@ -164,17 +161,6 @@ def _finished(states: Sequence[StageState], run_dir: Path) -> dict[str, Any] | N
     known = {(one.get("name"), one.get("fingerprint")) for one in listed if isinstance(one, dict)}
     there = {(one.name, one.fingerprint) for one in states if one.status == "reuse"}
     return made if there and there <= known else None
-
-
-def _kept(run_dir: Path) -> dict[Path, str | None]:
-    """The run's settings as they are; None for a file that is not there."""
-    paths = (run_dir / "config.yaml", run_dir / overrides.SAVED)
-    return {path: path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None for path in paths}
-
-
-def _restore(run_dir: Path, before: Mapping[Path, str | None]) -> None:
-    for path, text in before.items():
-        path.unlink(missing_ok=True) if text is None else write_text(path, text)
 
 
 def _predict(
@@ -195,7 +181,7 @@ def _predict(
         return planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
     except (ConfigError, planning.DoesNotFit, launch.StageFailed) as error:
         if getattr(error, "refused", True):
-            _restore(run_dir, before)  # values that cannot work are not the run's
+            folder.restore(run_dir, before)  # values that cannot work are not the run's
         raise
 
 
@@ -228,7 +214,7 @@ def _run_stages(
                 shown.begin(state.name, state.reason)
                 live.begin(state.name)
                 results.append(_run_one(state, job, run_dir, pipeline, shown, live))
-                link_results(run_dir, states)
+                folder.link_results(run_dir, states)
             shown.end(results[-1])
             live.end(results[-1])
             write_json(run_dir / PAYLOADS, payloads := {**payloads, state.name: state.payload})
@@ -245,7 +231,7 @@ def _run_stages(
         raise
     finally:
         shown.close()
-        link_results(run_dir, states)
+        folder.link_results(run_dir, states)
         summary = live.finish(error, stopped=error == "interrupted")
     tables.results(results, predictions, summary, shown)
     image = run_dir / "image.png"
@@ -270,55 +256,6 @@ def _elsewhere(config: DictConfig) -> str:
     """The part of a command that finds a run outside the default folder."""
     usual = anchored("outputs")
     return "" if Path(config.output_dir) == usual else f" output_dir={shlex.quote(str(config.output_dir))}"
-
-
-@contextmanager
-def _folder_lock(run_dir: Path, shown: Silent) -> Iterator[None]:
-    """Two commands must not write one run's config at the same time: the second waits and says so."""
-    from filelock import FileLock
-
-    lock = FileLock(free(run_dir / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except TimeoutError:
-        shown.line(f"waits: another process works on {run_dir}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def run_name(config: DictConfig, states: Sequence[StageState], sweep: bool) -> str:
-    """The run's folder: as given, else the prompt's first words and the picture's fingerprint, so that the same
-    command finds its run again."""
-    mark = states[-1].fingerprint[:8]
-    if config.run is not None:
-        return f"{config.run}-{mark}" if sweep and not str(config.run).endswith(mark) else str(config.run)
-    text = unicodedata.normalize("NFC", config.prompt).lower()
-    slug = re.sub(r"[\W_]+", "-", text[:200]).strip("-")[:40].strip("-")
-    while len(slug.encode("utf-8")) > 150:  # file names have at most 255 bytes
-        slug = slug[:-1]
-    return f"{slug}-{mark}" if slug else mark
-
-
-def link_results(run_dir: Path, states: Sequence[StageState]) -> None:
-    """Link what is in the store (or being made there) into the run; links of other settings go."""
-    for state in states:
-        target = os.path.relpath(state.entry.path, run_dir) if state.entry.path.is_dir() else None
-        _link(run_dir / state.name, target)
-    last = states[-1]
-    done = (last.entry.path / "image.png").exists() and last.entry.stage == last.name
-    _link(run_dir / "image.png", f"{last.name}/image.png" if done else None)
-
-
-def _link(link: Path, target: str | None) -> None:
-    if link.is_symlink() and (target is None or os.readlink(link) != target):
-        link.unlink()
-    if target is not None and not link.is_symlink():
-        if os.path.lexists(link):  # somebody's own
-            set_aside(link)
-        link.symlink_to(target)
 
 
 def _draw_regions(regions: Regions, run_dir: Path, shown: Silent) -> None:

@@ -132,6 +132,11 @@ class Entry:
         """Seconds and peaks measured when the result was computed; {} if nobody measured."""
         return read_object(self._stats_path)
 
+    def forget(self) -> None:
+        """Remove what is noted of a result that is gone (the lock is held, and stays)."""
+        for note in (self._stats_path, self._holder_path):
+            note.unlink(missing_ok=True)
+
     def write_stats(self, stats: Mapping[str, Any]) -> None:
         """Remember what the computation took; it is not part of the result."""
         write_json(self._stats_path, dict(stats))

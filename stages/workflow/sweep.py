@@ -27,6 +27,7 @@ from stages.workflow.score import score
 
 RUNNER = "HIGHRES_RUNNER"  # environment: process id of the command that the person gave
 GOOD = ("done", "finished before")
+failed: list[str] = []  # the only run of this process was refused or failed, and has said why
 _LONGEST = 60  # characters of a value, and of a reason, in the table
 
 
@@ -118,14 +119,17 @@ def job(config: DictConfig, pipeline: str, *, sweeps: bool) -> float | None:
         What ``score=`` asks for, for a sweeper that looks for the best; else None.
 
     Raises:
-        run.Reported: refused or failed, the person was told why; of a job in a sweep only if it has a score.
+        run.Reported: a job that has a score was refused or failed, the person was told why.
     """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
     said = [str(text) for text in OmegaConf.to_container(hydra.overrides.task, resolve=False)]  # type: ignore[union-attr]
     if not sweeps:
-        run.execute(config, said, pipeline=pipeline)
+        try:
+            run.execute(config, said, pipeline=pipeline)
+        except run.Reported as error:
+            failed.append(str(error))
         return None
     number, began, scored = int(hydra.job.num), time.monotonic(), config.score
     place = Path(hydra.sweep.dir) / "jobs" / f"{number:04d}.json"
