@@ -40,7 +40,7 @@ class Upscaler:
         Raises:
             ConfigError: it is none.
         """
-        with _without_torchvision():
+        with without_torchvision():
             from spandrel import (
                 ImageModelDescriptor,
                 ModelLoader,
@@ -122,12 +122,13 @@ def places(length: int) -> list[int]:
 
 
 @contextmanager
-def _without_torchvision() -> Iterator[None]:
-    """Two of spandrel's networks, which are no upscalers, ask for three functions of it."""
+def without_torchvision() -> Iterator[None]:
+    """Two of spandrel's networks, which are no upscalers, ask for three functions of it. It may be hidden already."""
     functional: Any = ModuleType("torchvision.transforms.functional")
     functional.InterpolationMode = functional.rotate = functional.normalize = None
     made = {name: ModuleType(name) for name in ("torchvision", "torchvision.transforms")}
-    made = {} if "torchvision" in sys.modules else {**made, functional.__name__: functional}
+    made = {**made, functional.__name__: functional} if sys.modules.get("torchvision") is None else {}
+    before = {name: sys.modules[name] for name in made if name in sys.modules}
     sys.modules.update(made)
     try:
         with light_imports("torchvision"):
@@ -135,3 +136,4 @@ def _without_torchvision() -> Iterator[None]:
     finally:
         for name in made:
             del sys.modules[name]
+        sys.modules.update(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from stages.config import ConfigError
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_tensors
-from stages.models.upscaler import Upscaler, enlarge
+from stages.models.upscaler import Upscaler, enlarge, without_torchvision
 from stages.picture.picture import Picture
 from stages.workflow import validate
 
@@ -87,6 +89,20 @@ def test_a_low_res_picture_is_enlarged_between_decoding_and_encoding(work: Work,
         assert preview.size == (64, 64)
     assert Rows.open(found / "enlarged.safetensors", "pixels").shape == (1, 3, 256, 256)
     assert read_tensors(found / "latents.safetensors")["latents"].shape == (1, 4, 32, 32)
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_what_its_library_asks_for_and_does_not_need(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at the models hides torchvision: ``None`` stands in its place."""
+    if hidden:
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+    elif find_spec("torchvision") is not None:
+        pytest.skip("torchvision is there")
+    with without_torchvision():
+        found = importlib.import_module("torchvision.transforms.functional")
+        assert found.rotate is None
+    assert sys.modules.get("torchvision", 0) is (None if hidden else 0)
+    assert "torchvision.transforms" not in sys.modules
 
 
 def test_what_is_no_upscaler_is_refused(
