@@ -237,6 +237,7 @@ class Config:
     negative_prompt: str = ""
     prompt_file: str | None = None
     prompts_file: str | None = None  # with -m: a run for every line, PROMPT or PROMPT -- NEGATIVE
+    from_image: str | None = None  # a picture: its settings are the base of this run
     prompt_line: str | None = None  # such a line
     wildcards: WildcardsConfig = field(default_factory=WildcardsConfig)
     prompt_weighting: str = "auto"  # auto: (word:1.2), [word], BREAK, AND, prompts of any length, for CLIP | off

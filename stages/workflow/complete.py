@@ -72,6 +72,8 @@ def _sections(config: DictConfig, kind: Any = Config, prefix: str = "") -> None:
 
 
 def _read_prompt(config: DictConfig) -> None:
+    if config.from_image is not None:
+        raise ConfigError("from_image", config.from_image, "a word of the command line, not of a file")
     if config.prompts_file is not None:
         hint = "Each of its lines is a run: python runner.py -m prompts_file=FILE"
         raise ConfigError("prompts_file", config.prompts_file, "-m on the command line", hint)

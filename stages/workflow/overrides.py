@@ -21,7 +21,7 @@ from stages.files import write_json
 from stages.hashes import fingerprint
 from stages.paths import anchored
 from stages.schema import Config
-from stages.workflow import prompts
+from stages.workflow import from_image, prompts
 from stages.workflow.saved import SAVED, settings
 from stages.workflow.words import meant, nearest, sampler
 
@@ -38,6 +38,7 @@ _PATHS = {
     "prompt_file",
     "prompts_file",
     "to",
+    "from_image",
 }
 _DTYPE = "technique.dtype."
 _FREE = (
@@ -208,7 +209,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
         overrides.append(_readable(_ready(override, multirun), override))
-    overrides = _lines(merge([], overrides)) if multirun else merge([], overrides)
+    overrides = _of_image(merge([], overrides), options)
+    overrides = _lines(overrides) if multirun else overrides
     return [*flags, *_launcher(_with_saved_run(overrides))]
 
 
@@ -222,6 +224,19 @@ def _launcher(overrides: list[str]) -> list[str]:
         hint = f"Install it: pip install -c constraints.txt -e '.[{extra}]'"
         raise ConfigError(LAUNCHER, name, f"a launcher that is installed ({package} is not)", hint)
     return [*overrides, f"hydra.launcher._target_=hydra_plugins.highres_lowram.{target}"] if target else overrides
+
+
+def _of_image(overrides: list[str], options: dict[str, list[str]]) -> list[str]:
+    """With ``from_image`` what that picture says below what the command line does."""
+    given = value_of(overrides, "from_image")
+    if given is None:
+        return overrides
+    keys = {override.key for text in overrides if (override := parse(text))}
+    found = from_image.read(anchored(given, near=True), options or groups(), known_keys(), keys)
+    if found.unknown:
+        print(f"from_image: the picture does not say, or it is not used: {'; '.join(found.unknown)}", file=sys.stderr)
+    said = [_said(key, value) for key, value in found.values.items()]
+    return merge(said, [text for text in overrides if not text.startswith("from_image=")])
 
 
 def _lines(overrides: list[str]) -> list[str]:
