@@ -126,6 +126,7 @@ def test_the_page_lives(make: Make, tmp_path: Path) -> None:
         live.finish("lowres: it broke")
     html = (tmp_path / "report.html").read_text()
     assert 'data-state="failed"' in html and "lowres: it broke" in html and "live.js" not in html
+    assert 'class="last"><img src="report/preview_lowres.png?' in html
     assert '<td data-is="status">failed</td>' in html and '<td data-is="status">waits</td>' in html
     assert json.loads((tmp_path / "run.json").read_text())["error"] == "lowres: it broke"
 

@@ -113,9 +113,8 @@ class Live:
 
     def _write_page(self, state: str, error: str = "") -> None:
         results = list(self._results.values())
-        page = render(
-            self._dir, self._job, self._rows(state), state=state, error=error, results=results, **self._commands
-        )
+        more = {"error": error, "results": results, "preview": self._preview(), **self._commands}
+        page = render(self._dir, self._job, self._rows(state), state=state, **more)
         write_text(self._dir / "report.html", page)
 
     def _rows(self, state: str, most: int = rows.POINTS) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ def render(
     error: str = "",
     command: str = "",
     typed: str = "",
+    preview: Mapping[str, str] | None = None,
 ) -> str:
     """The page.
 
@@ -61,6 +62,7 @@ def render(
         rows: of the stages (:mod:`stages.workflow.report.rows`).
         state: running | finished | failed | stopped.
         command: that goes on with the run; ``typed``: the one that makes it from nothing.
+        preview: the address of a small picture of how it came out so far, and its ``stage``.
     """
     heaviest = [(result.name, name, size) for result in results for name, size in result.heaviest]
     return (
@@ -73,6 +75,7 @@ def render(
             error=error,
             command=command,
             typed=typed,
+            preview=preview,
             rows=rows,
             budget=job.budget,
             peak=max((result.peak_rss_bytes for result in results), default=0),
