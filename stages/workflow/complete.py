@@ -44,7 +44,7 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     _apply_regions(config, keys)
     for key in ("guide.image", "model.path", "model.denoiser", "model.vae", "technique.linfusion.path", "preview.vae"):
         value = OmegaConf.select(config, key, throw_on_missing=False)
-        if value and not (key == "model.path" and is_hub_id(value)):
+        if value and not (key in ("model.path", "model.vae") and is_hub_id(value)):
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
     if is_safetensors(str(config.guide.upscale)):
         config.guide.upscale = escape_all(str(anchored(config.guide.upscale, near=True)))

@@ -77,6 +77,8 @@ def _check_vae(config: DictConfig) -> None:
             raise ConfigError("model.vae", got, expected)
     elif not is_weights_file(path):
         hint = "Unpickling runs code from the file." if path.suffix.lower() in PICKLES else ""
+        if is_hub_id(str(path)):
+            hint = f"Get it once: hf download {path} --local-dir FOLDER"
         raise ConfigError("model.vae", str(path), expected, hint)
 
 

@@ -30,6 +30,8 @@ _MEANT = {
         "model.controlnet",
         "control_image",
     ): "model.controlnets=[{path: PATH, image: FILE, scale: 1.0}]",
+    ("vae", "vae_path", "sd_vae"): "model.vae=PATH",
+    ("upscaler", "hr_upscaler", "upscale_model"): "guide.upscale=FILE",
     ("model.lora", "lora", "loras", "lora_weights"): "model.loras=[FILE:0.8]",
 }
 _SAMPLERS = {

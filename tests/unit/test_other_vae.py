@@ -83,6 +83,7 @@ def test_what_is_no_autoencoder_is_refused(work: Work, tmp_path: Path, other: Pa
         (other, "with a AutoencoderTiny"),
         (tmp_path, "without config.json"),
         (Path("a.ckpt"), "Unpickling"),
+        (Path("stabilityai/sd-vae-ft-mse"), "hf download stabilityai/sd-vae-ft-mse"),
     ):
         with pytest.raises(ConfigError, match=rf"model\.vae: got .*{said}"):
             check_path(work.config({"model.vae": str(path)}))

@@ -19,6 +19,9 @@ from stages.workflow.words import meant, sampler
         ("init_image=a.png", "guide.image"),
         ("denoising_strength=0.3", "denoise.strength"),
         ("model.lora=x", "model.loras=[FILE:0.8]"),
+        ("controlnet=x", "model.controlnets"),
+        ("vae=x", "model.vae=PATH"),
+        ("upscaler=x", "guide.upscale=FILE"),
         ("promt=x", "Did you mean prompt?"),
     ],
 )
