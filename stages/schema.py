@@ -21,6 +21,7 @@ class ModelConfig:
     config: str | None = None  # of a single file: a diffusers folder with configs, tokenizer, and what the file lacks
     loras: Any = field(default_factory=list)  # adapters: [{path: FILE, scale: 1.0}, FILE, FILE:0.8], in order
     controlnets: Any = field(default_factory=list)  # [{path: PATH, image: FILE or guide: true, scale, start, end}]
+    embeddings: list[str] = field(default_factory=list)  # files of textual inversion: words for prompts
     lora_dir: str | None = None  # where <lora:NAME:0.8> in a prompt finds NAME.safetensors, in any folder below
     prediction_type: str | None = None  # epsilon | v_prediction; None: as the checkpoint's scheduler config says
     text_tokens: int | None = None  # of a text at most, for families that do not pad them; None: by its bytes

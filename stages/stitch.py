@@ -21,6 +21,8 @@ from stages.picture.tile_strips import TileStrips
 from stages.techniques import TECHNIQUES
 from stages.techniques.controls import KEY as CONTROLNETS
 from stages.techniques.controls import controls
+from stages.techniques.inversion_file import KEY as EMBEDDINGS
+from stages.techniques.inversion_file import inversions
 from stages.techniques.lora_file import KEY as LORAS
 from stages.techniques.lora_file import strengths
 from stages.tiles import Size, latent_grid
@@ -48,12 +50,14 @@ def settings(config: DictConfig) -> dict[str, Any]:
         keys -= {"guide.fit"}
     if config.prompt_weighting == "auto":
         keys -= {"prompt_weighting"}
-    for key in sorted(keys - {LORAS, CONTROLNETS}):
+    for key in sorted(keys - {LORAS, CONTROLNETS, EMBEDDINGS}):
         OmegaConf.update(chosen, key, OmegaConf.select(config, key), force_add=True)
     if "guide.upscale" in keys:
         OmegaConf.update(chosen, "guide.upscale", Path(config.guide.upscale).name)
     if loras := [{"name": Path(one.path).stem, "scale": one.scale} for one in strengths(config)]:
         OmegaConf.update(chosen, LORAS, loras, force_add=True)
+    if words := [one.name for one in inversions(config)]:
+        OmegaConf.update(chosen, EMBEDDINGS, words, force_add=True)
     if nets := [one.said for one in controls(config)]:
         OmegaConf.update(chosen, CONTROLNETS, nets, force_add=True)
     return OmegaConf.to_container(chosen, resolve=False)  # type: ignore[return-value]

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from stages.families import inversion
 from stages.families.encoders import Encoders
 from stages.families.text import say_truncated, tokenize
 from stages.families.weighting import Weighting, understood
@@ -40,16 +41,18 @@ def encode_clips(
     states, pooled, clip_skip = [], [], config.text_encode.clip_skip or 0
     for index, (name, tokenizer_name) in enumerate(names.items()):
         tokenizer = encoders.checkpoint.tokenizer(tokenizer_name)
-        prompts = understood(texts, tokenizer, config)
+        own = inversion.joined(tokenizer, texts, config)
+        prompts = understood(own, tokenizer, config)
         known = {text: tokenize(tokenizer, prompt.text) for text, prompt in prompts.items()}
         if index == 0:
             say_truncated(encoders, tokenizer, {text: known[text] for text in known if prompts[text].parts is None})
         with encoders.open(name) as streamer:
             network: Any = streamer.model
+            inversion.place(network, name, tokenizer, config)
             rows, vectors = [], []
             ways = [partial(_states_of, network, -2 - clip_skip), partial(_states_of, network, -2)]
             weighting = Weighting(prompts, ways, tokenizer, encoders)
-            for row in texts:
+            for row in own:
                 ids = torch.cat([known[text].ids for text in row]).to(encoders.device)
                 output = network(ids, output_hidden_states=True)
                 prompt, negative = output.hidden_states[-2 - clip_skip][0], output.hidden_states[-2][1]
@@ -60,9 +63,9 @@ def encode_clips(
             rows = weighting.filled(rows)
         states.append(torch.stack([torch.stack(row) for row in rows], dim=1))
         pooled += [torch.stack(vectors, dim=1)] if vectors else []
-    if len({own.shape[2] for own in states}) > 1:  # tokenizers that are not of one kind
-        shortest = min(own.shape[2] for own in states)
-        states = [own[:, :, :shortest] for own in states]
+    if len({one.shape[2] for one in states}) > 1:  # tokenizers that are not of one kind
+        shortest = min(one.shape[2] for one in states)
+        states = [one[:, :, :shortest] for one in states]
     return Encoded(torch.cat(states, dim=-1), pooled)
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from stages.canvas.mixture import TileBatch
+from stages.families import inversion
 from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.clip import CLIP
@@ -31,6 +32,7 @@ class StableDiffusion(Family):
 
     def encode(self, encoders: Encoders, texts: Sequence[tuple[str, str]], config: DictConfig) -> dict[str, Tensor]:
         tokenizer = encoders.checkpoint.tokenizer()
+        texts = inversion.joined(tokenizer, texts, config)
         prompts = understood(texts, tokenizer, config)
         known = {text: tokenize(tokenizer, prompt.text) for text, prompt in prompts.items()}
         say_truncated(encoders, tokenizer, {text: known[text] for text in known if prompts[text].parts is None})
@@ -45,6 +47,7 @@ class StableDiffusion(Family):
         found, skip = [], config.text_encode.clip_skip
         with encoders.open("text_encoder") as streamer:
             network: Any = streamer.model
+            inversion.place(network, "text_encoder", tokenizer, config)
             masked = bool(getattr(network.config, "use_attention_mask", False))
             ways = [partial(states_of, network, clip_skip=skip), partial(states_of, network, clip_skip=None)]
             weighting = Weighting(prompts, ways, tokenizer, encoders, masked=masked)

@@ -9,6 +9,7 @@ from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
 from stages.techniques.compile import Compile
 from stages.techniques.controlnet import ControlNets, LowresControlNets
+from stages.techniques.inversion import TextualInversion
 from stages.techniques.linfusion import LinFusion
 from stages.techniques.lora import Lora, TextLora
 from stages.techniques.offload import Offload
@@ -25,6 +26,7 @@ TECHNIQUES: tuple[type[Technique], ...] = (
     LowresControlNets,
     Lora,
     TextLora,
+    TextualInversion,
     Attention,
     StepCache,
     ToMe,

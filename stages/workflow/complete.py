@@ -48,6 +48,9 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
             OmegaConf.update(config, key, escape_all(str(anchored(value, near=True))))
     if is_safetensors(str(config.guide.upscale)):
         config.guide.upscale = escape_all(str(anchored(config.guide.upscale, near=True)))
+    if config.model.embeddings:
+        files = [str(anchored(path, near=True)) for path in config.model.embeddings]
+        OmegaConf.update(config, "model.embeddings", escape_all(files), merge=False)
     loras.complete(config)
     controls.complete(config)
     model.check_path(config)

@@ -96,6 +96,8 @@ def _ours(settings: dict[str, Any], options: Mapping[str, Collection[str]], know
         values["prompt"] = " ".join([str(values.get("prompt") or ""), *tags])
     if "guide.fit" in values:
         unknown.append("the picture that guided it (guide.image=FILE)")
+    if words := values.pop("model.embeddings", None):
+        unknown.append(f"where the learned words {', '.join(map(str, words))} lie (model.embeddings=[FILE])")
     if values.pop("model.controlnets", None):
         unknown.append("its ControlNets (model.controlnets=...)")
     if str(values.get("guide.upscale", "lanczos")) not in ("lanczos", "latent"):

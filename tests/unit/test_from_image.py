@@ -93,6 +93,7 @@ def test_a_comment_of_exif_is_read(tmp_path):
 
 def test_ours_names_what_it_does_not_hold(tmp_path):
     said = {"prompt": "a", "model": {"name": "mine", "loras": [{"name": "oil", "scale": 0.7}], "controlnets": [{}]}}
+    said["model"]["embeddings"] = ["mystyle"]
     said |= {"guide": {"fit": "crop", "image": "/etc/x", "upscale": "x4.safetensors"}, "future": {"key": 1}}
     said |= {"score": "os:remove", "output_dir": "/"}
     found = look(picture(tmp_path / "x.png", {"highres_lowram": json.dumps(said)}))
