@@ -9,14 +9,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from stages.workflow.run import foresee
-
 MARGIN = 1.05  # of what is predicted
 LEAST = 200_000_000  # bytes of a job of which nothing is known: it will be refused, or all of it is there
 
 
 def predicted(context: HydraContext, config: DictConfig, overrides: Sequence[str], pipeline: str) -> int:
     """Bytes to ask for: the peak of runner and stages that the planner predicts for a job, and a margin."""
+    from stages.workflow.run import foresee  # not whenever Hydra looks for plugins
+
     of_job = context.config_loader.load_sweep_config(config, list(overrides))
     said = [str(text) for text in OmegaConf.to_container(of_job.hydra.overrides.task, resolve=False)]  # type: ignore[union-attr]
     with open_dict(of_job):
