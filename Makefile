@@ -25,7 +25,7 @@ run: $(VENV)/.run ## a picture: make run PROMPT="a lighthouse on a cliff" ARGS="
 	@$(PY) runner.py stage=all $${PROMPT:+"prompt=$$PROMPT"} $(ARGS)
 
 test: $(VENV)/.dev ## the tests, without the slow ones (but with the headline): make test TESTS=tests/unit
-	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow or ci_slow" $(TESTS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=60 --durations-min=6 -m "not slow or ci_slow" $(TESTS)
 
 test-fast: $(VENV)/.dev ## the tests that need no torch, in half a minute
 	@$(PY) -m pytest -n $(WORKERS) -m fast $(TESTS)

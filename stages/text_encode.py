@@ -13,8 +13,10 @@ from stages.files import atomic_path
 from stages.memory.finite import refuse_not_finite
 from stages.memory.planner import ModelProfile
 from stages.memory.tensors import write_tensors
+from stages.models.tokenizers import room
 from stages.tiles import Size
 
+GIVEN_UP = ("t5", "qwen3")  # encoders whose tokenizers are gone when they open
 TRANSFORMERS = 14_000_000  # bytes: what transformers' classes take more than diffusers' models, with all they touch
 
 
@@ -41,7 +43,7 @@ def run(context: StageContext) -> None:
 def look(looking: Looking) -> StageLook:
     """Each text encoder, a prompt and its negative at a time; the embeddings of all regions are held."""
     family, count, longest = looking.family, len(looking.regions.texts), looking.config.model.text_tokens
-    models = []
+    models, kept, before = [], [0], 0
     for component in family.encoders(looking.checkpoint):
         call, samples = family.text_call(component, looking.network_config(component), longest)
         measured = looking.measured("text", component, "text_encode", lambda network, _, call=call: call(network))
@@ -54,5 +56,10 @@ def look(looking: Looking) -> StageLook:
             **measured._asdict(),
         )
         models.append(profile)
+        kind = looking.network_config(component).get("model_type", "")
+        rooms = room(looking.checkpoint.folder / component.replace("text_encoder", "tokenizer"), kind == "t5")
+        kept.append(rooms.left if kind in GIVEN_UP else rooms.held)
+        before = max(before, rooms.opening)
     _, embeds = family.example(looking.network_config(family.facts.denoiser), Size(64, 64), 1, longest)
-    return StageLook(tuple(models), extra=count * sum(rows.nbytes for rows in embeds.values()), code=TRANSFORMERS)
+    held = count * sum(rows.nbytes for rows in embeds.values()) + max(kept)
+    return StageLook(tuple(models), extra=held, before=before, code=TRANSFORMERS)

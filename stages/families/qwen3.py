@@ -38,6 +38,7 @@ def encode_qwen3(
     tokenizer = qwen3_tokenizer(encoders.checkpoint.folder / "tokenizer")
     known = {text: _tokens(tokenizer, text, thinking) for text in texts}
     say_truncated(encoders, tokenizer, known)
+    del tokenizer  # a hundred megabytes, which the encoder needs
     encoders.start(len(known))
     found = {}
     with encoders.open("text_encoder") as streamer:

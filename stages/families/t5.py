@@ -29,6 +29,7 @@ def encode_t5(encoders: Encoders, name: str, texts: Sequence[tuple[str, ...]], l
     tokenizer.model_max_length = length
     known = {text: tokenize(tokenizer, text) for row in texts for text in row}
     say_truncated(encoders, tokenizer, known)
+    del tokenizer  # it takes fifty megabytes, which the encoder needs
     found = []
     with encoders.open(name) as streamer:
         network: Any = streamer.model

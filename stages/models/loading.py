@@ -22,7 +22,7 @@ from stages.memory.stock import StockModel, device_of, dispatched
 from stages.memory.stream import WeightStreamer
 from stages.memory.stream_cuda import CudaStreamer
 from stages.memory.tensors import TensorRef
-from stages.memory.trim import drop_clean_pages
+from stages.memory.trim import drop_clean_pages, return_freed
 from stages.memory.units import Blocks, split_units
 from stages.models.component import Component
 from stages.models.large import without_large
@@ -121,6 +121,7 @@ def open_model(
     built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
     if device != "cpu":
         limit_device(device, plan.device_budget)
+    return_freed()
     drop_clean_pages()  # all is imported, nothing is loaded yet
     read = source(built, techniques, plan.prepared, note)
     streamer = _spread(built, plan, read) or _by_technique(built, techniques, read, device)

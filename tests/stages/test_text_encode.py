@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from in_process import Work
+from in_process import Work, look
 from torch import Tensor
 
 from stages.families.sd import StableDiffusion
 from stages.memory.tensors import read_header, read_tensors
+from stages.models.tokenizers import LEFT, Room, room
 
 
 def embeddings(work: Work, **values: object) -> dict[str, Tensor]:
@@ -82,3 +83,20 @@ def test_embeddings_that_are_not_finite_end_the_stage(work: Work, monkeypatch: p
     with pytest.raises(ValueError, match=rf"text_encode: {name}: 1 of \d+ numbers are NaN or infinite"):
         embeddings(work)
     assert not list((work.output_dir / ".store" / "text_encode").glob("*/manifest.json"))
+
+
+def test_the_memory_of_tokenizers_is_planned(work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the size of their files; CLIP's stays open beside its encoder, as weights of words are applied with it."""
+    monkeypatch.setattr("stages.text_encode.room", lambda folder, unigram: Room(0, 0, 0))
+    none = look(work.config(), "text_encode")["text_encode"]
+    monkeypatch.setattr("stages.text_encode.room", lambda folder, unigram: Room(50_000_000, 900_000_000, LEFT))
+    large = look(work.config(), "text_encode")["text_encode"]
+    assert large.extra - none.extra == 50_000_000
+    assert large.imports >= large.base + 800_000_000 > none.imports  # while it is opened, no weight is there
+    (tmp_path / "merges.txt").write_bytes(bytes(500_000))
+    (tmp_path / "vocab.json").write_bytes(bytes(1_000_000))
+    words = room(tmp_path)
+    assert words.held == 9 * 1_500_000 and words.left == LEFT
+    (tmp_path / "tokenizer.json").write_bytes(bytes(2_400_000))  # read in the place of the two
+    assert room(tmp_path).held == 9 * 2_400_000 < room(tmp_path, unigram=True).held
+    assert room(tmp_path / "none") == Room(0, 0, 0)
