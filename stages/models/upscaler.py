@@ -41,7 +41,7 @@ class Upscaler:
             ConfigError: it is none.
         """
         with without_torchvision():
-            from spandrel import (
+            from spandrel import (  # type: ignore[import-not-found]
                 ImageModelDescriptor,
                 ModelLoader,
                 UnsupportedModelError,
