@@ -29,6 +29,7 @@ class Stage(NamedTuple):
     # keys that it may read besides: to refuse their values, or of what it needs; no result hangs on them otherwise
     checks: tuple[str, ...] = ()
     phase: tuple[int, int] | None = None  # of an upscaling phase: (width, height) of its canvas, pixels
+    later: bool = False  # whether the guide of its canvas is the canvas of an upscaling phase before it
 
     @property
     def module(self) -> str:
@@ -139,7 +140,8 @@ PREPARATIONS = (REHEARSAL, PROFILE)  # what runs before the pipeline does
 def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[Stage, ...]:
     """The pipeline with the upscaling phases of ``guide.phases`` before ``guide``: ``guide_512``, ``denoise_512`` ...
 
-    Each phase guides and denoises a smaller canvas, whose picture guides the next one.
+    Each phase guides and denoises a smaller canvas, whose picture guides the next one. The first one's guide is the
+    low-res picture or ``guide.image``.
     """
     found: list[Stage] = []
     previous: tuple[str, ...] = ()
@@ -149,16 +151,14 @@ def expanded(config: DictConfig, pipeline: Sequence[Stage] = PIPELINE) -> tuple[
             for long_side in config.guide.phases:
                 size = phase_size(config.width, config.height, long_side, multiple(config))
                 guide, denoise = f"guide_{long_side}", f"denoise_{long_side}"
-                needs = previous or stage.needs(config)
-                found.append(stage._replace(name=guide, of="guide", phase=size, needs=lambda _, n=needs: n))
+                needs, own = previous or stage.needs(config), {"phase": size, "later": bool(previous)}
+                found.append(stage._replace(name=guide, of="guide", needs=lambda _, n=needs: n, **own))
                 needs = ("text_encode", guide)
-                found.append(
-                    by_name["denoise"]._replace(name=denoise, of="denoise", phase=size, needs=lambda _, n=needs: n)
-                )
+                found.append(by_name["denoise"]._replace(name=denoise, of="denoise", needs=lambda _, n=needs: n, **own))
                 previous = (guide, denoise)
-            found.append(stage._replace(needs=lambda _, n=previous: n))
+            found.append(stage._replace(needs=lambda _, n=previous: n, later=True))
         else:
-            found.append(stage)
+            found.append(stage._replace(later=bool(previous) and stage.name == "denoise"))
     return tuple(found)
 
 

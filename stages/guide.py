@@ -262,7 +262,8 @@ def look(looking: Looking) -> StageLook:
     """The decoder over the picture that is enlarged, the encoder over the canvas, where the guide needs them."""
     config, f = looking.config, looking.config.model.vae_scale_factor
     size, source = Size(config.height // f, config.width // f), _source_size(config)
-    encodes, decodes = bool(config.guide.image) or config.guide.upscale != "latent", not config.guide.image
+    encodes = bool(config.guide.image) or config.guide.upscale != "latent"
+    decodes = not config.guide.image or bool(config.guide.phases)  # what one after the first enlarges
     if config.guide.vae_mode == "exact":
         passes: list[tuple[Direction, Size]] = [("encode", size)] if encodes else []
         found = exact_look(looking, "guide", [*passes, ("decode", source)] if decodes else passes)
@@ -270,20 +271,25 @@ def look(looking: Looking) -> StageLook:
         found = _tiled_look(looking, size if encodes else None, source if decodes else None)
     side = config.guide.tile_size // f + 2 * HALO
     keys, opened = keys_bytes(looking, side * side) if config.guide.vae_mode == "shared" else 0, 0
-    enlarged = Size(source.height * f, source.width * f)
-    image, canvas = Path(config.guide.image or ""), Size(config.height, config.width)
+    image, fit = Path(config.guide.image or ""), config.guide.fit
+    enlarged = [Size(source.height * f, source.width * f)] if decodes or not image.is_file() else []
     if image.is_file():  # else its guide is there, or it is refused when the stage begins
-        check_whole(image, canvas, config.guide.fit, f)
-        opened = opening_bytes(image, canvas, config.guide.fit, f)
-        enlarged = look_at(image).kept(canvas, config.guide.fit, f)
+        canvas = _first_canvas(config)
+        check_whole(image, canvas, fit, f)
+        opened, kept = opening_bytes(image, canvas, fit, f), look_at(image).kept(canvas, fit, f)
+        # a phase gets its share of what is said here
+        enlarged.append(Size(kept.height * config.height // canvas.height, kept.width * config.width // canvas.width))
     models, disk = found.models, found.disk
     if is_safetensors(config.guide.upscale):
         upscaler = Upscaler(Path(config.guide.upscale))
-        if enlarged.height < config.height or enlarged.width < config.width:
-            tiles = len(places(enlarged.height)) * len(places(enlarged.width))
-            enlarged = Size(enlarged.height * upscaler.scale, enlarged.width * upscaler.scale)
-            models, disk = (upscaler.profile(tiles), *models), disk + 3 * enlarged.height * enlarged.width
-    return found._replace(models=models, disk=disk, extra=_held_bytes(config, enlarged) + keys, before=opened)
+        small = [one for one in enlarged if one.height < config.height or one.width < config.width]
+        if small:
+            tiles = max(len(places(one.height)) * len(places(one.width)) for one in small)
+            large = [Size(one.height * upscaler.scale, one.width * upscaler.scale) for one in small]
+            models, disk = (upscaler.profile(tiles), *models), disk + max(3 * one.height * one.width for one in large)
+            enlarged += large
+    held = max(_held_bytes(config, one) for one in enlarged)
+    return found._replace(models=models, disk=disk, extra=held + keys, before=opened)
 
 
 def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:
@@ -331,6 +337,14 @@ def _source_size(config: DictConfig) -> Size:
     if config.guide.phases:
         width, height = phase_size(config.width, config.height, config.guide.phases[-1], multiple(config))
     return Size(height // f, width // f)
+
+
+def _first_canvas(config: DictConfig) -> Size:
+    """Pixels of the canvas that the first guide is for."""
+    width, height = config.width, config.height
+    if config.guide.phases:
+        width, height = phase_size(width, height, config.guide.phases[0], multiple(config))
+    return Size(height, width)
 
 
 def _held_bytes(config: DictConfig, enlarged: Size) -> int:

@@ -62,8 +62,12 @@ class Job:
         return replace(self, config=config, regions=scaled(self.regions, size))
 
     def of_stage(self, stage: Stage) -> Job:
-        """What ``stage`` is made from: an upscaling phase has a canvas of its own."""
-        return self if stage.phase is None else self.at(Size(stage.phase[1], stage.phase[0]))
+        """What ``stage`` is made from: an upscaling phase has a canvas of its own; after the first ``guide.image`` has
+        no part."""
+        job = self if stage.phase is None else self.at(Size(stage.phase[1], stage.phase[0]))
+        if not (stage.later and job.config.guide.image):
+            return job
+        return replace(job, config=_with(job.config, {"guide.image": None}))
 
     def regions_of(self, stage: Stage) -> Regions:
         """The regions on the canvas of ``stage``."""

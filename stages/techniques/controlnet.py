@@ -128,8 +128,9 @@ class ControlNets(Technique):
         found, unit, fit = [0], self._config.model.vae_scale_factor, self._config.guide.fit
         for one in self._given:
             image = self._file(one)
-            if image is None:
+            if image is None or (one.image is None and self._config.guide.phases):  # after the first: one of ours
                 found.append(_OPENING)
+            if image is None:
                 continue
             try:
                 check_whole(image, canvas, fit, unit)

@@ -174,7 +174,7 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         plan = chosen.choices[model.component].model
         copied = config.memory.prepared and not model.quantised  # a copy would be several times the bytes to read
         if plan.resident != "all" and not model.single_pass and copied:
-            plan = replace(plan, prepared=str(_prepared(stage, model.component, config, store)))
+            plan = replace(plan, prepared=str(_prepared(stage, model.component, job, store)))
         if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
         if model.placement:
@@ -214,9 +214,9 @@ def _without_room(
             )
 
 
-def _prepared(stage: Stage, component: str, config: DictConfig, store: Store) -> Path:
+def _prepared(stage: Stage, component: str, job: Job, store: Store) -> Path:
     """Where the packed copy of a component's weights lies: by all that decides its bytes."""
-    cache = store.root / ".identity"
+    config, cache = job.of_stage(stage).config, store.root / ".identity"
     way = "latent" if config.guide.upscale == "latent" else "lanczos"  # as far as halves of a VAE go
     guide = f"{config.guide.image is None}{way}" if stage.module == "guide" else ""
     key = {

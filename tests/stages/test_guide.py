@@ -89,6 +89,27 @@ def test_the_users_picture_needs_no_low_res_pass(work: Work, picture: Path) -> N
     assert (folder / "lowres.png").is_file()
 
 
+def test_the_users_picture_guides_the_first_phase_alone(work: Work, picture: Path) -> None:
+    values = {"guide.image": str(picture), "guide.phases": [64]}
+    found = work.run(values, until="guide")
+    assert "lowres" not in found
+    alone = {"guide.image": str(picture), "width": 64, "height": 48, "run": "alone"}
+    first = work.run(alone, until="denoise")
+    for stage, file in (("guide", "latents"), ("denoise", "canvas")):
+        got, expected = (
+            read_tensors(folder / f"{file}.safetensors")["latents"] for folder in (found[f"{stage}_64"], first[stage])
+        )
+        assert torch.equal(got, expected)
+    with opened_vae(work.checkpoint) as vae, Image.open(found["guide"] / "previous.png") as previous:
+        shown = vae.decode(to_vae(vae, expected), return_dict=False)[0]
+        assert np.abs(np.asarray(previous).astype(float) - to_uint8(shown)[0].permute(1, 2, 0).numpy()).max() <= 1
+    config = work.config(values)
+    seen = {name: state.payload["parameters"].get("guide.image") for name, state in work.states(config).items()}
+    assert seen["guide_64"] and seen["guide"] is None
+    cut = look(config, "guide")["guide"].models[0].cuts[0]
+    assert {name.partition(".")[0] for name in cut.order} >= {"encoder", "decoder"}
+
+
 def test_another_picture_in_the_same_file_is_another_guide(work: Work, picture: Path) -> None:
     _, first = guide(work, **{"guide.image": str(picture)})
     guide(work, **{"guide.image": str(picture), "run": "again"})
