@@ -99,7 +99,7 @@ def _tiny(folder: Path) -> Any:
     with light_imports():
         from diffusers import AutoencoderTiny
 
-        vae: Any = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
+        vae: Any = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     vae.encoder = None
     return vae.eval().requires_grad_(False)
 

@@ -49,7 +49,7 @@ class Upscaler:
             )
         try:
             found = ModelLoader().load_from_state_dict(canonicalize_state_dict(read_tensors(path)))
-        except (UnsupportedModelError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        except (UnsupportedModelError, ValueError, TypeError, LookupError, RuntimeError, AssertionError) as error:
             said = str(error).strip().partition("\n")[0]
             raise ConfigError(KEY, str(path), _EXPECTED, f"spandrel says: {said or type(error).__name__}") from error
         whole = isinstance(found, ImageModelDescriptor) and found.purpose == "SR" and found.scale > 1

@@ -37,7 +37,7 @@ def sheet(path: Path, blocks: Sequence[Block], width: int = 320) -> None:
     """Write the PNG; ``width``: of a cell, pixels. Cells have the shape of the first picture."""
     side = _shape([cell.file for block in blocks for _, row in block.rows for cell in row if cell and cell.file], width)
     font = ImageFont.load_default(_TEXT)
-    longest = max((font.getlength(name) for block in blocks for name, _ in block.rows), default=0)
+    longest = max((font.getlength(_plain(name)[:width]) for block in blocks for name, _ in block.rows), default=0)
     edge = min(int(longest) + 2 * GAP, width) if longest else GAP
     total = edge + max(len(block.columns) for block in blocks) * (width + GAP)
     strips = [strip for block in blocks for strip in _heights(block, side)]
@@ -106,11 +106,16 @@ def _paste(strip: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, left: int,
     strip.paste(small, (left + (side.width - small.width) // 2, (side.height - small.height) // 2))
 
 
+def _plain(text: str) -> str:
+    """In one line: the length of several cannot be measured."""
+    return " ".join(text.split())
+
+
 def _fitted(text: str, width: int, font: Font, most: int = 2) -> str:
     """The text in lines of at most ``width`` pixels, ``most`` of them."""
-    lines, rest = [], " ".join(text.split())
+    lines, rest = [], _plain(text)
     while rest and len(lines) < most:
-        end = len(rest)
+        end = min(len(rest), width)  # no letter is narrower than a pixel
         while end > 1 and font.getlength(rest[:end]) > width:
             end -= 1
         cut = rest.rfind(" ", 1, end) if end < len(rest) else -1

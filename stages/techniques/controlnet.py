@@ -169,8 +169,14 @@ class ControlNets(Technique):
                 return Picture(Rows.open(enlarged, "pixels"))
             image = next(path for path in (folder / "previous.png", folder / "lowres.png") if path.is_file())
             return open_picture(image, file, pixels, "stretch", unit)
+
+        def note(text: str) -> None:
+            context.progress.note(text.replace("guide.image", f"{KEY} (image)", 1))
+
         try:
-            return open_picture(image, file, pixels, config.guide.fit, unit, context.progress.note)
+            return open_picture(
+                image, file, pixels, config.guide.fit, unit, note if one.image else context.progress.note
+            )
         except ConfigError as error:
             raise error.under(f"{KEY} (image)") from error
 

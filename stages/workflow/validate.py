@@ -28,6 +28,7 @@ from stages.config import (
 from stages.families.facts import facts_of, running_steps
 from stages.files import read_object
 from stages.hashes import is_remembered
+from stages.models.locate import CheckpointError, lone_weights
 from stages.paths import PICKLES, is_safetensors
 from stages.techniques import TECHNIQUES
 from stages.workflow.overrides import CONF, check_output_dir, check_run_name
@@ -274,15 +275,19 @@ def _memory(config: DictConfig) -> None:
 
 
 def _preview_vae(config: DictConfig) -> None:
-    """One that decodes this model's latents."""
+    """One that decodes this model's latents, with weights that need not be unpickled."""
     if (folder := config.preview.vae) is None:
         return
     known = read_object(Path(folder) / "config.json")
     got = known.get("_class_name"), known.get("latent_channels", 4)
+    expected = f"a folder with an AutoencoderTiny of {config.model.latent_channels} channels (TAESD)"
     if got != ("AutoencoderTiny", config.model.latent_channels):
         found = f"{got[0]} of {got[1]} channels" if known else "no config.json"
-        expected = f"a folder with an AutoencoderTiny of {config.model.latent_channels} channels (TAESD)"
         raise ConfigError("model.preview_vae", f"{folder}: {found}", expected)
+    try:
+        lone_weights(Path(folder))
+    except CheckpointError as error:
+        raise ConfigError("model.preview_vae", str(error), expected) from None
 
 
 def _files(config: DictConfig) -> None:

@@ -98,3 +98,7 @@ def test_another_models_tiny_vae_is_refused(work: Work, tmp_path: Path, tiny: Pa
         with pytest.raises(ConfigError, match=rf"model\.preview_vae.*{said}"):
             work.config({"preview.vae": str(folder)})
     work.config({"preview.vae": str(tiny)})
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ConfigError, match=r"model\.preview_vae.*only pickle files"):
+        work.config({"preview.vae": str(tmp_path)})

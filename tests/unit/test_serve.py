@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from command import Command
 
 from stages.workflow.report.gallery import gallery
-from stages.workflow.report.serve import Server
+from stages.workflow.report.serve import Handler, Server
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_runs_and_what_their_links_lead_to_can_be_read(server: Server) -> None:
     assert (
         headers["Content-Type"] == "text/html; charset=utf-8"
         and "default-src 'none'" in headers["Content-Security-Policy"]
+        and headers["Cross-Origin-Resource-Policy"] == "same-origin"
     )
     assert ask(server, "/poster/report.html")[:2] == (200, b"<h1>poster</h1>")
     assert ask(server, "/poster")[2]["Location"] == "/poster/report.html"
@@ -98,6 +100,42 @@ def test_another_sites_name_that_leads_here_is_refused(server: Server) -> None:
     assert ask(server, "/", Host="evil.example")[0] == 403
     assert ask(server, "/", Host=f"localhost:{server.server_port}")[0] == 200
     assert server.server_address[0] == "127.0.0.1"
+
+
+def test_what_is_no_address_is_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5) as link:
+        link.sendall(b"GET http://[ HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert link.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+def test_of_a_file_that_grows_as_much_is_sent_as_was_said(
+    server: Server, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = outputs / "poster" / "denoise.log"
+    log.write_text("step 1\n")
+    end_headers = Handler.end_headers
+
+    def grows(self: Handler) -> None:
+        end_headers(self)
+        with log.open("a") as file:
+            file.write("step 2\n")
+
+    monkeypatch.setattr(Handler, "end_headers", grows)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+    for expected in (b"step 1\n", b"step 1\nstep 2\n"):  # of one connection
+        connection.request("GET", "/poster/denoise.log")
+        assert connection.getresponse().read() == expected
+    connection.close()
+
+
+def test_a_run_that_goes_while_it_is_looked_at(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterdir = Path.iterdir
+    gone = outputs / "poster" / "run.json.tmp"
+    monkeypatch.setattr(
+        Path, "iterdir", lambda path: [*iterdir(path), gone] if path.name == "poster" else iterdir(path)
+    )
+    monkeypatch.setattr(Path, "is_file", lambda path, own=Path.is_file: path == gone or own(path))
+    assert "poster" in gallery(outputs, 1005.0)
 
 
 def test_the_gallery_says_how_runs_are(outputs: Path) -> None:

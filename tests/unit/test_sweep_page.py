@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -90,3 +91,13 @@ def test_a_sheet_of_many_takes_the_memory_of_one_row(tmp_path: Path) -> None:
     with Image.open(tmp_path / "s.png") as image:
         assert image.height > 40 * 320
         assert peak < image.width * image.height * 3 / 4
+
+
+def test_names_of_several_lines_and_of_any_length(tmp_path: Path) -> None:
+    said = ["a cat\non a mat", "word " * 20_000]
+    jobs = [[f"prompt='{text}'", f"seed={n}"] for text in said for n in "12"]
+    began = time.monotonic()
+    page = sweep(make(tmp_path, *jobs))
+    assert page is not None and time.monotonic() - began < 5
+    with Image.open(page.with_name("sweep.png")) as image:
+        assert image.height > 2 * 160

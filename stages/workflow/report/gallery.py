@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,11 +32,14 @@ def run(folder: Path, now: float) -> dict[str, Any] | None:
     """What a card says of a run: name, state, prompt, size, seconds since something happened; None for no run."""
     if not any((folder / name).is_file() for name in ("config.yaml", "report.html")):
         return None
+    try:
+        changed, size = folder.stat().st_mtime, sum(map(_bytes, folder.iterdir()))
+    except OSError:  # it is being removed
+        return None
     said, made = state(folder), read_object(folder / "run.json")
     known = said.get("state") or ("failed" if made.get("error") else "finished" if made else "not begun")
     if known == "running" and now - said.get("updated", 0) > OLD:
         known = "killed"
-    changed = said.get("updated") or folder.stat().st_mtime
     page = folder / "report.html"
     return {
         "name": folder.name,
@@ -44,8 +48,8 @@ def run(folder: Path, now: float) -> dict[str, Any] | None:
         "extent": said.get("extent", ""),
         "href": quote(f"{folder.name}/report.html") if page.is_file() else None,
         "picture": thumbnail(folder),
-        "bytes": sum(map(_bytes, folder.iterdir())),
-        "age": max(0.0, now - changed),
+        "bytes": size,
+        "age": max(0.0, now - (said.get("updated") or changed)),
         "error": str(made.get("error") or "").partition("\n")[0] if known == "failed" else "",
     }
 
@@ -74,4 +78,6 @@ def _bytes(path: Path) -> int:
     if path.is_symlink() and path.is_dir():
         files = read_object(path / MANIFEST).get("files", {})
         return sum(file.get("bytes", 0) for file in files.values() if isinstance(file, dict))
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    with suppress(FileNotFoundError):  # of one that was being written
+        return path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return 0

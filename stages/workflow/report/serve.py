@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mimetypes
-import shutil
 import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +18,11 @@ from stages.workflow.report.gallery import gallery
 
 HOST = "127.0.0.1"  # the loopback: nobody else's machine
 _SHOWN = {".yaml": "text/plain", ".log": "text/plain", ".json": "application/json", ".js": "text/javascript"}
-_POLICY = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
+_POLICY = (
+    "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PIECE = 1 << 20  # bytes of a file at a time
 
 
 def serve(config: DictConfig) -> None:
@@ -87,7 +90,10 @@ class Handler(BaseHTTPRequestHandler):
         name = (self.headers.get("Host") or "").rsplit(":", 1)[0]
         if name not in (HOST, "localhost"):  # another site's name that leads here
             return self._send(HTTPStatus.FORBIDDEN, b"only for this machine\n", "text/plain")
-        path = urlsplit(self.path).path
+        try:
+            path = urlsplit(self.path).path
+        except ValueError:  # no address
+            return self._send(HTTPStatus.BAD_REQUEST, b"no address\n", "text/plain")
         if path == "/":
             return self._send(HTTPStatus.OK, gallery(self.server.root, time.time()).encode(), "text/html")
         found = self.server.find(path)
@@ -96,7 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         if found is None or not found.is_file():
             return self._send(HTTPStatus.NOT_FOUND, b"not here\n", "text/plain")
         kind = _SHOWN.get(found.suffix) or mimetypes.guess_type(found.name)[0] or "application/octet-stream"
-        with found.open("rb") as file:
+        try:
+            file = found.open("rb")
+        except OSError:  # gone since, or not ours to read
+            return self._send(HTTPStatus.NOT_FOUND, b"not here\n", "text/plain")
+        with file:
             self._send(HTTPStatus.OK, file, kind)
 
     def _send(self, status: HTTPStatus, body: bytes | BinaryIO, kind: str, **headers: Any) -> None:
@@ -106,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.send_header("Cache-Control", "no-cache")
         self.send_header("X-Content-Type-Options", "nosniff")
+        # a page of another site may name 127.0.0.1 too, and would load what a run says as a script of its own
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.send_header("Content-Security-Policy", _POLICY)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -116,7 +128,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
             return
         body.seek(0)
-        shutil.copyfileobj(body, self.wfile)
+        while size and (piece := body.read(min(size, _PIECE))):  # no more than was said: a log grows meanwhile
+            self.wfile.write(piece)
+            size -= len(piece)
+        self.close_connection |= bool(size)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Not said: a page that lives asks every second."""
