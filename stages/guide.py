@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from PIL import Image
-from torch import Tensor
 
 from stages import multiple, phase_size
 from stages.context import StageContext
@@ -26,7 +19,6 @@ from stages.families.opening import DECODER, ENCODER, open_vae
 from stages.files import atomic_path, read_json, write_json
 from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
-from stages.memory.tensors import digest_of
 from stages.models.loading import Streamer
 from stages.models.upscaler import COMPONENT, Upscaler, enlarge, places
 from stages.models.upscaler import KEY as UPSCALE
@@ -34,10 +26,11 @@ from stages.paths import is_safetensors
 from stages.picture.opening import check_whole, look_at, open_picture, opening_bytes
 from stages.picture.picture import Picture
 from stages.preview import learn
-from stages.tiles import Size, Tile
+from stages.tiles import Size
+from stages.vae.encoding import encode
 from stages.vae.exact_scratch import open_scratch
-from stages.vae.exact_vae import Direction, exact_decode, exact_encode
-from stages.vae.tiled import HALO, decode_tiled, encode_tiled, encoder_statistics, factor, guide_tiles
+from stages.vae.exact_vae import Direction, exact_decode
+from stages.vae.tiled import HALO, decode_tiled, factor, guide_tiles
 from stages.workflow.store import CHECKPOINT, digest
 
 ENLARGED = "enlarged.safetensors"
@@ -67,7 +60,7 @@ def run(context: StageContext) -> None:
         if latents is not None and not trained:
             picture = _shown(context, streamer, latents, scratch)
         if in_pixels and (latents is None or latents.shape[1:] != shape):
-            guide = _encode(context, streamer, picture, shape)
+            guide = encode(context, streamer, picture, shape, scratch)
         else:
             assert latents is not None
             progress.start(1, "tiles")
@@ -156,12 +149,6 @@ def _decode_exactly(context: StageContext, streamer: Streamer, latents: Rows, pi
     pixels.remove()
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    """``[1, 3, h, w]`` in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1
-
-
 def _enlarge(latents: Rows, guide: Rows) -> Rows:
     """The latents themselves, enlarged (bicubic), channel by channel; returns ``guide``."""
     source, size = latents.read(0, latents.height), (guide.height, guide.width)
@@ -170,91 +157,6 @@ def _enlarge(latents: Rows, guide: Rows) -> Rows:
         if latents.shape != guide.shape:  # else there is nothing to enlarge
             plane = F.interpolate(plane, size=size, mode="bicubic", antialias=False)
         guide.write_flat(channel * plane.numel(), plane.flatten())
-    return guide
-
-
-def _encode(context: StageContext, streamer: Streamer, picture: Picture, shape: tuple[int, int, int]) -> Rows:
-    """Guide latents of the canvas: each crop is cut from the enlarged picture, which never exists as a whole.
-
-    A killed stage goes on with the row of tiles that it was in.
-    """
-    config, progress = context.config, context.progress
-    vae: Any = streamer.model
-    f = factor(vae)
-    across, down = picture.width / config.width, picture.height / config.height
-
-    def read(box: Tile) -> Tensor:
-        region = (box.left * across, box.top * down, box.right * across, box.bottom * down)
-        return _to_tensor(picture.cut(region, (box.right - box.left, box.bottom - box.top)))
-
-    if config.guide.vae_mode == "exact":
-        return _encode_exactly(
-            context, streamer, lambda top, bottom: read(Tile(0, 0, top, 0, bottom, config.width)), shape
-        )
-    side, folder = config.guide.tile_size // f, context.output / CHECKPOINT
-    tiles = guide_tiles(Size(*shape[1:]), side)
-    limit = (side + 2 * HALO) * f
-    extent = (max(f, picture.width), max(f, picture.height))  # a pixel or two do not go through an encoder
-    if max(extent) > limit:
-        scale = limit / max(extent)
-        extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
-    file, mark = folder / "latents.safetensors", folder / "rows.json"
-    tops = [0, *(tile.top for tile in tiles if tile.row and not tile.col)]
-    digests = _kept(context, file, mark, shape, tops)
-    first = len(digests)
-    if first:
-        guide = Rows.open(file)
-        progress.resumed(f"row {first} of {tiles[-1].row + 1}")
-    else:
-        mark.unlink(missing_ok=True)  # of a file that has been put in its place since
-        guide = Rows.create(file, shape)
-
-    def keep(row: int) -> None:
-        guide.sync()
-        if row > len(digests):  # the row before the first one is encoded again
-            digests.append(_digest(guide, tops[row - 1], tops[row]))
-        write_json(mark, {"rows": row, "sha256": digests})
-
-    progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
-    shared = config.guide.vae_mode == "shared"
-    statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent))) if shared else None
-    with statistics.applied(vae) if statistics else nullcontext():
-        encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance, first=first, kept=keep)
-    return guide
-
-
-def _digest(guide: Rows, top: int, bottom: int) -> str:
-    return digest_of({"rows": guide.read(top, bottom)})
-
-
-def _kept(context: StageContext, file: Path, mark: Path, shape: tuple[int, int, int], tops: list[int]) -> list[str]:
-    """Digests of the rows of tiles that an earlier try finished, those that are still what they were."""
-    state = read_json(mark)
-    kept = state.get("sha256") if isinstance(state, dict) else None
-    if not isinstance(kept, list) or len(kept) >= len(tops) or not file.is_file():
-        return []
-    try:
-        guide = Rows.open(file)
-        if guide.shape != (1, *shape):
-            raise ValueError(f"its shape is {guide.shape}")
-        found = [_digest(guide, top, bottom) for top, bottom in pairwise(tops[: len(kept) + 1])]
-    except (OSError, ValueError, KeyError) as error:
-        context.progress.note(f"warning: {file.name} cannot be used ({error}); the guide is made from the start")
-        return []
-    same = list(takewhile(lambda pair: pair[0] == pair[1], zip(found, kept, strict=True)))
-    if len(same) < len(kept):
-        context.progress.note(f"warning: row {len(same)} of {file.name} is damaged; it is encoded again")
-    return kept[: len(same)]
-
-
-def _encode_exactly(
-    context: StageContext, streamer: Streamer, rows: Callable[[int, int], Tensor], shape: tuple[int, int, int]
-) -> Rows:
-    guide = Rows.create(context.output / CHECKPOINT / "latents.safetensors", shape)
-    size = Size(*shape[1:])
-    folder, options = open_scratch(context, streamer, "encode", size)
-    exact_encode(streamer.model, rows, size, folder, guide.write, **options)
-    guide.sync()
     return guide
 
 
