@@ -6,24 +6,20 @@ small canvas than on a large one.
 
 from __future__ import annotations
 
-import errno
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image
 
-from stages.config import ConfigError
+from stages.picture.header import TEXT, opened
 from stages.picture.picture import Picture
 from stages.picture.reading import decoder_bytes, is_streamed, strips
 from stages.tiles import Size
 
-PIXELS = 1 << 28  # of a picture that is opened: 16384x16384
-TEXT = 8 << 20  # bytes of a text chunk of a PNG; workflows of other programs take more than Pillow's one megabyte
 _STRIP = 1 << 18  # pixels of a strip
 _WORKING = 24 << 20  # bytes: strips on their way from the decoder to the file
 _ENDS, _TAIL = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}, 64  # what a whole file has in its last bytes
@@ -73,32 +69,9 @@ class Seen:
         return max(1, min(height // canvas.height, width // canvas.width))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Pillow's picture with limits of ours. ConfigError for what is none, is broken or is too large."""
-    limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
-    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, TEXT
-    if not path.is_file():  # a pipe would be waited for
-        raise ConfigError("guide.image", str(path), "a file with a picture")
-    try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > PIXELS:
-                size = f"{path} with {picture.width}x{picture.height} pixels"
-                raise ConfigError("guide.image", size, f"at most {PIXELS} pixels", "Make it smaller first.")
-            yield picture
-    except ConfigError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise ConfigError("guide.image", str(path), "a picture that can be read", f"It says: {error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
-
-
 def look_at(path: Path) -> Seen:
     """What the file says, without its pixels. ConfigError if it is no picture."""
-    with _opened(path) as picture:
+    with opened(path) as picture:
         return _seen(picture, path)
 
 
@@ -133,7 +106,7 @@ def _late_orientation(picture: Image.Image, path: Path) -> int:
 
 def opening_bytes(path: Path, canvas: Size, fit: str, unit: int) -> int:
     """What ``open_picture`` takes at most besides the process; the arguments are its own."""
-    with _opened(path) as picture:
+    with opened(path) as picture:
         seen = _seen(picture, path)
         return _WORKING + decoder_bytes(picture, path, seen.shrink(canvas, fit, unit))
 
@@ -144,7 +117,7 @@ def check_whole(path: Path, canvas: Size, fit: str, unit: int) -> None:
     Raises:
         ConfigError: it cannot be.
     """
-    with _opened(path) as picture, path.open("rb") as file:
+    with opened(path) as picture, path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
         if _ENDS.get(picture.format or "", b"no such") not in file.read():
             for _ in strips(picture, path, _seen(picture, path).shrink(canvas, fit, unit), _STRIP).rows:
@@ -166,7 +139,7 @@ def open_picture(
     Raises:
         ConfigError: no picture, a broken one, one whose numbers cannot be told for colours.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         seen = _seen(image, path)
         wanted, shrink, turned = seen.crop(canvas, fit, unit), seen.shrink(canvas, fit, unit), seen.orientation >= 5
         source = strips(image, path, shrink, _STRIP)

@@ -21,6 +21,8 @@ _OF_SIZE = ("lowres.width", "lowres.height", "guide.phases")  # follow from widt
 _SAID = {"prompt", "negative_prompt", "prompt_weighting", "width", "height", "seed", "regions", "reroll"}
 _SECTIONS = {"lowres", "guide", "denoise", "decode", "stitch", "text_encode", "scheduler", "technique"}
 _FILES = {"guide.image", "technique.linfusion.path"}
+_OPTION = re.compile(r"scheduler\.options\.\w+")
+_TAG = {"name", "scale"}  # of a LoRA, what its tag in a prompt says
 
 
 class Found(NamedTuple):
@@ -68,17 +70,18 @@ def read(path: Path, options: Mapping[str, Collection[str]], known: Collection[s
 
 
 def _texts(path: Path) -> dict[str, str]:
-    from PIL import Image, UnidentifiedImageError  # not for every run
+    from PIL import Image  # Pillow: not for every run
 
-    try:
-        with Image.open(path) as image:
-            found = {str(key): one for key, one in image.info.items() if isinstance(one, str)}
-            comment = image.getexif().get_ifd(_EXIF).get(_COMMENT)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ConfigError("from_image", str(path), f"a picture that can be read ({error})") from None
+    from stages.picture.header import opened
+
+    with opened(path, "from_image") as image:
+        found = {str(key): one for key, one in image.info.items() if isinstance(one, str)}
+        comment = Image.Image.getexif(image).get_ifd(_EXIF).get(_COMMENT)  # a PNG's own would decode all of it first
     if isinstance(comment, bytes) and len(comment) > 8:
         coding = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}.get(comment[:8], "utf-8")
-        found.setdefault("parameters", comment[8:].decode(coding, errors="replace").strip("\0"))
+        text = comment[8:].decode(coding, errors="replace").strip("\0")
+        if "Steps:" in text:  # a camera's comment is no prompt
+            found.setdefault("parameters", text)
     return found
 
 
@@ -90,13 +93,13 @@ def _ours(settings: dict[str, Any], options: Mapping[str, Collection[str]], know
             values = {group: name, **values}
         elif name and group == "model":
             unknown.append(f"what model={name} was")
-    loras = values.pop("model.loras", None) or []
-    tags = [f"<lora:{one['name']}:{one['scale']}>" for one in loras if isinstance(one, dict) and "name" in one]
+    loras = _listed(values.pop("model.loras", None))
+    tags = [f"<lora:{one['name']}:{one['scale']}>" for one in loras if isinstance(one, dict) and one.keys() >= _TAG]
     if tags:
         values["prompt"] = " ".join([str(values.get("prompt") or ""), *tags])
     if "guide.fit" in values:
         unknown.append("the picture that guided it (guide.image=FILE)")
-    if words := values.pop("model.embeddings", None):
+    if words := _listed(values.pop("model.embeddings", None)):
         unknown.append(f"where the learned words {', '.join(map(str, words))} lie (model.embeddings=[FILE])")
     if values.pop("model.controlnets", None):
         unknown.append("its ControlNets (model.controlnets=...)")
@@ -107,10 +110,14 @@ def _ours(settings: dict[str, Any], options: Mapping[str, Collection[str]], know
     return Found(values, unknown)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _may_be_said(key: str, known: Collection[str]) -> bool:
     """Whether a picture, which may be anybody's, decides this: how a picture is made, no file and no code."""
     mine = key in _SAID or key.partition(".")[0] in _SECTIONS or key.startswith("model.prediction_type")
-    return mine and key not in _FILES and (key in known or key.startswith("scheduler.options."))
+    return mine and key not in _FILES and (key in known or _OPTION.fullmatch(key) is not None)
 
 
 def _flat(node: Mapping[str, Any], known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -132,12 +139,13 @@ def _a1111(text: str, options: Mapping[str, Collection[str]]) -> Found:
     prompt, _, negative = f"\n{body}".partition("\nNegative prompt:")
     said = {name.strip(): value.strip().strip('"') for name, value in _PAIR.findall(last)}
     values: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
-    taken = {"Model", "Model hash", "Version", "Schedule type"}  # the model is asked for, the others are no settings
+    taken = {"Model", "Model hash", "Version"}  # the model is asked for, the others are no settings
 
     def take(name: str, kind: type, *keys: str) -> Any:
         try:
             value = kind(said[name])
-        except (KeyError, ValueError):
+            round(value)
+        except (KeyError, ValueError, OverflowError):  # not said, no number, infinite
             return None
         taken.add(name)
         values.update(dict.fromkeys(keys, value))
@@ -160,6 +168,6 @@ def _a1111(text: str, options: Mapping[str, Collection[str]]) -> Found:
     for wanted in (name, said.get("Sampler", "")):
         if wanted and (found := sampler(wanted, options["scheduler"])) in options["scheduler"]:
             values["scheduler"] = found
-            taken.add("Sampler")
+            taken |= {"Sampler", "Schedule type"} if wanted == name else {"Sampler"}
             break
     return Found(values, [f"{name}: {value}" for name, value in said.items() if name not in taken])

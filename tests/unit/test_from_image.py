@@ -1,6 +1,8 @@
 """A picture's own settings as the base of a run: ours and A1111's."""
 
 import json
+import struct
+import zlib
 
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from stages.config import ConfigError
 from stages.documents import load
 from stages.stitch import parameters, settings
 from stages.workflow.from_image import read
-from stages.workflow.overrides import groups, known_keys
+from stages.workflow.overrides import groups, known_keys, prepare
 
 A1111 = """a (lighthouse:1.2), <lora:oil:0.7>
 on a cliff
@@ -112,6 +114,46 @@ def test_ours_names_what_it_does_not_hold(tmp_path):
         assert part in text
 
 
+def test_no_pixel_is_decoded(tmp_path):
+    """16384x16384 of them are 805 MB, which Pillow refuses, or its ``getexif`` of a PNG reads."""
+    file = picture(tmp_path / "x.png", {"highres_lowram": '{"prompt": "a"}'})
+    head = struct.pack(">4sIIBBBBB", b"IHDR", 16384, 16384, 8, 2, 0, 0, 0)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:])
+    assert look(file).values["prompt"] == "a"
+
+
+@pytest.mark.parametrize("said", [{"model": {"loras": 5}}, {"model": {"embeddings": 5}}, {"seed": 1e400}])
+def test_values_of_other_kinds_are_no_traceback(tmp_path, said):
+    assert look(picture(tmp_path / "x.png", {"highres_lowram": json.dumps({"prompt": "a"} | said)})).values
+
+
+def test_what_a_picture_says_stays_text(tmp_path, capsys):
+    said = {"prompt": "${oc.env:HOME}", "\x1b[2J": 1, "scheduler": {"options": {"a=1 output_dir": "x"}}}
+    file = picture(tmp_path / "x.png", {"highres_lowram": json.dumps(said)})
+    found = prepare([f"from_image={file}", f"output_dir={tmp_path}"])
+    assert "prompt='\\${oc.env:HOME}'" in found and not any("scheduler" in text for text in found)
+    assert "?[2J" in capsys.readouterr().err
+    picture(file, {"highres_lowram": json.dumps({"prompt": "a", "regions": [{"${oc.env:HOME}": 1}]})})
+    with pytest.raises(ConfigError, match="regions: got"):
+        prepare([f"from_image={file}", f"output_dir={tmp_path}"])
+
+
+def test_a1111_of_which_a_part_is_known(tmp_path):
+    text = "a\nSteps: 5, Sampler: DPM++ 2M, Schedule type: SGM Uniform, Size: 8x8, Hires upscale: inf"
+    found = look(picture(tmp_path / "x.png", {"parameters": text}))
+    assert found.values["scheduler"] == "dpmpp_2m"
+    assert {"Schedule type: SGM Uniform", "Hires upscale: inf"} <= set(found.unknown)
+
+
+def test_a_comment_of_a_camera_is_no_prompt(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0Screenshot"
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=exif)
+    with pytest.raises(ConfigError, match="a picture that says how it was made"):
+        look(tmp_path / "x.jpg")
+
+
 @pytest.mark.parametrize("texts", [{}, {"highres_lowram": "[1]"}, {"highres_lowram": "{"}, {"Comment": "x"}])
 def test_a_picture_that_says_nothing_is_refused(tmp_path, texts):
     with pytest.raises(ConfigError, match="from_image: got"):
@@ -120,6 +162,6 @@ def test_a_picture_that_says_nothing_is_refused(tmp_path, texts):
 
 def test_no_picture_is_refused(tmp_path):
     (tmp_path / "x.png").write_text("no")
-    for name in ("x.png", "absent.png"):
-        with pytest.raises(ConfigError, match="a picture that can be read"):
+    for name, expected in (("x.png", "a picture that can be read"), ("absent.png", "a file with a picture")):
+        with pytest.raises(ConfigError, match=f"from_image: .*{expected}"):
             look(tmp_path / name)
