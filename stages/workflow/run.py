@@ -115,15 +115,16 @@ def _execute(
         return {}
     with folder.locked(run_dir, shown), shares.of(job, shown.line) as share:
         states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
+        folder.link_results(run_dir, states)
+        if any(state.status == "reuse" and not state.entry.path.is_dir() for state in states):  # cleaned away meanwhile
+            states = build(job, store, pipeline=declared, previous=read_object(run_dir / PAYLOADS))
         if sweep and (finished := _finished(states, run_dir)):
-            folder.link_results(run_dir, states)
             shown.line(f"{job.run}: finished before")
             shown.final(str(run_dir / (finished["image"] or "")))
             return {**finished, "kept": True}
         before = folder.kept(run_dir)
         write_text(run_dir / "config.yaml", save_text(config))
         overrides.save(run_dir, said, config)
-        folder.link_results(run_dir, states)
         command = f"python runner.py run={shlex.quote(config.run)}{_elsewhere(config)}"
         if config.stage != "plan":
             check_inputs(states, command)
@@ -213,6 +214,9 @@ def _run_stages(
             else:
                 shown.begin(state.name, state.reason)
                 live.begin(state.name)
+                if not state.entry.path.exists():
+                    make_folder(state.entry.path)
+                folder.link_results(run_dir, states)  # before it begins: what a kill leaves of it is this run's
                 results.append(_run_one(state, job, run_dir, pipeline, shown, live))
                 folder.link_results(run_dir, states)
             shown.end(results[-1])

@@ -132,8 +132,10 @@ class Entry:
         """Seconds and peaks measured when the result was computed; {} if nobody measured."""
         return read_object(self._stats_path)
 
-    def forget(self) -> None:
-        """Remove what is noted of a result that is gone (the lock is held, and stays)."""
+    def remove(self) -> None:
+        """Remove the result and what is noted of it (the lock is held, and stays)."""
+        if os.path.lexists(self.path):  # else another process was here first
+            _remove(self.path)
         for note in (self._stats_path, self._holder_path):
             note.unlink(missing_ok=True)
 

@@ -272,6 +272,8 @@ def _memory(config: DictConfig) -> None:
         raise ConfigError("memory.budget", config.memory.budget, f"at least {LEAST_BUDGET // 10**6}MB", hint)
     if config.memory.device_budget is not None:
         parse_bytes(config.memory.device_budget, "memory.device_budget")
+    if config.store.max_size is not None:
+        parse_bytes(config.store.max_size, "store.max_size")
 
 
 def _preview_vae(config: DictConfig) -> None:

@@ -1,6 +1,8 @@
 """The folder of runs: listed, cleaned, held to a size, one run taken out of it."""
 
 import os
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def config(outputs: Path, **values):
 
 
 def left(outputs: Path) -> set[str]:
-    return {path.name for path in outputs.glob(".store/[!.]*/*")}
+    return {path.name for path in outputs.glob(".store/[!.]*/*") if path.suffix != ".lock"}
 
 
 def test_what_lies_there_is_listed(outputs, capsys):
@@ -68,6 +70,16 @@ def test_what_no_run_links_to_goes(outputs, capsys):
         command(config(outputs, stage="gc", keep="soon"))
 
 
+def test_what_a_run_links_to_meanwhile_stays_and_what_is_gone_is_no_error(outputs):
+    store = outputs / ".store"
+    found = {one.path.name: one for one in survey.results(outputs)}
+    (outputs / "poster" / "decode").symlink_to("../.store/denoise/b")
+    shutil.rmtree(store / "denoise" / "c")
+    with FileLock(store / "weights" / "w.lock"):
+        gone = clean._remove([found["b"], found["c"], found["w.bin"]], lambda text: None)
+    assert [one.path.name for one in gone] == ["c"] and left(outputs) >= {"b", "w.bin"}
+
+
 def test_a_result_that_a_run_is_about_to_link_to_stays(outputs):
     write_text(outputs / ".store" / "decode" / "new" / "manifest.json", "{}")
     command(config(outputs, stage="gc", keep=0))
@@ -81,7 +93,7 @@ def test_the_store_is_held_to_a_size(outputs):
     clean.trim(config(outputs, store={"max_size": "3.1kB"}), said.append)
     assert left(outputs) == {"used", "a", "b"}  # the oldest went, until it fits
     clean.trim(config(outputs, store={"max_size": "500"}), said.append)
-    assert left(outputs) == {"used"} and "runs link to most of 1 kB" in said[-1]
+    assert left(outputs) == {"used"} and "the store holds 1 kB" in said[-1]
 
 
 def test_one_run_is_taken_out(outputs, tmp_path_factory):
@@ -104,3 +116,20 @@ def test_commands_of_the_command_line(toy):
     assert (toy.output_dir / "y, z" / "image.png").read_text() == (toy.output_dir / "x" / "image.png").read_text()
     again = toy("stage=export", "run=x", f"to={toy.output_dir / 'y, z'}")
     assert again.returncode == 1 and "expected a folder that is not there yet" in again.stderr
+
+
+def test_what_a_kill_leaves_is_its_run_s(toy):
+    killed = toy.start("run=x", "prompt=a", TOY_SLOW="0.5")
+    while not list(toy.output_dir.glob(".store/*/*")):
+        time.sleep(0.02)
+        assert killed.poll() is None
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=20)
+    assert {one.runs for one in survey.results(toy.output_dir)} == {("x",)}
+
+
+def test_a_size_that_is_none_is_refused_before_the_work(toy):
+    done = toy("prompt=a", "store.max_size=much")
+    assert done.returncode == 1 and "store.max_size: got 'much'" in done.stderr
+    assert not list(toy.output_dir.glob(".store/*/*"))

@@ -6,18 +6,19 @@ What a process works on stays: its lock is held here while a result goes.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from stages.config import ConfigError, parse_bytes
+from stages.files import free
 from stages.paths import anchored
 from stages.workflow.store import Store
-from stages.workflow.upkeep.survey import WEIGHTS, Result, age, results, size
+from stages.workflow.upkeep.survey import WEIGHTS, Result, age, results, size, users
 
 FRESH = 60.0  # seconds: a run may be about to link to what is younger
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)?")
@@ -56,7 +57,8 @@ def trim(config: DictConfig, say: Callable[[str], Any]) -> None:
     if gone:
         say(f"store.max_size: {size(gone)} freed, results that no run links to")
     if total - gone > limit:
-        say(f"store.max_size: got {size(limit)}, but runs link to most of {size(total - gone)}; stage=list shows them")
+        why = "what is left is new, at work, or runs link to it; stage=list shows them"
+        say(f"store.max_size: got {size(limit)}, the store holds {size(total - gone)}: {why}")
 
 
 def _removable(output_dir: Path) -> list[Result]:
@@ -64,20 +66,23 @@ def _removable(output_dir: Path) -> list[Result]:
 
 
 def _remove(found: Iterable[Result], say: Callable[[str], Any], *, dry: bool = False) -> list[Result]:
-    """Remove results unless a process holds their lock; returns those that went (or would)."""
+    """Remove results unless a process holds their lock, or a run has linked to them meanwhile; returns those that went
+    (or would)."""
     gone = []
     for one in found:
-        entry = Store(one.path.parent.parent).entry(one.stage, one.path.name)
-        lock = entry.lock()
+        store = one.path.parent.parent
+        entry = Store(store).entry(one.stage, one.path.name)
+        lock = FileLock(free(one.path.with_suffix(".lock"))) if one.stage == WEIGHTS else entry.lock()  # as it is made
         try:
             lock.acquire(timeout=0)
         except TimeoutError:
             say(f"{one.stage}/{one.path.name[:12]}: a process works on it, stays")
             continue
         try:
+            if one.path.resolve() in users(store.parent):
+                continue
             if not dry:
-                one.path.unlink() if one.stage == WEIGHTS else shutil.rmtree(one.path)
-                entry.forget()
+                entry.remove()
         finally:
             lock.release()
         state = "" if one.whole else ", begun"

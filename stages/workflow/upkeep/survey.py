@@ -37,21 +37,24 @@ class Result(NamedTuple):
 
 def runs(output_dir: Path) -> list[Run]:
     """Every folder with a config.yaml, the newest first."""
-    found = [_run(file.parent) for file in output_dir.glob("*/config.yaml")]
+    found = [_run(file.parent) for file in output_dir.glob("[!.]*/config.yaml")]
     return sorted(found, key=lambda one: -one.changed)
 
 
 def results(output_dir: Path) -> list[Result]:
     """All that the store holds, the oldest first."""
-    store, users = output_dir / ".store", _users(output_dir)
+    store, linked = output_dir / ".store", users(output_dir)
     found = []
     for folder in store.glob("[!.]*/*"):
         if folder.parent.name == WEIGHTS or not folder.is_dir():
             continue
         whole, (size, changed) = (folder / MANIFEST).is_file(), _measured(folder)
-        found.append(Result(folder, folder.parent.name, whole, size, changed, users.get(folder.resolve(), ())))
-    for file in (store / WEIGHTS).glob("*.bin"):
-        stat = file.stat()
+        if not changed:
+            continue
+        found.append(Result(folder, folder.parent.name, whole, size, changed, linked.get(folder.resolve(), ())))
+    for stat, file in _stats(store / WEIGHTS):
+        if file.suffix != ".bin":
+            continue
         found.append(Result(file, WEIGHTS, True, stat.st_size, max(stat.st_mtime, stat.st_atime), ()))
     return sorted(found, key=lambda one: one.changed)
 
@@ -83,22 +86,27 @@ def _run(folder: Path) -> Run:
 
 
 def _measured(folder: Path) -> tuple[int, float]:
-    """Bytes of the files below a folder, and when the last of them changed."""
-    stats = [os.lstat(folder), *(_stats(folder))]
-    return sum(one.st_size for one in stats[1:]), max(one.st_mtime for one in stats)
+    """Bytes of the files below a folder, and when the last of them (or it) changed; (0, 0.0) of one that is gone."""
+    try:
+        own = os.lstat(folder).st_mtime
+    except FileNotFoundError:  # another process cleans up too
+        return 0, 0.0
+    stats = [stat for stat, _ in _stats(folder)]
+    return sum(one.st_size for one in stats), max([own, *(one.st_mtime for one in stats)])
 
 
-def _stats(folder: Path) -> Iterator[os.stat_result]:
+def _stats(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
     for parent, _, files in os.walk(folder):  # a stage may be at work there: files come and go
         for name in files:
+            file = Path(parent, name)
             try:
-                found = os.lstat(os.path.join(parent, name))
+                found = os.lstat(file)
             except FileNotFoundError:
                 continue
-            yield found
+            yield found, file
 
 
-def _users(output_dir: Path) -> dict[Path, tuple[str, ...]]:
+def users(output_dir: Path) -> dict[Path, tuple[str, ...]]:
     """Where links of runs lead, and of which runs."""
     found: dict[Path, tuple[str, ...]] = {}
     for link in output_dir.glob("*/*"):
