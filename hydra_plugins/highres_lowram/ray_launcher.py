@@ -57,11 +57,11 @@ class RayLauncher(Launcher):
 
 def _result(waiting: Any) -> JobReturn:
     import ray  # type: ignore[import-not-found]
-    from ray.exceptions import OutOfMemoryError, WorkerCrashedError  # type: ignore[import-not-found]
+    from ray.exceptions import RayError  # type: ignore[import-not-found]
 
     try:
         return ray.get(waiting)
-    except (OutOfMemoryError, WorkerCrashedError) as error:
+    except RayError as error:  # its worker, its node, or its memory is gone
         print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
         return lost()
 

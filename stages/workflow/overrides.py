@@ -209,7 +209,12 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
         overrides.append(_readable(_ready(override, multirun), override))
-    overrides = _of_image(merge([], overrides), options)
+    overrides = merge([], overrides)
+    if multirun and value_of(overrides, "prompts_file") is not None:
+        for key in _ALTERNATIVES:
+            if (other := value_of(overrides, key)) is not None:
+                raise ConfigError(key, other[:200], "either it or prompts_file", "Leave one out.")
+    overrides = _of_image(overrides, options)
     overrides = _lines(overrides) if multirun else overrides
     return [*flags, *_launcher(_with_saved_run(overrides))]
 
@@ -234,9 +239,10 @@ def _of_image(overrides: list[str], options: dict[str, list[str]]) -> list[str]:
     keys = {override.key for text in overrides if (override := parse(text))}
     found = from_image.read(anchored(given, near=True), options or groups(), known_keys(), keys)
     if found.unknown:
-        print(f"from_image: the picture does not say, or it is not used: {'; '.join(found.unknown)}", file=sys.stderr)
-    said = [_said(key, value) for key, value in found.values.items()]
-    return merge(said, [text for text in overrides if not text.startswith("from_image=")])
+        text = "".join(one if one.isprintable() else "?" for one in "; ".join(found.unknown))  # of anybody's picture
+        print(f"from_image: the picture does not say, or it is not used: {text}", file=sys.stderr, flush=True)
+    said = [_readable(_said(key, value), Override("", key, "", str(value))) for key, value in found.values.items()]
+    return merge(said, _without(overrides, "from_image"))
 
 
 def _lines(overrides: list[str]) -> list[str]:
@@ -249,13 +255,17 @@ def _lines(overrides: list[str]) -> list[str]:
     numbers = {}
     for key, least in (("wildcards.seed", 0), ("wildcards.draws", 1)):
         text = value_of(overrides, key) or str(least)
-        if not text.isdigit() or int(text) < least:
+        if not text.isdecimal() or int(text) < least:
             raise ConfigError(key, text, f"a whole number from {least}")
         numbers[key] = int(text)
     beside = anchored(folder, near=True) if folder else path.parent / "wildcards"
     lines = prompts.read(path, beside, *numbers.values())
-    kept = [text for text in overrides if not text.startswith(("prompts_file=", "wildcards."))]
+    kept = _without(overrides, "prompts_file", "wildcards.dir", *numbers)
     return merge(kept, [f"prompt_line={','.join(map(quote, lines))}"])
+
+
+def _without(overrides: Iterable[str], *keys: str) -> list[str]:
+    return [text for text in overrides if (override := parse(text)) and override.key not in keys]
 
 
 def _understood(override: Override, options: dict[str, list[str]], multirun: bool) -> Override:

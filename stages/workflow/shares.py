@@ -29,9 +29,9 @@ _PERIOD = 0.2  # seconds between two looks at what the others take
 class Share:
     """This process's part of the sum. See :func:`of`."""
 
-    def __init__(self, folder: Path, total: int, name: str, say: Callable[[str], None], more: int = 0) -> None:
+    def __init__(self, output_dir: Path, total: int, name: str, say: Callable[[str], None], more: int = 0) -> None:
         self.total, self.name, self.say = total, name, say
-        self._file = folder / f"memory-{socket.gethostname()}.json"
+        self._file = output_dir / SWEEPS / f"memory-{socket.gethostname()}.json"
         self._base = usage(os.getpid()).rss + GROWTH + more
         self._write(self._base, False)
 
@@ -101,14 +101,14 @@ def of(job: Job, say: Callable[[str], None]) -> Iterator[Share | None]:
     if given is None:
         yield None
         return
-    share = Share(Path(job.config.output_dir) / SWEEPS, parse_bytes(given, KEY), str(job.run), say)
+    share = Share(Path(job.config.output_dir), parse_bytes(given, KEY), str(job.run), say)
     try:
         yield share
     finally:
         share.leave()
 
 
-def of_command(given: str | None, folder: Path) -> None:
+def of_command(given: str | None, output_dir: Path) -> None:
     """The command that waits for its jobs takes its part too, and so do its launcher's helpers."""
     if given is not None:
-        Share(folder, parse_bytes(given, KEY), "the sweep's own command", print, HELPERS)
+        Share(output_dir, parse_bytes(given, KEY), "the sweep's own command", print, HELPERS)

@@ -18,12 +18,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from stages.config import ConfigError
 from stages.files import read_object, write_json
 from stages.paths import anchored
 from stages.workflow import report, run, shares
 from stages.workflow.overrides import SWEEPS, parse, value_of
 from stages.workflow.progress import Silent, duration, reporter
-from stages.workflow.score import score
+from stages.workflow.score import scorer
 
 RUNNER = "HIGHRES_RUNNER"  # environment: process id of the command that the person gave
 GOOD = ("done", "finished before")
@@ -39,7 +40,7 @@ def of(arguments: Sequence[str]) -> Iterator[Sweep | None]:
         return
     overrides = [text for text in arguments if text[:1] != "-" and parse(text)]
     sweep = Sweep(Path(value_of(overrides, "hydra.sweep.dir") or SWEEPS), _jobs(overrides))
-    shares.of_command(value_of(overrides, shares.KEY), sweep.folder.parent)
+    shares.of_command(value_of(overrides, shares.KEY), Path(value_of(overrides, "output_dir") or anchored("outputs")))
     try:
         yield sweep
     finally:
@@ -51,12 +52,12 @@ class Sweep:
 
     def __init__(self, folder: Path, jobs: list[list[str]] | None) -> None:
         self.folder, self.jobs, self.all_well = folder, jobs, False
-        for old in (folder / "jobs").glob("*.json"):
-            old.unlink()
+        for old in _said(folder):
+            old.unlink(missing_ok=True)
 
     def outcomes(self) -> list[dict[str, Any]]:
         """What every job came to, in order; those that said nothing too, as far as it is known that there are any."""
-        said = {int(path.stem): read_object(path) for path in sorted((self.folder / "jobs").glob("*.json"))}
+        said = {int(path.stem): read_object(path) for path in _said(self.folder)}
         found = []
         for number in range(max([*said, len(self.jobs or []) - 1], default=-1) + 1):
             listed = self.jobs[number] if self.jobs and number < len(self.jobs) else []
@@ -93,6 +94,11 @@ class Sweep:
         self.all_well = not bad
 
 
+def _said(folder: Path) -> list[Path]:
+    """What jobs have said, a file each, in order; not what one of them is writing."""
+    return sorted(path for path in (folder / "jobs").glob("*.json") if path.stem.isdecimal())
+
+
 def _jobs(overrides: Sequence[str]) -> list[list[str]] | None:
     """The overrides of every job, as Hydra's own sweeper makes them; None where another one chooses as it goes."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -119,7 +125,7 @@ def job(config: DictConfig, pipeline: str, *, sweeps: bool) -> float | None:
         What ``score=`` asks for, for a sweeper that looks for the best; else None.
 
     Raises:
-        run.Reported: a job that has a score was refused or failed, the person was told why.
+        Exception: a job that has a score was refused or failed, the person was told why.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -138,13 +144,16 @@ def job(config: DictConfig, pipeline: str, *, sweeps: bool) -> float | None:
     write_json(place, what)
     speaker = "" if os.environ.get(RUNNER) == str(os.getpid()) else f"[{number + 1}] "
     try:
+        worth = scorer(scored) if scored is not None else None
         made = run.execute(config, said, sweep=True, speaker=speaker, pipeline=pipeline)
         what |= {"status": "finished before" if made.get("kept") else "done", "run": made.get("run")}
-        if scored is not None:
-            what["score"] = score(scored, anchored(config.output_dir) / str(made.get("run")))
+        if worth is not None:
+            what["score"] = worth(anchored(config.output_dir) / str(made.get("run")))
     except Exception as error:
         what |= {"status": "failed", "run": getattr(error, "run", None), "error": str(error) or type(error).__name__}
-        if not isinstance(error, run.Reported):
+        if isinstance(error, ConfigError):
+            print(f"{speaker}{error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, run.Reported):
             traceback.print_exc()
         if scored is not None:
             raise

@@ -120,7 +120,7 @@ def test_shares_of_a_sum(tmp_path, monkeypatch):
         write_json(file, listed)
 
     share = Share(tmp_path, 1_000_000_000, "mine", said.append)
-    (file,) = tmp_path.glob("memory-*.json")
+    (file,) = tmp_path.glob(".sweeps/memory-*.json")
     others(parent=200_000_000, works=0)
     share.take(800_000_000)  # fits to the byte; a process that is gone takes nothing
     taken = json.loads(file.read_text())

@@ -13,7 +13,8 @@ from stages.config import ConfigError
 from stages.files import write_json
 from stages.workflow.overrides import prepare, save, value_of
 from stages.workflow.prompts import read, split
-from stages.workflow.score import score
+from stages.workflow.score import scorer
+from stages.workflow.sweep import Sweep
 
 GRID = ("-m", "prompt=a", "denoise.strength=0.3,0.5", "seed=1,2,3", "width=1000")
 
@@ -140,12 +141,15 @@ def test_scores(tmp_path, monkeypatch):
     write_json(run_dir / "run.json", {"stages": [stage]})
     write_json(tmp_path / ".store" / ".stats" / "denoise-ab.json", {"seconds": 3.5})
     write_json(run_dir / "stitch" / "seams.json", {"denoise": {"local_ratio": 1.25}, "decode": {"local_ratio": 1.0}})
-    assert (score("peak", run_dir), score("seconds", run_dir), score("seams", run_dir)) == (500.0, 3.5, 1.25)
+    assert tuple(scorer(one)(run_dir) for one in ("peak", "seconds", "seams")) == (500.0, 3.5, 1.25)
     (tmp_path / "own_score.py").write_text("def value(run_dir):\n    return len(run_dir.name)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert score("own_score:value", run_dir) == 1.0
+    assert scorer("own_score:value")(run_dir) == 1.0
     with pytest.raises(ConfigError, match=r"score: got 'own_score:no'"):
-        score("own_score:no", run_dir)
+        scorer("own_score:no")
+    for figure in ("seams", "peak"):
+        with pytest.raises(ConfigError, match="score: got"):
+            scorer(figure)(tmp_path / "nothing")
 
 
 def test_what_a_line_of_the_file_said_is_kept_as_text(tmp_path, make_config):
@@ -159,3 +163,26 @@ def test_the_ready_sweeps_vary_what_they_say(toy):
     done = toy("-m", "experiment=strengths", "prompt=a", "stage=plan", "denoise.strength=0.3,0.4")
     assert done.returncode == 0, done.stderr
     assert [one["varies"] for one in jobs(toy)] == [["denoise.strength=0.3"], ["denoise.strength=0.4"]]
+
+
+def test_what_a_job_is_writing_is_not_read(tmp_path):
+    for name in ("0000.json", ".tmp-7-0-0001.json"):
+        write_json(tmp_path / "jobs" / name, {"status": "done"})
+    sweep = Sweep(tmp_path, [["seed=1"]])
+    write_json(tmp_path / "jobs" / "0000.json", {"status": "done"})
+    assert [one["status"] for one in sweep.outcomes()] == ["done"]
+
+
+def test_prompts_are_given_once(tmp_path):
+    (tmp_path / "lines.txt").write_text("a\n")
+    words = ["-m", f"prompts_file={tmp_path / 'lines.txt'}", f"output_dir={tmp_path}"]
+    with pytest.raises(ConfigError, match="prompt: got 'b', expected either it or prompts_file"):
+        prepare([*words, "prompt=b"])
+    with pytest.raises(ConfigError, match=r"wildcards\.draws: got"):
+        prepare([*words, "wildcards.draws=²"])
+
+
+def test_a_score_that_is_none_is_refused_before_the_work(toy):
+    done = toy("-m", "prompt=a", "seed=1", "score=seems")
+    assert done.returncode == 1 and "score: got 'seems'" in done.stderr and "Traceback" not in done.stderr
+    assert not results(toy, "draw")
