@@ -10,16 +10,25 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from stages.config import ConfigError
 from stages.memory.tensors import read_header, read_tensor
-from stages.techniques.inversion_file import inversions
+from stages.techniques.inversion_file import KEY, inversions
 
 
 def joined(tokenizer: Any, texts: Sequence[tuple[str, str]], config: DictConfig) -> Sequence[tuple[str, str]]:
     """The (prompt, negative prompt) pairs with every token of each learned word, which ``tokenizer`` then knows; as
-    diffusers' ``maybe_convert_prompt``."""
+    diffusers' ``maybe_convert_prompt``.
+
+    Raises:
+        ConfigError: a word that the tokenizer has already: it would keep its number, and others be taken for learned.
+    """
     given = inversions(config)
     if not given:
         return texts
+    words = tokenizer.get_vocab()
+    for one in given:
+        if taken := [token for token in one.tokens if token in words]:
+            raise ConfigError(KEY, str(one.path), f"a word that the tokenizer has not; {taken[0]} is one", "Rename it.")
     tokenizer.add_tokens([token for one in given for token in one.tokens])
     written = {one.name: " ".join(one.tokens) for one in given}
     names = "|".join(map(re.escape, sorted(written, key=len, reverse=True)))

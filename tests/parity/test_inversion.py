@@ -15,9 +15,10 @@ from in_process import Work, look
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from stages.config import ConfigError
-from stages.families import sd, sdxl
+from stages.config import ROOT, ConfigError
+from stages.families import inversion, sd, sdxl
 from stages.models.checkpoint import Checkpoint
+from stages.models.tokenizers import read_tokenizer
 from stages.stitch import settings
 from stages.techniques.inversion_file import read
 
@@ -112,3 +113,12 @@ def test_refused_where_it_does_not_fit_and_in_the_fingerprint(work: Work, tmp_pa
         {"model.embeddings": [str(tmp_path / "good.safetensors")], "prompt": "a good cat"}, until="text_encode"
     )
     assert (found["text_encode"] / "embeddings.safetensors").is_file()
+
+
+def test_a_word_that_the_tokenizer_has_is_refused(tmp_path: Path) -> None:
+    """It would keep its number, and every word with a higher one would be taken for a learned one."""
+    tokenizer = read_tokenizer("CLIPTokenizer", ROOT / "models" / "embedded" / "tokenizer")
+    word = next(one for one in tokenizer.get_vocab() if one.isalpha() and len(one) > 1)
+    save_file({"emb_params": torch.randn(1, 8)}, tmp_path / f"{word}.safetensors")
+    with pytest.raises(ConfigError, match=f"model.embeddings: .*{word} is one"):
+        inversion.joined(tokenizer, [("a", "")], config_of(tmp_path / f"{word}.safetensors"))
