@@ -142,7 +142,8 @@ def test_weights_that_stay_are_the_whole_model_and_the_same_picture(work: Work) 
     (model,) = (Offload(work.config(stay)).planned(model) for model in profile.models)
     found = list(choices(model, profile, 0))
     assert [(one.model.resident, one.group) for one in found] == [("all", 1)]
-    assert found[0].peak == profile.base + profile.extra + model.weights + model.cuts[0].peak(1)
+    held = profile.base + profile.extra + model.weights + model.cuts[0].peak(1)
+    assert found[0].peak == max(profile.imports, held)  # which of the two, hangs on what this process held before
 
 
 def offloaded(work: Work, **values: Any) -> int:
