@@ -38,7 +38,7 @@ COMPEL = 36_000_000  # bytes: the library that weighted prompts and long ones ar
 # of stitch's process, which opens no model: bytes at rest, a thread that deflates, and a column of pixels, of which the
 # rows of strips, of tiles and of all levels are kept, and its steps in brightness (67 MB at 2048x2048 pixels, 178 MB at
 # 16384x16384: tests/slow/test_report_16384.py)
-STITCH, STITCH_THREAD, STITCH_COLUMN = 50_000_000, 1_000_000, 7_500
+STITCH, STITCH_THREAD, STITCH_COLUMN = 50_000_000, 1_000_000, 8_000
 TINY = 115_000_000  # bytes: a tiny VAE of previews (TAESD), and what it decodes at a time (measured: 113 MB)
 LAUNCHER = 16_000_000  # bytes: the process that starts ranks
 
