@@ -143,6 +143,7 @@ def test_a_tile_is_shown_what_lies_under_it(work: Work, net: Path, image: Path, 
     assert (inputs[CONDITION.format(0)][0] - halved).abs().max() <= 1 / 255
 
 
+@pytest.mark.slow
 def test_any_budget_and_any_stop_give_the_same_bytes(
     work: Work, net: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def test_weights_are_not_touched_by_inference_mode(work: Work) -> None:
     assert nn.functional.relu(latents.requires_grad_()).sum().backward() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(192, 128), pytest.param((200, 168), marks=pytest.mark.slow)])
 def test_dilated_sampling_joins_every_mode_and_resumes(
     work: Work, monkeypatch: pytest.MonkeyPatch, samples: list[int], size: tuple[int, int]
@@ -199,6 +200,7 @@ def test_dilated_sampling_joins_every_mode_and_resumes(
     assert second.status == "resumed" and torch.equal(again, found)
 
 
+@pytest.mark.slow
 def test_dilated_sampling_is_planned(work: Work) -> None:
     values = {"width": 192, "height": 128, "guide.mode": "none"}
     off = look(work.config(values), "denoise")["denoise"]

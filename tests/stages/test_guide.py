@@ -310,6 +310,7 @@ def test_the_exact_guide_is_the_whole_pictures(work: Work) -> None:
     assert distance["exact"] < distance["shared"] and distance["exact"] < distance["independent"]
 
 
+@pytest.mark.slow
 def test_an_exact_guide_killed_while_it_encodes_goes_on(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"width": 264, "height": 200, "guide.phases": [], "guide.vae_mode": "exact"}
     whole = read_tensors(work.run(values, until="guide")["guide"] / "latents.safetensors")["latents"]

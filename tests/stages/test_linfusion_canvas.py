@@ -153,6 +153,7 @@ def test_a_step_is_that_of_the_whole_canvas_at_once(work: Work, folder: Path, mo
     assert (found - expected).abs().max() < 1e-4 * max(1.0, float(expected.std()))
 
 
+@pytest.mark.slow
 def test_any_group_and_a_stop_give_the_same_bytes(work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on, ends = {**TILES, KEY: str(folder)}, []
     close = Parking.close

@@ -98,6 +98,7 @@ def streamed(work: Work) -> ModelPlan:
     return ModelPlan(resident=cut.kept, unit_limit=cut.limit, ring_bytes=2 * cut.largest, order=cut.order)
 
 
+@pytest.mark.slow
 def test_any_group_and_any_stop_give_the_same_bytes(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     found = denoised(work, TILES, **PAIRS, group_size=100)
     assert (found - denoised(work, {**TILES, INTERVAL: 1}, **PAIRS, group_size=100)).abs().max() > 1e-3

@@ -257,6 +257,7 @@ def test_draws_are_of_seed_step_and_tile(work: Work) -> None:
     assert (kinds - 0.25).abs().max() < 0.05
 
 
+@pytest.mark.slow
 def test_merged_tokens_give_the_same_bytes_in_any_group_and_after_a_stop(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_models_come_without_the_compiler_and_leave_nothing_hidden(config):
     assert device == "meta"
 
 
+@pytest.mark.slow
 def test_switched_off_the_libraries_are_imported_whole():
     state, device = map(json.loads, run(SCRIPT, json.dumps(UNET), json.dumps(HEAVY), HIGHRES_LIGHT_IMPORTS="0"))
     assert {"torch._dynamo", "scipy"} <= set(state["loaded"]) and state["hidden"] == []
