@@ -74,16 +74,6 @@ class FlowSchedule(Schedule):
         return scaled - float(timestep) / self.num_train_timesteps * prediction
 
 
-def packed(latents: Tensor) -> Tensor:
-    """``[N, h * w, 4 C]`` of ``latents [N, C, 2 h, 2 w]``: a token is 2x2 latents."""
-    return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpacked(tokens: Tensor, size: Size) -> Tensor:
-    """The reverse of ``packed``; ``size`` in tokens."""
-    return tokens.unflatten(1, size).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
 def tokens_at_a_time(tile: Size, device: str, *, pairs: bool = False) -> int:
     """Samples of ``tile`` latents that go through a block of a transformer at a time, a token being 2x2 of them: whole
     ``pairs``, as guided tiles are, or one."""

@@ -14,10 +14,11 @@ from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.clip import CLIP
 from stages.families.encoders import Encoders
-from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
+from stages.families.flow import FlowSchedule, tokens_at_a_time
 from stages.families.schedules import Schedule
 from stages.families.t5 import T5, encode_t5, t5_call, t5_tokenizer
 from stages.families.text import tokenize
+from stages.families.tokens import packed, unpacked
 from stages.families.weighting import say_unweighted
 from stages.memory.units import Blocks
 from stages.models.checkpoint import Checkpoint

@@ -15,9 +15,10 @@ from stages.canvas.space import Space
 from stages.families.autoencoder import VAE, refuse_vae
 from stages.families.base import Denoiser, Embeds, Family, example_tiles
 from stages.families.encoders import Encoders
-from stages.families.flow import FlowSchedule, packed, tokens_at_a_time, unpacked
+from stages.families.flow import FlowSchedule, tokens_at_a_time
 from stages.families.qwen3 import QWEN3, TOKENS, encode_qwen3, qwen3_call, qwen3_tokenizer, qwen3_unused
 from stages.families.schedules import Schedule
+from stages.families.tokens import packed, unpacked
 from stages.families.weighting import say_unweighted
 from stages.files import read_json
 from stages.memory.tensors import read_tensor

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from stages.config import ConfigError
+from stages.families.controlnets import NETWORKS
 from stages.memory.imports import light_imports
 from stages.memory.tensors import read_header
 from stages.models.component import Component, construct, renamed
 from stages.models.locate import described_beside, lone_weights
 from stages.models.scales import with_scales
 from stages.models.single_file import relocate
-from stages.techniques.controls import KEY, NETWORKS
+from stages.techniques.controls import KEY
 
 CLASS = "ControlNetModel"  # of UNets
 _ORIGINAL = "control_model."  # before the names of the original layout, in files of everything

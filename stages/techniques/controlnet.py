@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from stages.config import ConfigError, on_gpu
+from stages.families.controlnets import CONDITION, NETWORKS, SCALE, steer
 from stages.families.facts import facts_of
 from stages.hashes import file_hash, fingerprint
 from stages.paths import files_of
 from stages.techniques.base import Technique
-from stages.techniques.controlnet_calls import CONDITION, SCALE, steer
-from stages.techniques.controls import KEY, NETWORKS, Control, check, controls
+from stages.techniques.controls import KEY, Control, check, controls
 from stages.tiles import Size
 
 if TYPE_CHECKING:

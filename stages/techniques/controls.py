@@ -15,12 +15,6 @@ from stages.paths import PICKLES, anchored, is_hub_id, is_safetensors
 
 KEY = "model.controlnets"
 EXPECTED = "a list of {path: FOLDER or FILE, image: FILE or guide: true, scale: 1.0, start: 0.0, end: 1.0}"
-# stock class of a denoiser -> that of its ControlNets
-NETWORKS: Mapping[str, str] = {
-    "UNet2DConditionModel": "ControlNetModel",
-    "FluxTransformer2DModel": "FluxControlNetModel",
-    "SD3Transformer2DModel": "SD3ControlNetModel",
-}
 _GUIDE = "guide"
 _FIELDS = {"path", "image", "guide", "scale", "start", "end"}
 

@@ -26,8 +26,22 @@ def guided(work: Work, values: dict[str, Any], net: Path, scale: float, to: Path
     return canvas, guide
 
 
-def shown(pipeline: Any, guide: Tensor, shift: float) -> dict[str, Any]:
-    """Arguments of a stock pipeline whose VAE makes the guide's latents of any picture."""
-    encoded = guide / pipeline.vae.config.scaling_factor + shift
-    pipeline.vae.encode = lambda _: SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *_: encoded))
-    return {"control_image": Image.new("RGB", (128, 64)), "control_guidance_end": 0.7}
+def piped(pipeline: Any, net: Any, guide: Tensor, scale: float, *, guidance_scale: float) -> Tensor:
+    """The same of a stock pipeline, whose VAE makes the guide's latents of any picture."""
+    vae = pipeline.vae
+    encoded = guide / vae.config.scaling_factor + vae.config.shift_factor
+    vae.encode = lambda _: SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *_: encoded))
+    pipeline.register_modules(controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt="a cat",
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+        width=128,
+        height=64,
+        control_image=Image.new("RGB", (128, 64)),
+        control_guidance_end=0.7,
+        controlnet_conditioning_scale=scale,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    ).images

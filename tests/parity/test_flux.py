@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import small_flux
 import torch
-from controlnets import guided, shown
+from controlnets import guided, piped
 from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxImg2ImgPipeline, FluxPipeline
 from in_process import Work
 from small_flux import ONE_TILE
 from torch import Tensor
 
 from stages.families.facts import FACTS
-from stages.families.flow import packed, unpacked
 from stages.families.flux import FAMILY
+from stages.families.tokens import packed, unpacked
 from stages.memory.layout import Layout
 from stages.memory.tensors import TensorRef, read_tensors
 from stages.memory.units import rungs, split_units
@@ -122,18 +122,6 @@ def test_a_controlnet_adds_to_its_blocks(folder: Path, tmp_path: Path) -> None:
     small_flux.stirred(net)
     net.save_pretrained(tmp_path / "net")
     got, guide = guided(Work(tmp_path, folder), ONE_TILE, tmp_path / "net", 0.6, tmp_path)
-    pipeline.register_modules(controlnet=net)
-    pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(
-        prompt="a cat",
-        num_inference_steps=3,
-        guidance_scale=3.5,
-        width=128,
-        height=64,
-        controlnet_conditioning_scale=0.6,
-        **shown(pipeline, guide, pipeline.vae.config.shift_factor),
-        generator=torch.Generator().manual_seed(7),
-        output_type="latent",
-    ).images
+    found = piped(pipeline, net, guide, 0.6, guidance_scale=3.5)
     close(got, FluxPipeline._unpack_latents(found, 64, 128, 8))
     assert (stock(folder) - got).abs().max() > 0.01

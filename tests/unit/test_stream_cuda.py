@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from opening import built
 from torch import Tensor, nn
 
+from stages.families.controlnets import CONDITION, SCALE, steer
 from stages.families.sd import FAMILY
 from stages.memory import graphs
 from stages.memory.host import DiskWeights, Reader
@@ -34,7 +35,6 @@ from stages.models.controlnets import controlnet
 from stages.models.loading import build, open_model, prepared
 from stages.techniques.base import Technique
 from stages.techniques.channels_last import ChannelsLast
-from stages.techniques.controlnet_calls import CONDITION, SCALE, steer
 from stages.techniques.step_cache import StepCache
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

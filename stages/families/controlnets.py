@@ -1,14 +1,22 @@
-"""How a denoiser and its ControlNets are called, as their stock pipelines do it, by the denoiser's class. No torch."""
+"""ControlNets of each family: their stock classes, and how they and the denoiser are called, as in stock pipelines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stages.families.tokens import packed
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Added = list[list["Tensor"]]  # what a ControlNet adds, in lists that are handed over together
+# stock class of a denoiser -> that of its ControlNets
+NETWORKS: Mapping[str, str] = {
+    "UNet2DConditionModel": "ControlNetModel",
+    "FluxTransformer2DModel": "FluxControlNetModel",
+    "SD3Transformer2DModel": "SD3ControlNetModel",
+}
 CONDITION, SCALE = "controlnet_condition_{}", "controlnet_scale_{}"  # arguments of the network, by number
 
 
@@ -82,18 +90,13 @@ _TRANSFORMER = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_pr
 def _ask_flux(network: Any, net: Any, inputs: Mapping[str, Any], controlnet_cond: Tensor, **shown: Any) -> Added:
     own = _some(inputs, *_TRANSFORMER, "img_ids", "txt_ids")
     own |= _some(inputs, "guidance") if net.config.guidance_embeds else {}
-    double, single = net(**own, controlnet_cond=_packed(controlnet_cond), **shown, return_dict=False)
+    double, single = net(**own, controlnet_cond=packed(controlnet_cond), **shown, return_dict=False)
     return [double or [], single or []]
 
 
 def _hand_flux(added: Added) -> dict[str, Any]:
     double, single = added
     return {"controlnet_block_samples": double or None, "controlnet_single_block_samples": single or None}
-
-
-def _packed(latents: Tensor) -> Tensor:
-    """``[N, h * w, 4 C]`` of ``latents [N, C, 2 h, 2 w]``."""
-    return latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _ask_sd3(network: Any, net: Any, inputs: Mapping[str, Any], controlnet_cond: Tensor, **shown: Any) -> Added:
