@@ -11,7 +11,7 @@ import diffusers.schedulers as schedulers
 import yaml
 
 from benchmarks._faults.common import BASE, Bench, Tally, last, picture, unclear, within_budget, worked
-from stages.workflow.overrides import groups, known_keys
+from stages.workflow.keys import groups, known_keys
 
 ABSURD = (
     *("", "null", "-1", "0", "1", "0.5", "1e9", "1e-9", "nan", "inf", "-inf", "abc", "true", "[]", "{}", "[1,2]"),

@@ -18,8 +18,8 @@ from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
 from stages.techniques import controls
 from stages.workflow import loras, model, prompts
-from stages.workflow.overrides import CONF
-from stages.workflow.overrides import parse as parse_override
+from stages.workflow.grammar import parse as parse_override
+from stages.workflow.keys import CONF
 from stages.workflow.validate import check_sizes, validate
 
 LONGEST_PROMPT = 1_000_000  # bytes

@@ -17,7 +17,7 @@ from stages.models.originals import original_of
 from stages.paths import PICKLES, is_hub_id, is_weights_file, local_path
 from stages.schema import SchedulerConfig
 from stages.workflow.identity import snapshot
-from stages.workflow.overrides import CONF
+from stages.workflow.keys import CONF
 
 AUTO = "auto"
 _NOT_DEFAULTS = ("name", "family", "path")

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
 import secrets
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from stages.config import ROOT, ConfigError, close_match
-from stages.documents import escape
+from stages.config import ConfigError
 from stages.files import write_json
 from stages.hashes import fingerprint
 from stages.paths import anchored
-from stages.schema import Config
 from stages.workflow import from_image, prompts
+from stages.workflow.grammar import ALTERNATIVES, Override, merge, parse, quote, readable, value_of, without, written
+from stages.workflow.keys import check, check_output_dir, check_run_name, groups, known_keys
+from stages.workflow.launchers import launcher
 from stages.workflow.saved import SAVED, settings
-from stages.workflow.words import meant, nearest, sampler
+from stages.workflow.words import sampler
 
-CONF = ROOT / "conf"
 SWEEPS = ".sweeps"  # under output_dir: a folder for every sweep
 _TEXT = {"prompt", "negative_prompt", "prompt_line"}
 _PATHS = {
@@ -41,13 +36,6 @@ _PATHS = {
     "from_image",
 }
 _DTYPE = "technique.dtype."
-_FREE = (
-    "technique.component_dtype",
-    "scheduler.options",
-    "regions",
-    "reroll",
-    "hydra",
-)  # anything may stand below these
 _TRANSIENT = {
     "run",
     "stage",
@@ -61,8 +49,6 @@ _TRANSIENT = {
 }  # of one command, not of the run
 _GONE = {("launch", "local"), ("technique", "default")}  # groups of one option, which earlier runs may name
 _NO_OTHER = {"force", "progress"}  # keys that make no other sweep of it
-_OPTIONAL = {"experiment"}  # groups of which no option need be taken
-_ALTERNATIVES = {"prompt", "prompt_file", "prompt_line"}
 _BESIDE = {  # keys as people say them that lie elsewhere: device is a name, and no stage is made from the others
     "device.device_map": "device_map",
     "device.max_memory": "max_memory",
@@ -72,108 +58,6 @@ _BESIDE = {  # keys as people say them that lie elsewhere: device is a name, and
 }
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 _WITH_VALUE |= {"--experimental-rerun", "--info", "-i"}
-LAUNCHER = "hydra/launcher"
-_LAUNCHERS = {  # name: our extra, the package that it brings, our class in the place of its own
-    "joblib": ("joblib", "hydra_plugins.hydra_joblib_launcher", ""),
-    "submitit_slurm": ("slurm", "hydra_plugins.hydra_submitit_launcher", "cluster.Slurm"),
-    "submitit_local": ("slurm", "hydra_plugins.hydra_submitit_launcher", "cluster.Local"),
-    "ray": ("ray", "ray", ""),
-}
-_OVERRIDE = re.compile(r"(?P<sign>~|\+{0,2})(?P<key>[^=]*?)(?P<package>@[^=]*)?(?P<equal>=)(?P<value>.*)", re.DOTALL)
-_RUN = re.compile(r"\w[\w.-]{0,99}")
-
-
-class Override(NamedTuple):
-    """``sign key package = value`` of one argument; the value is as typed."""
-
-    sign: str
-    key: str
-    package: str
-    value: str
-
-
-def parse(argument: str) -> Override | None:
-    """Take an argument apart; None if it is not ``key=value`` (or ``~key``)."""
-    match = _OVERRIDE.fullmatch(argument)
-    if match:
-        return Override(match["sign"], match["key"].strip(), match["package"] or "", match["value"])
-    return Override("~", argument[1:], "", "") if re.fullmatch(r"~[\w./]+", argument) else None
-
-
-def quote(text: str) -> str:
-    """A text as a quoted value of Hydra's override grammar that OmegaConf will not interpolate.
-
-    Backslashes count only before a quote or at the end, where the grammar wants them doubled.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError("prompt", text, "text in UTF-8", "Set a UTF-8 locale, or use prompt_file=FILE.")
-    escaped = re.sub(r"(\\*)(')", lambda match: match[1] * 2 + "\\'", escape(text))
-    return "'" + re.sub(r"\\+$", lambda match: match[0] * 2, escaped) + "'"
-
-
-def known_keys(node: Any = Config, prefix: str = "") -> set[str]:
-    """Every dotted key of the schema."""
-    found = set()
-    for field in fields(node):
-        key = f"{prefix}{field.name}"
-        found.add(key)
-        if is_dataclass(field.default_factory):
-            found |= known_keys(field.default_factory, f"{key}.")
-    return found
-
-
-def groups() -> dict[str, list[str]]:
-    """Config group -> its options."""
-    return {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
-
-
-def check(override: Override, multirun: bool, options: dict[str, list[str]]) -> None:
-    """Refuse an unknown key or group option, with the close match.
-
-    Raises:
-        ConfigError
-    """
-    key = override.key
-    if key.startswith("hydra") or any(key == free or key.startswith(f"{free}.") for free in _FREE):
-        return
-    if key in options and (override.sign != "~" or override.value):
-        values = override.value.split(",") if multirun else [override.value]
-        for value in values:
-            plain = value.strip().strip("'\"")
-            nothing = plain == "null" and key in _OPTIONAL
-            several = plain[:1] in ("[", "{") and key not in _OPTIONAL
-            swept = re.search(r"[\[\](){}*]", plain) is not None and not several
-            if plain not in options[key] and not nothing and not swept:
-                expected = f"one of {', '.join(options[key])}"
-                near = nearest(plain) if key == "scheduler" else ""
-                raise ConfigError(key, plain, expected, near or close_match(plain, options[key]))
-    elif key not in options and key not in known_keys():
-        near = meant(key) or close_match(key, known_keys()) or close_match(f"x.{key}".split(".")[-1], known_keys())
-        raise ConfigError(key, f"{key}={override.value[:40]}", "a known key", near or "See python runner.py --help")
-
-
-def check_run_name(name: str) -> None:
-    """Refuse a run name that is not one plain folder name.
-
-    Raises:
-        ConfigError
-    """
-    if not _RUN.fullmatch(name):
-        raise ConfigError("run", name, "a folder name of letters, digits, _ - and ., starting with a letter or digit")
-
-
-def check_output_dir(folder: Path) -> None:
-    """Make the folder of all runs; refuse one that cannot be made or written to.
-
-    Raises:
-        ConfigError
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("output_dir", str(folder), f"a folder that can be made ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError("output_dir", str(folder), "a folder that can be written to")
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
@@ -208,27 +92,15 @@ def prepare(arguments: Sequence[str]) -> list[str]:
             component = override.key.removeprefix(_DTYPE)
             override = override._replace(sign="++", key=f"technique.component_dtype.{component}")
         check(override, multirun, options)
-        overrides.append(_readable(_ready(override, multirun), override))
+        overrides.append(readable(_ready(override, multirun), override))
     overrides = merge([], overrides)
     if multirun and value_of(overrides, "prompts_file") is not None:
-        for key in _ALTERNATIVES:
+        for key in ALTERNATIVES:
             if (other := value_of(overrides, key)) is not None:
                 raise ConfigError(key, other[:200], "either it or prompts_file", "Leave one out.")
     overrides = _of_image(overrides, options)
     overrides = _lines(overrides) if multirun else overrides
-    return [*flags, *_launcher(_with_saved_run(overrides))]
-
-
-def _launcher(overrides: list[str]) -> list[str]:
-    """Launchers that are extras: ours in the place of Hydra's own, and how those are installed that are not there."""
-    name = value_of(overrides, LAUNCHER)
-    if name not in _LAUNCHERS:
-        return overrides
-    extra, package, target = _LAUNCHERS[name]
-    if importlib.util.find_spec(package.partition(".")[0]) is None or importlib.util.find_spec(package) is None:
-        hint = f"Install it: pip install -c constraints.txt -e '.[{extra}]'"
-        raise ConfigError(LAUNCHER, name, f"a launcher that is installed ({package} is not)", hint)
-    return [*overrides, f"hydra.launcher._target_=hydra_plugins.highres_lowram.{target}"] if target else overrides
+    return [*flags, *launcher(_with_saved_run(overrides))]
 
 
 def _of_image(overrides: list[str], options: dict[str, list[str]]) -> list[str]:
@@ -241,8 +113,8 @@ def _of_image(overrides: list[str], options: dict[str, list[str]]) -> list[str]:
     if found.unknown:
         text = "".join(one if one.isprintable() else "?" for one in "; ".join(found.unknown))  # of anybody's picture
         print(f"from_image: the picture does not say, or it is not used: {text}", file=sys.stderr, flush=True)
-    said = [_readable(_said(key, value), Override("", key, "", str(value))) for key, value in found.values.items()]
-    return merge(said, _without(overrides, "from_image"))
+    said = [readable(written(key, value), Override("", key, "", str(value))) for key, value in found.values.items()]
+    return merge(said, without(overrides, "from_image"))
 
 
 def _lines(overrides: list[str]) -> list[str]:
@@ -260,12 +132,8 @@ def _lines(overrides: list[str]) -> list[str]:
         numbers[key] = int(text)
     beside = anchored(folder, near=True) if folder else path.parent / "wildcards"
     lines = prompts.read(path, beside, *numbers.values())
-    kept = _without(overrides, "prompts_file", "wildcards.dir", *numbers)
+    kept = without(overrides, "prompts_file", "wildcards.dir", *numbers)
     return merge(kept, [f"prompt_line={','.join(map(quote, lines))}"])
-
-
-def _without(overrides: Iterable[str], *keys: str) -> list[str]:
-    return [text for text in overrides if (override := parse(text)) and override.key not in keys]
 
 
 def _understood(override: Override, options: dict[str, list[str]], multirun: bool) -> Override:
@@ -298,43 +166,6 @@ def _ready(override: Override, multirun: bool) -> str:
     return f"{sign}{key}{package}={value}"
 
 
-def _readable(text: str, said: Override) -> str:
-    """``text``, if Hydra's grammar takes it: its own words for what it does not take name no key."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(text)
-    except HydraException:
-        hint = f"A text with signs in it is quoted twice: {said.key}=\"'...'\""
-        raise ConfigError(said.key, said.value[:200], "a value in Hydra's grammar", hint) from None
-    return text
-
-
-def merge(base: Iterable[str], new: Iterable[str]) -> list[str]:
-    """Overrides of two command lines; of equal keys (or ``prompt`` and ``prompt_file``) the new one stays."""
-    found: dict[str, str] = {}
-    new = list(new)
-    fresh = {override.key for text in new if (override := parse(text))}
-    for text in [*base, *new]:
-        override = parse(text)
-        assert override is not None, text
-        other = _ALTERNATIVES & fresh if override.key in _ALTERNATIVES else set()
-        replaced = text not in new and (override.key in fresh or other)
-        if not replaced:
-            found[f"{override.key}{override.package}"] = text
-    return list(found.values())
-
-
-def value_of(overrides: Iterable[str], key: str) -> str | None:
-    """The plain text that an override gives to ``key``; None if none does."""
-    values = [override.value for text in overrides if (override := parse(text)) and override.key == key]
-    if not values or values[-1] in ("", "null"):
-        return None
-    text = values[-1]
-    return text[1:-1].replace("\\'", "'") if text[0] in "'\"" and text[-1] == text[0] else text
-
-
 def _with_saved_run(overrides: list[str]) -> list[str]:
     output_dir = anchored("outputs")
     if given := value_of(overrides, "output_dir"):  # where other files of the command line begin too
@@ -345,7 +176,7 @@ def _with_saved_run(overrides: list[str]) -> list[str]:
         check_run_name(name)
         saved = settings(output_dir / name, groups())
         if isinstance(saved, dict):
-            saved = [_said(key, value) for key, value in saved.items() if key not in _TRANSIENT]
+            saved = [written(key, value) for key, value in saved.items() if key not in _TRANSIENT]
         overrides = merge((text for text in saved if parse(text) and not _gone(parse(text))), overrides)
     check_output_dir(output_dir)
     keys = {override.key for text in overrides if (override := parse(text))}
@@ -360,21 +191,6 @@ def _name(overrides: Iterable[str]) -> str:
     keys = {text: override.key for text in overrides if (override := parse(text))}
     kept = [text for text, key in keys.items() if key not in _NO_OTHER and not key.startswith(("hydra", "launch."))]
     return fingerprint({"overrides": sorted(kept)})[:16]
-
-
-def _said(key: str, value: Any) -> str:
-    """A plain value as an override."""
-    return f"{'++' if key.startswith('scheduler.options.') else ''}{key}={_literal(value)}"
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, str):
-        return quote(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_literal(below)}" for name, below in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def typed(overrides: Iterable[str], config: DictConfig) -> str:
@@ -402,7 +218,7 @@ def save(run_dir: Path, overrides: Iterable[str], config: DictConfig) -> None:
             if override.key == "prompt_line":
                 kept.append(f"negative_prompt={quote(config.negative_prompt)}")
             if config.model.loras:
-                kept.append(_said("model.loras", OmegaConf.to_container(config.model.loras)))
+                kept.append(written("model.loras", OmegaConf.to_container(config.model.loras)))
         elif override and override.key not in _TRANSIENT and not override.key.startswith("hydra"):
             kept.append(text)
     write_json(run_dir / SAVED, merge([], kept))

@@ -22,7 +22,8 @@ from stages.config import ConfigError
 from stages.files import read_object, write_json
 from stages.paths import anchored
 from stages.workflow import report, run, shares
-from stages.workflow.overrides import SWEEPS, parse, value_of
+from stages.workflow.grammar import parse, value_of
+from stages.workflow.overrides import SWEEPS
 from stages.workflow.progress import Silent, duration, reporter
 from stages.workflow.score import scorer
 

@@ -31,7 +31,7 @@ from stages.hashes import is_remembered
 from stages.models.locate import CheckpointError, lone_weights
 from stages.paths import PICKLES, is_safetensors
 from stages.techniques import TECHNIQUES
-from stages.workflow.overrides import CONF, check_output_dir, check_run_name
+from stages.workflow.keys import CONF, check_output_dir, check_run_name
 
 LARGEST = 65536  # pixels a side
 LEAST_BUDGET = 280_000_000  # bytes: python, torch and a model class, before the first weight

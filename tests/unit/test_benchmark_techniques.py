@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks._techniques_rows import ROWS, WORKS
 from benchmarks._techniques_ways import speed
 from benchmarks.techniques import front, markdown
-from stages.workflow.overrides import known_keys
+from stages.workflow.keys import known_keys
 
 
 def row(name: str, reserved_mb: int, it_s: float, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from stages.config import ConfigError
 from stages.documents import load
 from stages.stitch import parameters, settings
 from stages.workflow.from_image import read
-from stages.workflow.overrides import groups, known_keys, prepare
+from stages.workflow.keys import groups, known_keys
+from stages.workflow.overrides import prepare
 
 A1111 = """a (lighthouse:1.2), <lora:oil:0.7>
 on a cliff

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from stages.config import ROOT, ConfigError
 from stages.workflow.complete import complete
+from stages.workflow.keys import groups
 from stages.workflow.model import classes_of, recognise
-from stages.workflow.overrides import groups, prepare
+from stages.workflow.overrides import prepare
 
 SD = {"unet": "UNet2DConditionModel", "text_encoder": "CLIPTextModel", "vae": "AutoencoderKL"}
 SDXL = {**SD, "text_encoder_2": "CLIPTextModelWithProjection"}

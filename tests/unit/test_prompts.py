@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from stages.config import ROOT, ConfigError
 from stages.files import read_json
 from stages.schema import Config
-from stages.workflow.overrides import SAVED, merge, parse, prepare, quote, save, value_of
+from stages.workflow.grammar import merge, parse, quote, value_of
+from stages.workflow.overrides import prepare, save
+from stages.workflow.saved import SAVED
 
 HOSTILE = [
     "a cat, mat",

@@ -11,7 +11,8 @@ import pytest
 
 from stages.config import ConfigError
 from stages.files import write_json
-from stages.workflow.overrides import prepare, save, value_of
+from stages.workflow.grammar import value_of
+from stages.workflow.overrides import prepare, save
 from stages.workflow.prompts import read, split
 from stages.workflow.score import scorer
 from stages.workflow.sweep import Sweep

@@ -5,7 +5,9 @@ import re
 import pytest
 
 from stages.config import ConfigError
-from stages.workflow.overrides import groups, prepare, value_of
+from stages.workflow.grammar import value_of
+from stages.workflow.keys import groups
+from stages.workflow.overrides import prepare
 from stages.workflow.words import meant, sampler
 
 

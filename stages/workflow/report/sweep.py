@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from stages.files import atomic_path, read_object, write_text
-from stages.workflow.overrides import parse, value_of
+from stages.workflow.grammar import parse, value_of
 from stages.workflow.report.gallery import thumbnail
 from stages.workflow.report.page import environment
 
