@@ -199,7 +199,7 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
     if what == "words":
         file.write_text("not a picture")
     else:
-        monkeypatch.setattr("stages.picture.opening.PIXELS", 1000)
+        monkeypatch.setattr("stages.picture.header.PIXELS", 1000)
     with pytest.raises(ConfigError, match=r"guide\.image: got"):
         look(work.config(values))
     with pytest.raises(ConfigError, match=r"guide\.image: got"):
