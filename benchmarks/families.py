@@ -3,6 +3,7 @@
     python -m benchmarks.families sdxl                                         # all stages, one step each
     python -m benchmarks.families flux --layers transformer=2,text_encoder_2=4 --stages text_encode,lowres,denoise
     python -m benchmarks.families flux --checkpoint DIR --stages text_encode   # full depth, from a folder that is there
+    python -m benchmarks.families sdxl --checkpoint DIR --go-on --stages denoise    # a stage at a time: the run is kept
     python -m benchmarks.families flux sd3 --plan                              # predictions alone: no weight is written
 
 The peak does not grow with the number of equal blocks, and does not depend on the weights' values: with ``--layers`` a
@@ -22,7 +23,8 @@ from benchmarks._measure import RESULTS, finish, mb, one_step, parser, runner, s
 from benchmarks.prediction import OVER, UNDER
 from stages.config import parse_bytes
 from stages.documents import load
-from stages.tiles import latent_grid
+from stages.tiles import Size, latent_grid
+from stages.vae.tiled import guide_tiles
 
 STAGES = "text_encode,lowres,guide,denoise,decode,stitch"
 
@@ -31,9 +33,9 @@ def tiles(output: Path, kind: str) -> dict[str, int]:
     """How many of them the canvas has, by stage."""
     config = load(output / kind / "config.yaml")
     size, factor = (config.width, config.height), config.model.vae_scale_factor
-    parts = {"denoise": config.denoise, "decode": config.decode}
+    canvas, parts = Size(size[1] // factor, size[0] // factor), {"denoise": config.denoise, "decode": config.decode}
     found = {name: len(latent_grid(*size, one.tile_size, one.overlap, factor)) for name, one in parts.items()}
-    return {"lowres": 1, **found}
+    return {"lowres": 1, "guide": len(guide_tiles(canvas, config.guide.tile_size // factor)), **found}
 
 
 def rows_of(output: Path, kind: str, plan_only: bool) -> list[dict[str, Any]]:
@@ -77,11 +79,13 @@ def main() -> int:
     options.add_argument("--stages", default=STAGES)
     options.add_argument("--size", type=int, default=2048)
     options.add_argument("--budget", default="800MB")
+    options.add_argument("--go-on", action="store_true", help="keep the run, and find in it what was done before")
     options.add_argument("--plan", action="store_true", help="predictions alone")
     options.add_argument("--overrides", nargs="*", default=[], help="such as technique.dtype=bf16")
     given = options.parse_args()
     output, limit = RESULTS / "runs" / f"families-{'-'.join(given.families)}", parse_bytes(given.budget)
-    shutil.rmtree(output, ignore_errors=True)
+    if not given.go_on:
+        shutil.rmtree(output, ignore_errors=True)
     rows = [row for kind in given.families for row in run(kind, given, output)]
     cells = []
     for row in rows:
@@ -102,7 +106,8 @@ def main() -> int:
             f"at most {UNDER:.0%} above its prediction": all(ratio <= 1 + UNDER for ratio in ratios),
             f"predictions within {OVER:.0%}": all(ratio >= 1 - OVER for ratio in ratios),
         }
-    shutil.rmtree(output, ignore_errors=True)
+    if not given.go_on:
+        shutil.rmtree(output, ignore_errors=True)
     name = "families-plan" if given.plan else f"families-{'-'.join(given.families)}"
     return finish(name, rows, checks)
 

@@ -9,7 +9,7 @@ from stages.memory.imports import light_imports
 from stages.models.locate import CheckpointError
 
 LEFT = 9_000_000  # bytes that stay when an open tokenizer was given up and its memory returned
-# bytes that one takes, and takes while it is opened, for a byte of its file (python -m benchmarks tokenizers)
+# bytes that one takes, and takes while it is opened, for a byte of its file (python -m benchmarks vocabularies)
 _FAST, _WORDS, _UNIGRAM = (9, 15), (9, 10), (28, 31)
 
 

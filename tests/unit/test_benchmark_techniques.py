@@ -1,9 +1,12 @@
-"""The table of techniques: rows that exist, the Pareto front, ratios to fp32."""
+"""The table of techniques: rows that exist, the Pareto front, ratios to fp32. Names of benchmarks."""
 
 from __future__ import annotations
 
+import sys
+from importlib.metadata import packages_distributions
 from typing import Any
 
+from benchmarks.__main__ import benchmarks
 from benchmarks._techniques_rows import ROWS, WORKS
 from benchmarks._techniques_ways import speed
 from benchmarks.techniques import front, markdown
@@ -49,3 +52,8 @@ def test_steps_of_an_interval_count_together() -> None:
     ends = [0.0, 1, 2, 7, 8, 9, 14, 15]  # of steps 0 to 7, every third as long as five
     assert speed(ends)["step_seconds"] == 1
     assert speed(ends, 3) == {"step_seconds": round(7 / 3, 5), "steps": 3}
+
+
+def test_no_benchmark_hides_a_package() -> None:
+    """A script of the folder, such as ``random_checkpoint.py``, finds its neighbours before installed packages."""
+    assert not benchmarks().keys() & {*packages_distributions(), *sys.stdlib_module_names}

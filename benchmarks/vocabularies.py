@@ -1,6 +1,6 @@
 """What tokenizers of real size take in memory, for a byte of their files: the rates of ``stages/models/tokenizers.py``.
 
-    python -m benchmarks tokenizers
+    python -m benchmarks vocabularies
 
 Vocabularies are random, as large as those of CLIP, Qwen3 and T5; each is opened in a process of its own, as text_encode
 opens it. 'left' is what stays when it was given up.
@@ -100,7 +100,7 @@ def main() -> int:
                 whole
             )
             for one in (folder, whole) if kind != "t5" else (whole,):
-                command = [sys.executable, "-m", "benchmarks.tokenizers", "--of", kind, str(one)]
+                command = [sys.executable, "-m", "benchmarks.vocabularies", "--of", kind, str(one)]
                 done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
                 took = json.loads(done.stdout.rpartition("RESULT ")[2])
                 planned = room(one, kind == "t5")
@@ -112,7 +112,7 @@ def main() -> int:
     parts = ("held", "opening", "left")
     cells = [(row["kind"], *(f"{mb(row[part])} ({mb(row['planned'][part])})" for part in parts)) for row in rows]
     table(("tokenizer", "open (planned)", "while it is opened", "given up"), cells)
-    return finish("tokenizers", rows, checks)
+    return finish("vocabularies", rows, checks)
 
 
 if __name__ == "__main__":
