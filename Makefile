@@ -8,8 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 TESTS ?= tests
-# processes that test side by side; 0: one alone
-WORKERS ?= 2
+# processes that test side by side, one more than cores as many wait for others; 0: one alone
+WORKERS ?= 3
 
 # The prompt is text: it goes through the environment as it was typed, past make's and the shell's own grammar.
 override PROMPT := $(value PROMPT)

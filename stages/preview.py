@@ -89,7 +89,7 @@ def coloured(latents: Tensor, colours: Any) -> np.ndarray:
     else:
         centred = flat - flat.mean(dim=1, keepdim=True)
         strongest = torch.linalg.eigh(centred @ centred.T)[1][:, -3:].T @ centred
-        mixed = 0.5 + 0.2 * strongest / strongest.std(dim=1, keepdim=True).clamp_min(1e-6)
+        mixed = 0.5 + 0.2 * strongest / strongest.std(dim=1, keepdim=True, correction=0).clamp_min(1e-6)
     pixels = (mixed.reshape(-1, *latents.shape[1:]).permute(1, 2, 0) * 255).round().clamp(0, 255)
     return np.ascontiguousarray(pixels.nan_to_num().to(torch.uint8).expand(-1, -1, 3).numpy())
 

@@ -206,7 +206,7 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
         guide(work, **values)
 
 
-@pytest.mark.parametrize("calls", [1, 3, 6, 10, 17])
+@pytest.mark.parametrize("calls", [3, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 17))])
 def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     values = {"width": 264, "height": 256, "guide.phases": []}
     _, expected = guide(work, **values)
