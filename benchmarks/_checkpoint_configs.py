@@ -126,6 +126,8 @@ def configs(kind: str, *, small: bool = False, layers: Mapping[str, int] | None 
     for name, most in (layers or {}).items():
         config = found[name]
         config |= {key: min(config[key], most) for key in DEPTHS if key in config}
+        if isinstance(deep := config.get("transformer_layers_per_block"), list):  # of a UNet
+            config["transformer_layers_per_block"] = [min(count, most) for count in deep]
         if "dual_attention_layers" in config:
             config["dual_attention_layers"] = [index for index in config["dual_attention_layers"] if index < most]
     return found

@@ -84,15 +84,14 @@ def measure(
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     highest: dict[int, int] = {}
-    asked: dict[int, int] = {}
-    peak = count = 0
+    peak = count = asked = 0
     pids = [process.pid]
     while process.poll() is None:
         if count % 5 == 0:
             pids = [process.pid, *descendants(process.pid)]
             for pid in pids:
                 highest[pid] = max(highest.get(pid, 0), peak_rss(pid))
-                asked[pid] = max(asked.get(pid, 0), _asked(pid))
+            asked = max(asked, sum(map(_asked, pids)))
         peak = max(peak, sum(usage(pid).rss for pid in pids))
         count += 1
         time.sleep(PERIOD)
@@ -101,11 +100,12 @@ def measure(
     output = b"".join(lines).decode("utf-8", "replace")
     own = highest.pop(process.pid, 0)
     kernel_peak = own + max(highest.values(), default=0)
-    return Measured(process.returncode, seconds, peak, kernel_peak, output, sum(asked.values()))
+    return Measured(process.returncode, seconds, peak, kernel_peak, output, asked)
 
 
 def _asked(pid: int) -> int:
-    """Bytes that a process has read from files so far; 0 where it is gone or the system does not tell."""
+    """Bytes that a process, and its children that have ended, have read from files so far; 0 where it is gone or the
+    system does not tell."""
     try:
         return int(Path(f"/proc/{pid}/io").read_text().split()[1])
     except OSError:

@@ -144,6 +144,8 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
 
     def call(network: Any, samples: int) -> Any:
         example, embeds = family.example(network_config, tile, samples, config.model.text_tokens)
+        if family.guidance(looking.checkpoint) == "none":  # then no negative prompt is encoded
+            embeds = {name: rows for name, rows in embeds.items() if not name.startswith("negative_")}
         options: dict[str, Any] = {"dtype": dtype, "device": "meta", "techniques": techniques}
         denoiser = family.denoiser(network, embeds, config, canvas=size, **options)
         del embeds  # it holds its own

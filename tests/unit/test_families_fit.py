@@ -12,6 +12,8 @@ from stages import denoise, text_encode
 from stages.families.facts import facts_of
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import open_checkpoint
+from stages.families.qwen3 import TOKENS
+from stages.files import read_json, write_json
 from stages.job import Job
 from stages.memory.planner import Chosen, StageProfile, plan_stage
 from stages.schema import Config
@@ -64,3 +66,13 @@ def test_a_picture_of_2048_pixels_in_800_mb(folder: Path) -> None:
         (choice,) = chosen.choices.values()
         assert 600e6 < chosen.peak < 800e6 and choice.group % look.models[0].together == 0
     assert planned("text_encode", text_encode.look(found)).peak < 800e6  # in float32
+
+
+def test_a_distilled_model_holds_no_negative_prompt(tmp_path: Path) -> None:
+    random_checkpoint.main(["flux2_klein", str(tmp_path / "small"), "--small", "--holes"])
+    index, least = tmp_path / "small" / "model_index.json", {}
+    for distilled in (True, False):
+        write_json(index, {**read_json(index), "is_distilled": distilled})
+        (model,) = denoise.look(looking(tmp_path / "small", "fp32")).models
+        least[distilled] = min(line.fixed for line in model.cuts[0].lines)
+    assert least[False] - least[True] == TOKENS * 96 * 4  # float32, as wide as three layers of its text encoder
