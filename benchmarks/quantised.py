@@ -59,7 +59,7 @@ def read(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     network = nn.ModuleList(nn.Linear(WIDTH, ROWS, bias=False, device="meta") for _ in range(LAYERS))
     layout = Layout(network, dtype, channels_last=False)
     drop_clean_pages()
-    source = CheckpointSource(read_header(path), layout, keep_cached=True)
+    source = CheckpointSource(read_header(path), keep_cached=True)
     slots = list(layout.slots.values())
     packed = torch.empty(layout.nbytes // LAYERS, dtype=torch.uint8)
     for _ in range(2):

@@ -107,6 +107,7 @@ class TechniqueConfig:
     step_cache: StepCacheConfig = field(default_factory=StepCacheConfig)
     vae_tiling: bool = False  # diffusers' own tiles, of the whole canvas, with decode.mode=independent
     vae_slicing: bool = False
+    quantize: str = "none"  # none | int8 (weights and samples) | int8_weights: the denoiser's layers, on a CPU
     compile: str = "none"  # none | compile (torch.compile) | trace (torch.jit.trace), with offload=none
 
 

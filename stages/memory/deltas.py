@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.memory.layout import Layout, Slot
+from stages.memory.layout import Slot
 from stages.memory.refs import TensorRef
 from stages.memory.source import WeightSource
 from stages.memory.tensors import read_tensor
@@ -43,14 +43,14 @@ class DeltaSource:
         deltas: parameter's name -> what it gets, in order.
     """
 
-    def __init__(self, source: WeightSource, layout: Layout, deltas: Mapping[str, Sequence[Delta]]) -> None:
-        self._source, self._layout, self._deltas = source, layout, deltas
+    def __init__(self, source: WeightSource, deltas: Mapping[str, Sequence[Delta]]) -> None:
+        self._source, self._deltas = source, deltas
 
     def read(self, slots: Sequence[Slot], start: int, packed: Tensor) -> None:
         self._source.read(slots, start, packed)
         for slot in slots:
             if slot.name in self._deltas:
-                add(slot.view(packed, start, self._layout.dtype), self._deltas[slot.name])
+                add(slot.view(packed, start), self._deltas[slot.name])
 
     def close(self) -> None:
         self._source.close()

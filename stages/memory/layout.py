@@ -1,12 +1,13 @@
 """How a model's weights are packed into one run of bytes.
 
 One layout serves the prepared file on disk and the buffers in memory: parameters stand in the order of
-``named_parameters``, each at a multiple of 64 bytes, in the compute dtype; 4-D weights may lie channels-last.
-A unit (:mod:`stages.memory.units`) is therefore one contiguous range of bytes.
+``named_parameters``, each at a multiple of 64 bytes, in the compute dtype (integers in their own); 4-D weights may lie
+channels-last. A unit (:mod:`stages.memory.units`) is therefore one contiguous range of bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,12 +24,20 @@ class Slot(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     channels_last: bool
+    dtype: torch.dtype
 
-    def view(self, packed: torch.Tensor, base: int, dtype: torch.dtype) -> torch.Tensor:
+    @property
+    def integers(self) -> bool:
+        return not self.dtype.is_floating_point
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, packed: torch.Tensor, base: int) -> torch.Tensor:
         """The parameter as a view of ``packed`` (uint8), whose first byte is byte ``base`` of the layout."""
-        count = torch.Size(self.shape).numel()
         start = self.offset - base
-        flat = packed[start : start + count * dtype.itemsize].view(dtype)
+        flat = packed[start : start + self.nbytes].view(self.dtype)
         if not self.channels_last:
             return flat.view(self.shape)
         out, channels, height, width = self.shape
@@ -51,14 +60,15 @@ class Layout:
         self.slots: dict[str, Slot] = {}
         end = 0
         for name, parameter in model.named_parameters():
-            last = channels_last and parameter.dim() == 4
-            self.slots[name] = Slot(name, end, tuple(parameter.shape), last)
-            end += -(-parameter.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            whole = not parameter.is_floating_point()
+            last = (channels_last or whole) and parameter.dim() == 4
+            slot = Slot(name, end, tuple(parameter.shape), last, parameter.dtype if whole else dtype)
+            self.slots[name] = slot
+            end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = end
 
     def range_of(self, names: Iterable[str]) -> tuple[int, int]:
         """First byte and end of the parameters ``names``, which must stand side by side."""
         slots = [self.slots[name] for name in names]
         last = max(slots, key=lambda slot: slot.offset)
-        size = torch.Size(last.shape).numel() * self.dtype.itemsize
-        return min(slot.offset for slot in slots), last.offset + -(-size // ALIGNMENT) * ALIGNMENT
+        return min(slot.offset for slot in slots), last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from stages.memory.layout import Layout, Slot
+from stages.memory.layout import Slot
 from stages.memory.refs import TensorRef, decoded
 from stages.memory.tensors import pread_into, scale_of
 
@@ -47,8 +47,8 @@ class CheckpointSource:
     ``nbytes`` counts what has been read.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorRef], layout: Layout, *, keep_cached: bool = False) -> None:
-        self._tensors, self._layout, self._keep_cached = tensors, layout, keep_cached
+    def __init__(self, tensors: Mapping[str, TensorRef], *, keep_cached: bool = False) -> None:
+        self._tensors, self._keep_cached = tensors, keep_cached
         self._files: dict[Path, int] = {}
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._lock = threading.Lock()  # one staging buffer: the reader of units to come and a `hold` may meet here
@@ -62,7 +62,7 @@ class CheckpointSource:
     def read(self, slots: Sequence[Slot], start: int, packed: torch.Tensor) -> None:
         with self._lock:
             for slot in slots:
-                ref, target = self._tensors[slot.name], slot.view(packed, start, self._layout.dtype)
+                ref, target = self._tensors[slot.name], slot.view(packed, start)
                 if not ref.shape:
                     self._read(ref, target.view(1))
                 elif ref.parts:

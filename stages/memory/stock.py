@@ -36,10 +36,10 @@ class StockModel:
         self.model = model
         place = device if callable(device) else lambda name: device
         for slot in layout.slots.values():
-            packed = torch.empty(torch.Size(slot.shape).numel() * layout.dtype.itemsize, dtype=torch.uint8)
+            packed = torch.empty(slot.nbytes, dtype=torch.uint8)
             source.read((slot,), slot.offset, packed)
             parent, name = owner(model, slot.name)
-            weight = slot.view(packed, slot.offset, layout.dtype).to(place(slot.name))
+            weight = slot.view(packed, slot.offset).to(place(slot.name))
             parent._parameters[name] = nn.Parameter(weight, requires_grad=False)
         source.close()
         for name, buffer in model.named_buffers():

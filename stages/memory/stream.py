@@ -117,12 +117,12 @@ class WeightStreamer:
 
     def _assign(self, unit: Unit, packed: torch.Tensor) -> None:
         for parent, name, slot in self._targets[unit.name]:
-            view = slot.view(packed, unit.start, self.layout.dtype)
+            view = slot.view(packed, unit.start)
             parent._parameters[name] = nn.Parameter(view, requires_grad=False)
 
     def _drop(self, unit: Unit) -> None:
         for parent, name, slot in self._targets[unit.name]:
-            empty = torch.empty(slot.shape, dtype=self.layout.dtype, device="meta")
+            empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
             parent._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
     def _load_resident(self, units: Sequence[Unit]) -> None:

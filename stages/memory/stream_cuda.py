@@ -96,7 +96,7 @@ class CudaStreamer:
     def _assign(self, unit: Unit, packed: Tensor) -> None:
         for slot in unit.slots:
             parent, name = owner(self.model, slot.name)
-            view = slot.view(packed, unit.start, self.layout.dtype)
+            view = slot.view(packed, unit.start)
             parent._parameters[name] = nn.Parameter(view, requires_grad=False)
 
     def _load(self, unit: Unit) -> None:

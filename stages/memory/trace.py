@@ -89,6 +89,12 @@ def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 _current: _Follower | None = None
 
 
+def count(flops: int) -> None:
+    """Add what a loop costs of which the meta pass runs the first turn only."""
+    if _current is not None:
+        _current.add_flops(flops)
+
+
 class _Follower(TorchDispatchMode):
     """Counts live bytes of storages made while it is on."""
 

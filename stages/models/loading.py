@@ -185,7 +185,7 @@ def source(
         copy = prepared(built, techniques, Path(file))
         again = partial(source, built, techniques)
         return PreparedSource(copy, built.layout, keep_cached=keep_cached(), again=again, note=note)
-    found: WeightSource = CheckpointSource(built.tensors, built.layout)
+    found: WeightSource = CheckpointSource(built.tensors)
     for technique in techniques:
         found = technique.on_source(found, built.layout)
     return found

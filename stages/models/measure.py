@@ -60,4 +60,5 @@ def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_
                 kept=tuple(name for name in order if name in blocks.kept),
             )
         )
-    return Measured(layout.nbytes, tuple(found), any(ref.quantised for ref in built.tensors.values()))
+    fewer = any(ref.quantised for ref in built.tensors.values())
+    return Measured(layout.nbytes, tuple(found), fewer and not any(slot.integers for slot in layout.slots.values()))

@@ -90,6 +90,6 @@ def bytes_by_gpu(built: Built, placement: Mapping[str, Any]) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for slot in built.layout.slots.values() if placement else ():
         device = device_of(slot.name, placement)
-        size = torch.Size(slot.shape).numel() * built.layout.dtype.itemsize
+        size = slot.nbytes
         found[device] = found.get(device, 0) + size
     return found

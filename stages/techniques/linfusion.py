@@ -163,7 +163,7 @@ class LinFusion(Technique):
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         from stages.memory.source import CheckpointSource
 
-        return Beside(source, CheckpointSource(self._own, layout), frozenset(self._own))
+        return Beside(source, CheckpointSource(self._own), frozenset(self._own))
 
 
 class Beside:

@@ -117,7 +117,7 @@ class Lora(Technique):
                         first += slot.shape[0]
                     if bias is not None and f"{module}.bias" in layout.slots:
                         deltas.setdefault(f"{module}.bias", []).append(Delta({"diff": bias}, 0, one.scale))
-        return DeltaSource(source, layout, deltas) if deltas else source
+        return DeltaSource(source, deltas) if deltas else source
 
 
 class TextLora(Lora):

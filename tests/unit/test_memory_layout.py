@@ -37,13 +37,13 @@ def test_views_give_every_parameter_back(dtype: torch.dtype, channels_last: bool
     layout = Layout(model, dtype, channels_last=channels_last)
     packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for name, parameter in model.named_parameters():
-        view = layout.slots[name].view(packed, 0, dtype)
+        view = layout.slots[name].view(packed, 0)
         view.copy_(parameter)
         if parameter.dim() == 4:
             assert view.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     for name, parameter in model.named_parameters():  # nothing was written over anything
         slot = layout.slots[name]
-        assert torch.equal(slot.view(packed, 0, dtype), parameter)
+        assert torch.equal(slot.view(packed, 0), parameter)
         assert slot.offset % ALIGNMENT == 0
 
 

@@ -243,7 +243,7 @@ def test_a_reader_that_fails_is_heard_by_name(folder: Path) -> None:
     component = Checkpoint.open(str(folder)).component("vae")
     model, layout, _, blocks = built(component)
     units = split_units(model, layout, blocks, layout.nbytes)
-    source = Broken(CheckpointSource(component.tensors, layout))
+    source = Broken(CheckpointSource(component.tensors))
     streamer = WeightStreamer(model, layout=layout, units=units, source=source, ring_bytes=layout.nbytes)
     failing = units[2].name
     with torch.inference_mode(), streamer, pytest.raises(RuntimeError, match=rf"{failing} failed: the disk is gone"):
@@ -277,7 +277,7 @@ def test_a_ring_that_cannot_hold_the_largest_unit_is_refused(folder: Path) -> No
 def bytes_of(source: CheckpointSource | PreparedSource, layout: Layout) -> Tensor:
     packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for slot in layout.slots.values():
-        end = slot.offset + torch.Size(slot.shape).numel() * layout.dtype.itemsize
+        end = slot.offset + slot.nbytes
         source.read([slot], slot.offset, packed[slot.offset : end])
     return packed
 
@@ -292,12 +292,12 @@ def test_a_prepared_copy_is_the_checkpoints_bytes(
     component = Checkpoint.open(str(folder)).component("unet")
     made = built(component, dtype, channels_last=channels_last)
     layout = made.layout
-    source = CheckpointSource(component.tensors, layout)
+    source = CheckpointSource(component.tensors)
     expected = bytes_of(source, layout)
     source.close()
     weights = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     for name, slot in layout.slots.items():
-        assert torch.equal(slot.view(expected, 0, dtype), weights[name].to(dtype))
+        assert torch.equal(slot.view(expected, 0), weights[name].to(dtype))
     file = prepared(made, (), tmp_path / "copies" / "unet.bin")
     copy = PreparedSource(file, layout)
     assert torch.equal(bytes_of(copy, layout), expected)

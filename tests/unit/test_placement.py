@@ -128,7 +128,7 @@ class Drawn:
     def read(self, slots: Any, start: int, packed: torch.Tensor) -> None:
         for slot in slots:
             generator = torch.Generator().manual_seed(slot.offset)
-            view = slot.view(packed, start, torch.float32)
+            view = slot.view(packed, start)
             view.copy_(torch.randn(view.shape, generator=generator))
 
     def close(self) -> None:

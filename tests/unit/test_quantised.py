@@ -38,11 +38,11 @@ def loaded(refs: dict[str, TensorRef], dtype: torch.dtype = torch.float32) -> tu
         parameter = torch.empty(ref.shape, dtype=dtype, device="meta")
         network.register_parameter(name, nn.Parameter(parameter, requires_grad=False))
     layout = Layout(network, dtype, channels_last=True)
-    source = CheckpointSource(refs, layout)
+    source = CheckpointSource(refs)
     packed = torch.empty(layout.nbytes, dtype=torch.uint8)
     source.read(list(layout.slots.values()), 0, packed)
     source.close()
-    return {name: slot.view(packed, 0, dtype) for name, slot in layout.slots.items()}, source.nbytes
+    return {name: slot.view(packed, 0) for name, slot in layout.slots.items()}, source.nbytes
 
 
 def test_every_kind_of_block(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def opened(component: Component, chosen: dict[str, Any], folder: Path, **more: A
     units = split_units(model, layout, blocks, chosen["unit_limit"], chosen["stage_limit"])
     order = list(chosen["order"])
     units.sort(key=lambda unit: order.index(unit.name))
-    source = CheckpointSource(component.tensors, layout)
+    source = CheckpointSource(component.tensors)
     if chosen.get("prepared"):
         source = PreparedSource(prepared(made, (), folder / "unet.bin"), layout)
     more |= {"parked": frozenset(blocks.parked(model, units)), "ring_bytes": chosen["ring_bytes"]}
@@ -185,7 +185,7 @@ def deep_and_above(component: Component, device: str, call: Callable[[Any, Any],
     resident = frozenset(unit.name for unit in units if unit.name in made.blocks.kept)
     assert 0 < len(resident) < len(units)
     options: dict[str, Any] = {"resident": resident, "ring_bytes": 2 * max(unit.nbytes for unit in units)}
-    source, values = CheckpointSource(component.tensors, made.layout), [value.to(device) for value in inputs()]
+    source, values = CheckpointSource(component.tensors), [value.to(device) for value in inputs()]
     options |= {"layout": made.layout, "units": units, "source": source, "micro_batch": 2, "device": device}
     found: list[Tensor] = []
     with torch.inference_mode(), CudaStreamer(made.network, **options) as streamer:
@@ -229,7 +229,7 @@ def steered(component: Component, device: str, call: Callable[[Any, Any], Any]) 
     values = [*inputs(), torch.rand((6, 3, 128, 128), generator=torch.Generator().manual_seed(1)), torch.tensor(0.5)]
     order = trace(made.network, units, lambda: passed(made.network, *(one.to("meta") for one in values)), 0).order
     units.sort(key=lambda unit: order.index(unit.name))
-    source = CheckpointSource(made.tensors, made.layout)
+    source = CheckpointSource(made.tensors)
     options: dict[str, Any] = {"layout": made.layout, "units": units, "source": source, "micro_batch": 2}
     options |= {"ring_bytes": 2 * max(unit.nbytes for unit in units), "device": device}
     with torch.inference_mode(), CudaStreamer(made.network, **options) as streamer:

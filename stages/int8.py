@@ -1,0 +1,237 @@
+"""Linear layers and convolutions in 8-bit integers, as a denoiser's are where ``technique.quantize`` says so.
+
+Weights have a scale for each output (symmetric), samples one scale and zero point each, taken from their own range:
+nothing is calibrated, and what a sample becomes depends on no other. Sums are whole numbers, so they are the same for
+any threads and any size of a group. Products are ``torch._int_mm``, several times as fast as in float32 on processors
+with 8-bit dot products (VNNI, AMX). A convolution is such a product too: of its windows, a few rows of them at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
+NUMBERS = 1 << 18  # that a product makes at a time: what a core's cache holds
+ROWS = 256  # of a product, at least: fewer would read its weights too often
+FASTER = 2.5  # than products in float32, measured with what stands around them (``python -m benchmarks products``)
+
+
+class Int8(nn.Module):
+    """A layer of such weights.
+
+    ``weight``: int8, of the layer's shape; ``weight_scale``: a float for each output; ``weight_sum``: int32, the sum of
+    each output's weights, which a zero point is multiplied by. ``samples``: they become integers too; else weights
+    become floats again when the layer is called.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_sum: nn.Parameter
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, *, samples: bool) -> None:
+        super().__init__()
+        outputs = len(layer.weight)
+        self.samples = samples
+        self.weight = _parameter(torch.empty(layer.weight.shape, dtype=torch.int8, device="meta"))
+        self.weight_scale = _parameter(torch.empty(outputs, device="meta"))
+        self.weight_sum = _parameter(torch.empty(outputs, dtype=torch.int32, device="meta"))
+        self.bias = layer.bias
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers of ``dtype``."""
+        return self.weight.to(dtype).mul_(self.weight_scale.to(dtype).view(-1, *[1] * (self.weight.dim() - 1)))
+
+
+class Int8Linear(Int8):
+    """In the place of an ``nn.Linear``."""
+
+    def __init__(self, layer: nn.Linear, *, samples: bool) -> None:
+        super().__init__(layer, samples=samples)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., out_features]`` of ``[N, ..., in_features]``: N samples."""
+        if not self.samples:
+            return F.linear(inputs, self.floats(inputs.dtype), self.bias)
+        result = inputs.new_empty((*inputs.shape[:-1], self.out_features))
+        rows = inputs.reshape(len(inputs), -1, self.in_features)
+        for sample, target in zip(rows, result.view(len(rows), -1, self.out_features), strict=True):
+            _product(self, Scaled(sample), target)
+        return result
+
+
+class Int8Conv2d(Int8):
+    """In the place of an ``nn.Conv2d`` without groups or dilation; what it gives lies channels-last."""
+
+    def __init__(self, layer: nn.Conv2d, *, samples: bool) -> None:
+        super().__init__(layer, samples=samples)
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        assert not isinstance(layer.padding, str)
+        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+
+    @staticmethod
+    def takes(layer: nn.Conv2d) -> bool:
+        """Whether a convolution can be one."""
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        return plain and not isinstance(layer.padding, str)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[N, out_channels, h, w]`` of ``[N, in_channels, H, W]``: N samples."""
+        if not self.samples:
+            weight = self.floats(inputs.dtype)
+            return F.conv2d(inputs, weight, self.bias, self.stride, self.padding)
+        size = [
+            (side + 2 * pad - kernel) // stride + 1
+            for side, pad, kernel, stride in zip(
+                inputs.shape[2:], self.padding, self.kernel_size, self.stride, strict=True
+            )
+        ]
+        result = inputs.new_empty((len(inputs), *size, self.out_channels))
+        for sample, target in zip(inputs.permute(0, 2, 3, 1), result, strict=True):
+            if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+                _product(self, Scaled(sample.reshape(-1, self.in_channels)), target.view(-1, self.out_channels))
+            else:
+                _product(self, Windows(sample, self), target.view(-1, self.out_channels), size[1])
+        return result.permute(0, 3, 1, 2)
+
+
+class Scaled:
+    """Numbers ``[M, K]`` of one sample, and what makes integers of them: ``number / scale + zero``, rounded."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self.scale, self.zero = _range(numbers)
+
+    def room(self, rows: int) -> Tensor:
+        """For the floats of so many rows; memory that is asked for turn by turn would be new memory every time."""
+        return torch.empty((rows, *self.numbers.shape[1:]), device=self.numbers.device)
+
+    def integers(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
+        """Rows ``first`` to ``last``, ``[last - first, K]``, in ``given``."""
+        return self.rounded(first, last, given, room)
+
+    def rounded(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
+        """Of ``numbers``, whatever a row of them is."""
+        floats, part = room[: last - first], self.numbers[first:last]
+        part = floats.copy_(part) if part.dtype != floats.dtype else part
+        torch.mul(part, 1 / self.scale, out=floats)
+        return given.copy_(floats.add_(self.zero).round_())
+
+
+class Windows(Scaled):
+    """The windows of a convolution over a sample ``[H, W, C]``, each a row of K numbers; what is padded is zero."""
+
+    def __init__(self, sample: Tensor, layer: Int8Conv2d) -> None:
+        super().__init__(sample)
+        height, width, channels = sample.shape
+        (high, wide), (up, left) = layer.kernel_size, layer.padding
+        size = (height + 2 * up, width + 2 * left, channels)
+        padded = torch.full(size, int(self.zero), dtype=torch.int8, device=sample.device)
+        inner = padded[up : up + height, left : left + width]
+        step = min(height, max(1, NUMBERS // (width * channels)))
+        room = super().room(step)
+        for top in _first(range(0, height, step), sample):
+            bottom = min(top + step, height)
+            self.rounded(top, bottom, inner[top:bottom], room)
+        down, across = layer.stride
+        rows, columns = (len(padded) - high) // down + 1, (padded.shape[1] - wide) // across + 1
+        row, column, _ = padded.stride()
+        # a window's numbers of one row lie side by side
+        shape, strides = (rows, columns, high, wide * channels), (row * down, column * across, row, 1)
+        self._windows, self._columns = padded.as_strided(shape, strides), columns
+
+    def room(self, rows: int) -> Tensor:
+        return torch.empty(0)  # they are integers already
+
+    def integers(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
+        windows = self._windows[first // self._columns : last // self._columns]
+        given.view(windows.shape).copy_(windows)
+        return given
+
+
+def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1) -> None:
+    """``sample`` times the layer's weights into ``result`` ``[M, O]``, some rows at a time, a multiple of ``whole``."""
+    rows, outputs = result.shape
+    weight = layer.weight.permute(0, 2, 3, 1) if layer.weight.dim() == 4 else layer.weight  # as a window lies
+    weight = weight.reshape(outputs, -1).t()
+    factor = layer.weight_scale.float() * sample.scale
+    offset = factor * layer.weight_sum * -sample.zero
+    offset = offset if layer.bias is None else offset.add_(layer.bias)
+    step = min(rows, max(ROWS, NUMBERS // outputs) // whole * whole or whole)
+    room = sample.room(step)
+    integers = torch.empty((step, len(weight)), dtype=torch.int8, device=result.device)
+    sums = torch.empty((step, outputs), dtype=torch.int32, device=result.device)
+    floats = torch.empty((step, outputs), device=result.device) if result.dtype != torch.float32 else None
+    for first in _first(range(0, rows, step), result, 2 * rows * weight.numel()):
+        last = min(first + step, rows)
+        count, target = last - first, result[first:last]
+        torch._int_mm(sample.integers(first, last, integers[:count], room), weight, out=sums[:count])
+        made = target if floats is None else floats[:count]
+        torch.addcmul(offset, made.copy_(sums[:count]), factor, out=made)
+        if floats is not None:
+            target.copy_(made)
+
+
+def _first(turns: range, of: Tensor, flops: int = 0) -> Iterator[int]:
+    """All turns of a loop; on the meta device, where they are alike, the first, while all are counted."""
+    if not of.is_meta:
+        yield from turns
+        return
+    from stages.memory.trace import count
+
+    count(int(flops / FASTER))
+    yield turns[0]
+
+
+def _range(numbers: Tensor) -> tuple[float, float]:
+    """(scale, zero point) of a sample: its least number becomes -127. Numbers that are not finite make a scale that is
+    not, so that all that comes of them is not either."""
+    if numbers.is_meta:
+        return 1.0, 0.0
+    least, greatest = (float(end) for end in torch.aminmax(numbers))
+    least, greatest = min(least, 0.0), max(greatest, 0.0)  # zero has to be one of the numbers
+    scale = (greatest - least) / LEVELS
+    if not math.isfinite(scale):
+        return math.nan, 0.0
+    return (scale, float(round(-127 - least / scale))) if scale else (1.0, 0.0)
+
+
+def quantised(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parameters of an ``Int8`` layer of a float ``weight``, but for its bias, by name.
+
+    ``dtype``: of the scales; integers are of the scales as rounded to it.
+    """
+    rows = weight.flatten(1) if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+    made = torch.empty(rows.shape, dtype=torch.int8)
+    scales, sums = torch.empty(len(rows), dtype=dtype), torch.empty(len(rows), dtype=torch.int32)
+    step = max(1, NUMBERS // max(rows.shape[1], 1))
+    for first in range(0, len(rows), step):
+        part = rows[first : first + step].float()
+        scale = (part.abs().amax(1) / 127).to(dtype)
+        scale[scale == 0] = 1
+        own = (part / scale.float()[:, None]).round_().clamp_(-127, 127)
+        made[first : first + step].copy_(own)
+        scales[first : first + step], sums[first : first + step] = scale, own.sum(1)
+    if weight.dim() == 4:
+        out, channels, height, width = weight.shape
+        return {
+            "weight": made.view(out, height, width, channels).permute(0, 3, 1, 2),
+            "weight_scale": scales,
+            "weight_sum": sums,
+        }
+    return {"weight": made, "weight_scale": scales, "weight_sum": sums}
+
+
+def exact() -> bool:
+    """Whether products of 8-bit integers are right here: without 8-bit dot products they run over at 16 bits."""
+    rows, columns = torch.full((64, 128), -128, dtype=torch.int8), torch.full((64, 128), 127, dtype=torch.int8)
+    return bool((torch._int_mm(rows, columns.t()) == -128 * 127 * 128).all())
+
+
+def _parameter(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)

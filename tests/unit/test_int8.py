@@ -1,0 +1,131 @@
+"""Layers in 8-bit integers: what they compute, to the bit, and how far that is from floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, exact, quantised
+
+pytestmark = pytest.mark.skipif(not exact(), reason="no 8-bit dot products")
+
+CONVOLUTIONS = {
+    "3x3": nn.Conv2d(12, 20, 3, padding=1),
+    "1x1": nn.Conv2d(12, 20, 1),
+    "down": nn.Conv2d(12, 20, 3, stride=2, padding=1),
+    "edge": nn.Conv2d(12, 20, 3, stride=2),
+    "patch": nn.Conv2d(12, 20, 2, stride=2, bias=False),
+    "wide": nn.Conv2d(12, 20, (1, 5), padding=(0, 2)),
+}
+
+
+def filled(layer: nn.Module, *, samples: bool = True) -> Int8Linear | Int8Conv2d:
+    """The integer layer of a float one."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    made = (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv2d)(layer, samples=samples)  # type: ignore[arg-type]
+    for name, values in quantised(layer.weight.detach(), layer.weight.dtype).items():
+        setattr(made, name, nn.Parameter(values, requires_grad=False))
+    return made
+
+
+def reference(layer: nn.Module, made: Int8Linear | Int8Conv2d, sample: Tensor) -> Tensor:
+    """In float64: the float layer with weights and one sample that are rounded as integers are."""
+    least, greatest = min(float(sample.min()), 0.0), max(float(sample.max()), 0.0)
+    scale = (greatest - least) / LEVELS
+    zero = round(-127 - least / scale)
+    rounded = ((sample.double() / scale + zero).round() - zero) * scale
+    options = {"bias": None if made.bias is None else made.bias.double()}
+    weight = made.floats(torch.float64)
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(rounded, weight, **options)
+    assert isinstance(layer, nn.Conv2d)
+    return nn.functional.conv2d(rounded, weight, stride=layer.stride, padding=layer.padding, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@torch.inference_mode()
+def test_a_convolution(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, sample = CONVOLUTIONS[kind], torch.randn(1, 12, 17, 13) + 0.3
+    made = filled(layer)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        found = made(sample.to(memory_format=layout))
+        assert (found - reference(layer, made, sample)).abs().max() < 1e-4
+    expected = layer(sample)
+    assert found.shape == expected.shape and (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (1, 7, 32), (1, 3, 700, 32)])
+@torch.inference_mode()
+def test_a_linear_layer(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer, sample = nn.Linear(32, 24), torch.randn(shape).clamp_min(-0.2)  # as after an activation
+    made = filled(layer)
+    found = made(sample)
+    assert found.shape == layer(sample).shape
+    assert (found - reference(layer, made, sample)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 300), CONVOLUTIONS["3x3"]])
+@torch.inference_mode()
+def test_a_sample_depends_on_no_other_and_on_no_threads(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    shape = (3, 900, 40) if isinstance(layer, nn.Linear) else (3, 12, 30, 30)
+    samples = torch.randn(shape) * torch.tensor([1.0, 30.0, 0.1]).view(3, *[1] * (len(shape) - 1))
+    made, threads = filled(layer), torch.get_num_threads()
+    together = made(samples)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(torch.cat([made(one) for one in samples.split(1)]), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 24), CONVOLUTIONS["3x3"]])
+@torch.inference_mode()
+def test_weights_only(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    sample = torch.randn((2, 5, 32) if isinstance(layer, nn.Linear) else (2, 12, 9, 9))
+    made, expected = filled(layer, samples=False), layer(sample)
+    assert made.weight.dtype is torch.int8 and (made(sample) - expected).norm() < 0.01 * expected.norm()
+
+
+@torch.inference_mode()
+def test_other_precisions() -> None:
+    torch.manual_seed(0)
+    layer, sample = nn.Linear(64, 48), torch.randn(2, 300, 64)
+    half = filled(layer.to(torch.bfloat16))(sample.bfloat16())
+    assert half.dtype is torch.bfloat16
+    expected = layer.float()(sample)
+    assert (half.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@torch.inference_mode()
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    linear, convolution = filled(nn.Linear(8, 8)), filled(CONVOLUTIONS["3x3"])
+    numbers, picture = torch.ones(2, 3, 8), torch.ones(2, 12, 5, 5)
+    numbers[1, 1, 1] = picture[1, 1, 1, 1] = bad
+    for found in (linear(numbers), convolution(picture)):
+        assert found[0].isfinite().all() and not found[1].isfinite().any()
+
+
+@torch.inference_mode()
+def test_nothing_and_the_same_everywhere() -> None:
+    layer = nn.Linear(16, 4)
+    made = filled(layer)
+    assert torch.equal(made(torch.zeros(1, 2, 16)), layer.bias.expand(1, 2, 4))
+    for number in (3.5, -2.0):
+        same = torch.full((1, 2, 16), number)
+        assert (made(same) - layer(same)).abs().max() < 0.02 * abs(number)
+
+
+def test_weights_of_zeros_and_what_a_scale_is_rounded_to() -> None:
+    weight = torch.randn(6, 50) * torch.tensor([[1.0], [0.0], [1e-3], [100.0], [1.0], [1.0]])
+    found = quantised(weight, torch.bfloat16)
+    assert found["weight_scale"].dtype is torch.bfloat16
+    back = found["weight"].float() * found["weight_scale"].float()[:, None]
+    # a scale that was rounded down leaves the greatest number at 127
+    assert ((back - weight).abs() <= 0.51 * found["weight_scale"].float()[:, None] + 0.004 * weight.abs()).all()
+    assert not found["weight"][1].any() and torch.equal(found["weight_sum"], found["weight"].sum(1).int())
