@@ -67,7 +67,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="guide",
-        version=3,
+        version=4,
         parameters=(
             *("width", "height", "lowres.width", "lowres.height"),
             *("guide.image", "guide.fit", "guide.upscale", "guide.vae_mode", "guide.tile_size", *_LATENTS),
@@ -89,7 +89,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="decode",
-        version=4,
+        version=5,
         parameters=("width", "height", "decode", *_LATENTS),
         needs=lambda config: ("denoise",),
         opens_model=True,
@@ -120,7 +120,7 @@ REHEARSAL = Stage(
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=16,
+    version=17,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from stages.context import StageContext
-from stages.families.autoencoder import decode_call, exact_look, keys_bytes
+from stages.families.autoencoder import decode_call, exact_look, keys_bytes, rolling_look
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import ENCODER, open_vae
 from stages.files import atomic_path
+from stages.memory.disk import SCRATCH
 from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_checked, write_tensors
@@ -17,6 +21,8 @@ from stages.preview import learn
 from stages.tiles import Size, Tile, latent_grid
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_decode
+from stages.vae.rolling_vae import decoder_statistics as small_decode
+from stages.vae.rolling_vae import rolled_tiles, rolls
 from stages.vae.shared import SharedStatistics
 from stages.vae.tiled import decoded_tiles, decoder_statistics, to_uint8
 
@@ -38,12 +44,18 @@ def run(context: StageContext) -> None:
         vae: Any = streamer.model
         if config.decode.mode == "exact":
             return _exact(context, streamer, canvas, missing) if ranks.first else None
-        statistics = None
+        statistics, rolled = None, config.decode.mode == "shared" and rolls(vae, config.device)
         with ranks.first_one_first():  # and all know what is missing before any of it is written
             if config.decode.mode == "shared":
-                statistics = _statistics(context, vae, canvas, config.decode.tile_size // factor + 2 * halo)
-        for tile, pixels in decoded_tiles(vae, canvas, ranks.share(missing), halo, statistics):
-            pixels = to_uint8(pixels)
+                statistics = _statistics(context, streamer, canvas, config.decode.tile_size // factor + 2 * halo)
+        parts: Iterator[tuple[Tile, Tensor]]
+        if rolled and statistics:
+            options = {"hold": streamer.hold, "mark": progress.mark}
+            parts = rolled_tiles(vae, canvas, tiles, ranks.share(missing), statistics, **options)
+        else:
+            shown = decoded_tiles(vae, canvas, ranks.share(missing), halo, statistics)
+            parts = ((tile, to_uint8(pixels)) for tile, pixels in shown)
+        for tile, pixels in parts:
             with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
                 write_tensors(temporary, {"pixels": pixels}, checked=True)
             if tile == tiles[0]:
@@ -64,15 +76,20 @@ def _done(context: StageContext, tile: Tile, size: Size) -> bool:
         return False
 
 
-def _statistics(context: StageContext, vae: Any, canvas: Rows, side: int) -> SharedStatistics:
-    """What tiles share, of one small decode; kept so that a resumed decode uses the same numbers."""
+def _statistics(context: StageContext, streamer: Streamer, canvas: Rows, side: int) -> SharedStatistics:
+    """What all rows or tiles share, of one small decode; kept so that a resumed decode uses the same numbers."""
     file = context.output / "checkpoint_statistics.safetensors"
     try:
         return SharedStatistics.load(file)
     except (OSError, ValueError, KeyError) as error:
         if file.exists():
             context.progress.note(f"warning: {file.name} cannot be used ({error}); it is made again")
-    statistics = decoder_statistics(vae, canvas, side)
+    vae: Any = streamer.model
+    if rolls(vae, context.config.device):
+        options = {"hold": streamer.hold, "mark": context.progress.mark}
+        statistics = small_decode(vae, canvas, side, context.output / f"{SCRATCH}_statistics", **options)
+    else:
+        statistics = decoder_statistics(vae, canvas, side)
     statistics.save(file)
     return statistics
 
@@ -102,6 +119,10 @@ def look(looking: Looking) -> StageLook:
     if config.decode.mode == "exact":
         return exact_look(looking, "decode", [("decode", size)])
     decode = config.decode
+    if decode.mode == "shared":
+        built = looking.built("vae", "decode", ENCODER)
+        if rolls(built.network, config.device):
+            return rolling_look(looking, built, [("decode", size)], (decode.tile_size + 2 * decode.halo) // f)
     tiles = latent_grid(config.width, config.height, decode.tile_size, decode.overlap, f)
     side = (decode.tile_size + 2 * decode.halo) // f
     height, width = min(side, size.height), min(side, size.width)

@@ -13,10 +13,11 @@ from omegaconf import DictConfig
 
 from stages import multiple, phase_size
 from stages.context import StageContext
-from stages.families.autoencoder import decode_call, encode_call, exact_look, keys_bytes
+from stages.families.autoencoder import decode_call, encode_call, exact_look, keys_bytes, rolling_look
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import DECODER, ENCODER, open_vae
 from stages.files import atomic_path, read_json, write_json
+from stages.memory.disk import SCRATCH
 from stages.memory.planner import Cut, ModelProfile
 from stages.memory.rows import Rows
 from stages.models.loading import Streamer
@@ -30,6 +31,7 @@ from stages.tiles import Size
 from stages.vae.encoding import encode
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import Direction, exact_decode
+from stages.vae.rolling_vae import decoded, decoder_statistics, rolls
 from stages.vae.tiled import HALO, decode_tiled, factor, guide_tiles
 from stages.workflow.store import CHECKPOINT, digest
 
@@ -105,10 +107,15 @@ def _decode(context: StageContext, streamer: Streamer, latents: Rows, file: Path
         f = factor(streamer.model)
         with atomic_path(file) as temporary:
             picture = Picture.create(temporary, latents.width * f, latents.height * f)
+            shared, side = context.config.guide.vae_mode == "shared", context.config.guide.tile_size // f
             if context.config.guide.vae_mode == "exact":
                 _decode_exactly(context, streamer, latents, picture)
+            elif shared and rolls(streamer.model, context.config.device):
+                folder = context.output / f"{SCRATCH}_statistics"
+                options = {"hold": streamer.hold, "mark": context.progress.mark}
+                statistics = decoder_statistics(streamer.model, latents, side + 2 * HALO, folder, **options)
+                decoded(streamer.model, latents, statistics, picture.pixels, **options)
             else:
-                shared, side = context.config.guide.vae_mode == "shared", context.config.guide.tile_size // f
                 decode_tiled(streamer.model, latents, side, picture.pixels.write, shared=shared)
         write_json(mark, {"sha256": digest(file)})
     return Picture(Rows.open(file, "pixels"))
@@ -169,6 +176,8 @@ def look(looking: Looking) -> StageLook:
     if config.guide.vae_mode == "exact":
         passes: list[tuple[Direction, Size]] = [("encode", size)] if encodes else []
         found = exact_look(looking, "guide", [*passes, ("decode", source)] if decodes else passes)
+    elif config.guide.vae_mode == "shared" and (rolled := _rolling_look(looking, size, source, encodes, decodes)):
+        found = rolled
     else:
         found = _tiled_look(looking, size if encodes else None, source if decodes else None)
     side = config.guide.tile_size // f + 2 * HALO
@@ -226,6 +235,18 @@ def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) ->
         quantised=measured.quantised,
     )
     return StageLook((profile,))
+
+
+def _rolling_look(looking: Looking, size: Size, source: Size, encodes: bool, decodes: bool) -> StageLook | None:
+    """Of rolling passes; None where tiles are what goes through the VAE."""
+    built = looking.built("vae", "guide", (() if encodes else ENCODER) + (() if decodes else DECODER))
+    if not (encodes or decodes) or not rolls(built.network, looking.config.device):
+        return None
+    passes: list[tuple[Direction, Size]] = [("encode", size)] if encodes else []
+    if decodes:
+        passes.append(("decode", source))
+    side = looking.config.guide.tile_size // looking.config.model.vae_scale_factor + 2 * HALO
+    return rolling_look(looking, built, passes, side)
 
 
 def _weighted(cut: Cut, shares: dict[str, float]) -> Cut:

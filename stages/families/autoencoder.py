@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from omegaconf import DictConfig
 
 from stages.families.looking import Looking, StageLook
 from stages.families.opening import DECODER, ENCODER
-from stages.memory.planner import ModelProfile, joined
+from stages.memory.planner import Cut, ModelProfile, joined
 from stages.memory.units import Blocks
+from stages.models.loading import Built
 from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
+from stages.vae.rolling_vae import rolling_cut
 
 EXACT_FILES = 8_000_000  # bytes: what strips take on their way to and from files, measured (tests/integration)
 Call = Callable[[Any, int], Any]
@@ -72,3 +75,25 @@ def exact_look(looking: Looking, stage: str, passes: Sequence[tuple[Direction, S
         ordered=False,
     )
     return StageLook((profile,), extra=EXACT_FILES, disk=disk)
+
+
+def rolling_look(looking: Looking, built: Built, passes: Sequence[tuple[Direction, Size]], side: int) -> StageLook:
+    """Of rolling passes one after the other, each over a canvas of so many latents, with statistics of ``side``."""
+    itemsize = built.layout.dtype.itemsize
+    cuts, used = zip(*(rolling_cut(built.network, *one, side, itemsize) for one in passes), strict=True)
+    most = max(used)
+    profile = ModelProfile(
+        component="vae",
+        weights=sum(sum(cut.nbytes.values()) for cut in cuts),
+        micro_batch=1,
+        micro_batches=most,
+        steps=1,
+        cuts=(joined([_shared_out(cut, count / most) for cut, count in zip(cuts, used, strict=True)]),),
+        ordered=False,
+    )
+    return StageLook((profile,), extra=EXACT_FILES + keys_bytes(looking, side * side))
+
+
+def _shared_out(cut: Cut, share: float) -> Cut:
+    """Of the micro-batches that are counted it sees this share."""
+    return replace(cut, flops={name: int(count * share) for name, count in cut.flops.items()})

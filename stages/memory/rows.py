@@ -114,6 +114,14 @@ class Rows:
         placed = placed.to("cpu", self.dtype).contiguous()
         self._file.write(_bytes(placed), top, top + rows.shape[2])
 
+    def write_box(self, top: int, left: int, values: Tensor) -> None:
+        """Put ``values [1, C, h, w]`` there from row ``top`` and column ``left`` on; whole rows are written."""
+        rows, right = values, left + values.shape[3]
+        if (left, right) != (0, self.width):
+            rows = self.read(top, top + values.shape[2])
+            rows[..., left:right] = values
+        self.write(top, rows)
+
     def write_flat(self, start: int, values: Tensor) -> None:
         """Put ``values`` (one axis) there from element ``start`` of the flat tensor on."""
         with self._file.opened(os.O_WRONLY) as descriptor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from stages.context import StageContext
 from stages.files import read_json, write_json
+from stages.memory.disk import SCRATCH
 from stages.memory.rows import Rows
 from stages.memory.tensors import digest_of
 from stages.picture.picture import Picture
 from stages.tiles import Size, Tile
 from stages.vae.exact_scratch import open_scratch
 from stages.vae.exact_vae import exact_encode
+from stages.vae.rolling_vae import RollingEncode, rolls, small_statistics
 from stages.vae.tiled import HALO, encode_tiled, encoder_statistics, factor, guide_tiles
 
 
@@ -61,46 +63,82 @@ def encode(context: StageContext, streamer: Any, picture: Picture, shape: tuple[
     if max(extent) > limit:
         scale = limit / max(extent)
         extent = (max(f, round(picture.width * scale) // f * f), max(f, round(picture.height * scale) // f * f))
-    file, mark = folder / "latents.safetensors", folder / "rows.json"
-    tops = [0, *(tile.top for tile in tiles if tile.row and not tile.col)]
-    digests = _kept(context, file, mark, shape, tops)
-    first = len(digests)
-    if first:
-        guide = Rows.open(file)
-        progress.resumed(f"row {first} of {tiles[-1].row + 1}")
+    shared, rolling = config.guide.vae_mode == "shared", None
+    small = _to_tensor(picture.resized(extent)) if shared else None
+    if small is not None and rolls(vae, config.device):
+        options = {"hold": streamer.hold, "mark": progress.mark}
+        statistics = small_statistics(vae, "encode", small, context.output / f"{SCRATCH}_statistics", **options)
+        rolling = RollingEncode(vae, Size(*shape[1:]), statistics, **options)
+        boxes = rolling.boxes
     else:
-        mark.unlink(missing_ok=True)  # of a file that has been put in its place since
-        guide = Rows.create(file, shape)
-
-    def keep(row: int) -> None:
-        guide.sync()
-        if row > len(digests):  # the row before the first one is encoded again
-            digests.append(_digest(guide, tops[row - 1], tops[row]))
-        write_json(mark, {"rows": row, "sha256": digests})
-
+        tops = [0, *(tile.top for tile in tiles if tile.row and not tile.col), shape[1]]
+        boxes = [Tile(row, 0, top, 0, bottom, shape[2]) for row, (top, bottom) in enumerate(pairwise(tops))]
+    kept = _Kept(context, folder / "latents.safetensors", folder / "rows.json", shape, boxes)
+    if rolling is not None:
+        progress.start(len(boxes), "strips", kept.count)
+        for box, latents in rolling.rows(read, kept.count):
+            kept.guide.write_box(box.top, box.left, latents)
+            kept.add(box)
+            progress.advance()
+        return kept.guide
+    first = kept.count
     progress.start(len(tiles), "tiles", sum(tile.row < first - 1 for tile in tiles))
-    shared = config.guide.vae_mode == "shared"
-    statistics = encoder_statistics(vae, _to_tensor(picture.resized(extent))) if shared else None
+    statistics = encoder_statistics(vae, small) if small is not None else None
     with statistics.applied(vae) if statistics else nullcontext():
-        encode_tiled(vae, read, tiles, HALO, guide, done=progress.advance, first=first, kept=keep)
-    return guide
+
+        def keep(row: int) -> None:
+            if row > kept.count:  # the row before the first one is encoded again
+                kept.add(boxes[row - 1])
+
+        encode_tiled(vae, read, tiles, HALO, kept.guide, done=progress.advance, first=first, kept=keep)
+    return kept.guide
 
 
-def _digest(guide: Rows, top: int, bottom: int) -> str:
-    return digest_of({"rows": guide.read(top, bottom)})
+class _Kept:
+    """Latents in a file, and a mark that says which ``boxes`` of them are done, each by its digest.
+
+    ``count``: how many an earlier try finished that are still what they were.
+    """
+
+    def __init__(
+        self, context: StageContext, file: Path, mark: Path, shape: tuple[int, int, int], boxes: Sequence[Tile]
+    ) -> None:
+        self._mark, self._digests = mark, _kept(context, file, mark, shape, boxes)
+        if self.count:
+            self.guide = Rows.open(file)
+            context.progress.resumed(f"row {self.count} of {len(boxes)}")
+        else:
+            mark.unlink(missing_ok=True)  # of a file that has been put in its place since
+            self.guide = Rows.create(file, shape)
+
+    @property
+    def count(self) -> int:
+        return len(self._digests)
+
+    def add(self, box: Tile) -> None:
+        """The next one is written."""
+        self.guide.sync()
+        self._digests.append(_digest(self.guide, box))
+        write_json(self._mark, {"rows": self.count, "sha256": self._digests})
 
 
-def _kept(context: StageContext, file: Path, mark: Path, shape: tuple[int, int, int], tops: list[int]) -> list[str]:
-    """Digests of the rows of tiles that an earlier try finished, those that are still what they were."""
+def _digest(guide: Rows, box: Tile) -> str:
+    return digest_of({"rows": guide.box(*box[2:])})
+
+
+def _kept(
+    context: StageContext, file: Path, mark: Path, shape: tuple[int, int, int], boxes: Sequence[Tile]
+) -> list[str]:
+    """Digests of the boxes that an earlier try finished, those that are still what they were."""
     state = read_json(mark)
     kept = state.get("sha256") if isinstance(state, dict) else None
-    if not isinstance(kept, list) or len(kept) >= len(tops) or not file.is_file():
+    if not isinstance(kept, list) or len(kept) > len(boxes) or not file.is_file():
         return []
     try:
         guide = Rows.open(file)
         if guide.shape != (1, *shape):
             raise ValueError(f"its shape is {guide.shape}")
-        found = [_digest(guide, top, bottom) for top, bottom in pairwise(tops[: len(kept) + 1])]
+        found = [_digest(guide, box) for box in boxes[: len(kept)]]
     except (OSError, ValueError, KeyError) as error:
         context.progress.note(f"warning: {file.name} cannot be used ({error}); the guide is made from the start")
         return []

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.files import digest, read_json, write_json
@@ -22,7 +21,8 @@ from stages.memory.rows import Rows
 from stages.vae.exact_attention import CanvasAttention
 from stages.vae.exact_program import INPUT, Layer, Shape, shapes
 from stages.vae.exact_size import MOMENTS, STRIP_BYTES, cost, last_use, strip_rows
-from stages.vae.groupnorm import merge_var_mean, normalise
+from stages.vae.groupnorm import merge_var_mean
+from stages.vae.strips import convolved, finished, prepared, source_rows
 
 Hold = Callable[[nn.Module], AbstractContextManager[Any]]
 STATE = "state.json"
@@ -67,6 +67,7 @@ class ExactPass:
         hold: keeps a module's weights in memory while a layer's strips run through it.
         mark: told the name of the layer that runs.
         advance: told the share of all work that is done, 0 to 1.
+        keys: told the name of an attention, its keys and its values, ``[1, heads, tokens, d]``; of small canvases.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class ExactPass:
         hold: Hold = nullcontext,
         mark: Callable[[str], None] = lambda name: None,
         advance: Callable[[float], None] = lambda share: None,
+        keys: Callable[[str, Tensor, Tensor], None] | None = None,
     ) -> None:
         self.layers, self.folder, self.dtype, self.device = list(layers), folder, dtype, torch.device(device)
         self.working_bytes, self.hold, self.mark, self.advance = working_bytes, hold, mark, advance
+        self._keys = keys
         self.shapes, self._last = shapes(self.layers, given), last_use(self.layers)
         self._costs = [cost(layer, self.shapes) for layer in self.layers]
         self._done_cost = 0.0
@@ -190,60 +193,34 @@ class ExactPass:
         attend = None
         with ExitStack() as scratch:
             if layer.attention is not None:
-                prepared = partial(self._prepared, layer, read)
+                rows_of = partial(self._prepared, layer, read)
                 shape = self.shapes[layer.source]
-                attend = scratch.enter_context(
-                    CanvasAttention(layer.attention, prepared, shape, step, dtype=self.dtype, folder=self.folder)
-                )
+                canvas = CanvasAttention(layer.attention, rows_of, shape, step, dtype=self.dtype, folder=self.folder)
+                attend = scratch.enter_context(canvas)
+                if self._keys is not None:
+                    self._keys(layer.name, *canvas.pair())
             for top in range(0, height, step):
                 bottom = min(top + step, height)
-                made = attend(top, bottom) if attend else self._convolved(layer, read, top, bottom)
-                take(top, self._finished(layer, made, top, bottom))
-                del made
+                if attend:
+                    made = attend(top, bottom)
+                else:
+                    full = self.shapes[layer.source].size.height
+                    rows = self._prepared(layer, read, *source_rows(layer, top, bottom, full))
+                    made = convolved(layer, rows, top, bottom, full)
+                    del rows
+                residual = None
+                if layer.residual is not None:
+                    residual = self._spills[layer.residual].read(top, bottom).to(self.device)
+                take(top, finished(layer, made, residual))
+                del made, residual
                 self.advance(before + share * bottom / height)
 
-    def _finished(self, layer: Layer, strip: Tensor, top: int, bottom: int) -> Tensor:
-        if layer.residual is not None:
-            residual = self._spills[layer.residual].read(top, bottom).to(self.device)
-            strip += residual if layer.shortcut is None else layer.shortcut(residual)
-        if layer.divide != 1:
-            strip /= layer.divide
-        return strip if layer.after is None else layer.after(strip)
-
     def _prepared(self, layer: Layer, read: Read, top: int, bottom: int) -> Tensor:
-        """Rows of the source as the convolution or attention takes them: normalised, activated."""
-        rows = read(top, bottom).to(self.device, self.dtype)
-        if layer.before is not None:
-            rows = layer.before(rows)
-        if layer.norm is not None:
-            var, mean = self._group_moments(layer.source, layer.norm.num_groups)
-            rows = normalise(rows, var, mean, layer.norm.weight, layer.norm.bias, layer.norm.eps)
-        if isinstance(layer.act, nn.SiLU):
-            return F.silu(rows, inplace=True)
-        return rows if layer.act is None else layer.act(rows)
+        moments = self.group_moments(layer) if layer.norm is not None else None
+        return prepared(layer, read(top, bottom).to(self.device, self.dtype), moments)
 
-    def _group_moments(self, name: str, groups: int) -> tuple[Tensor, Tensor]:
-        """Of the canvas, from its channels: the same merge, since a group's channels are of one size."""
-        var, mean = (values.view(groups, -1).T for values in self._moments[name])
+    def group_moments(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """What a layer's norm uses: of the canvas, from its channels. The same merge, since groups are of one size."""
+        assert layer.norm is not None
+        var, mean = (values.view(layer.norm.num_groups, -1).T for values in self._moments[layer.source])
         return merge_var_mean(torch.ones(len(var)), var, mean)
-
-    def _convolved(self, layer: Layer, read: Read, top: int, bottom: int) -> Tensor:
-        """Rows ``[top, bottom)`` of the target."""
-        conv = layer.conv
-        assert conv is not None
-        full, radius = self.shapes[layer.source].size.height, int(conv.padding[0])
-        if layer.move == "down":  # stride 2 over one row and column of zeros at the end
-            end = 2 * bottom + 1
-            rows = self._prepared(layer, read, 2 * top, min(end, full))
-            return F.conv2d(F.pad(rows, (0, 1, 0, max(0, end - full))), conv.weight, conv.bias, stride=2)
-        scale = 2 if layer.move == "up" else 1
-        first, last = max(0, top - radius), min(bottom + radius, full * scale)
-        rows = self._prepared(layer, read, first // scale, -(-last // scale))
-        if layer.move == "up":
-            rows = F.interpolate(rows, scale_factor=2.0, mode="nearest")
-            start = first - first // 2 * 2
-            rows = rows[:, :, start : start + last - first]
-        missing = max(0, radius - top), max(0, bottom + radius - full * scale)
-        if any(missing):  # zeros beyond the canvas, as the whole convolution pads
-            rows = F.pad(rows, (0, 0, *missing))
-        return F.conv2d(rows, conv.weight, conv.bias, padding=(0, int(conv.padding[1])))

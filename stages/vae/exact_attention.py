@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stages.memory.rows import Rows
@@ -22,6 +23,20 @@ def _tokens(strip: Tensor) -> Tensor:
 def _heads(tokens: Tensor, heads: int) -> Tensor:
     """``[n, D]`` to ``[heads, n, D / heads]``."""
     return tokens.view(len(tokens), heads, -1).transpose(0, 1)
+
+
+def attended(attention: Any, rows: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of normalised ``rows [1, C, h, W]``, projected, without residual.
+
+    Args:
+        attention: a diffusers ``Attention``.
+        key, value: what is attended to, ``[1, heads, tokens, d]``.
+    """
+    query = _heads(attention.to_q(_tokens(rows)), attention.heads)[None]
+    key, value = (part.to(query.device, query.dtype) for part in (key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    projected = attention.to_out[1](attention.to_out[0](mixed[0].transpose(0, 1).reshape(query.shape[2], -1)))
+    return projected.view(1, *rows.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class RunningAttention:
@@ -92,6 +107,12 @@ class CanvasAttention:
             for spill, project in zip(self._stored, (self._attention.to_k, self._attention.to_v), strict=True):
                 spill.write(top, self._strip(project(tokens)))
         return self._attend
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole canvas, ``[1, heads, tokens, d]`` each."""
+        height, heads = self._size.height, self._attention.heads
+        keys, values = (_heads(_tokens(spill.read(0, height)), heads)[None] for spill in self._stored)
+        return keys, values
 
     def __exit__(self, *_: object) -> None:
         for spill in self._stored:

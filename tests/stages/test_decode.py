@@ -11,7 +11,7 @@ from files import flip
 from in_process import Work
 from PIL import Image
 
-import stages.vae.tiled
+import stages.decode
 from stages.events import Start
 from stages.memory.tensors import read_tensors
 from stages.tiles import latent_grid
@@ -63,20 +63,20 @@ def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, 
     values = {"decode.mode": mode}
     expected = tiles(work, values)
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
-    original, calls = stages.vae.tiled.decode_tile, 0
+    original, calls = stages.decode.write_tensors, 0
 
-    def fails(*arguments: Any) -> torch.Tensor:
+    def fails(*arguments: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > stop:
             raise RuntimeError("pulled the plug")
-        return original(*arguments)
+        original(*arguments, **options)
 
-    monkeypatch.setattr(stages.vae.tiled, "decode_tile", fails)
+    monkeypatch.setattr(stages.decode, "write_tensors", fails)
     with pytest.raises(RuntimeError, match="plug"):
         tiles(second, values)
     done: list[int] = []
-    monkeypatch.setattr(stages.vae.tiled, "decode_tile", lambda *a: done.append(1) or original(*a))
+    monkeypatch.setattr(stages.decode, "write_tensors", lambda *a, **o: done.append(1) or original(*a, **o))
     got = tiles(second, values)
     assert second.status == ("resumed" if stop else "ran")
     assert len(done) == len(expected) - stop
@@ -86,20 +86,20 @@ def test_interrupted_between_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_damaged_files_of_an_earlier_try_are_named_and_made_again(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, original, calls = tiles(work, {}), stages.vae.tiled.decode_tile, 0
+    expected, original, calls = tiles(work, {}), stages.decode.write_tensors, 0
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
 
-    def fails(*arguments: Any) -> torch.Tensor:
+    def fails(*arguments: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         if calls > 3:
             raise RuntimeError("pulled the plug")
-        return original(*arguments)
+        original(*arguments, **options)
 
-    monkeypatch.setattr(stages.vae.tiled, "decode_tile", fails)
+    monkeypatch.setattr(stages.decode, "write_tensors", fails)
     with pytest.raises(RuntimeError, match="plug"):
         tiles(second, {})
-    monkeypatch.setattr(stages.vae.tiled, "decode_tile", original)
+    monkeypatch.setattr(stages.decode, "write_tensors", original)
     folder = second.states(second.config(QUICK))["decode"].entry.path
     flip(folder / "tiles" / "r00_c01.safetensors")
     flip(folder / "checkpoint_statistics.safetensors")

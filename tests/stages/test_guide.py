@@ -16,9 +16,11 @@ from torch import Tensor
 
 from stages.config import ConfigError
 from stages.context import Progress
+from stages.events import Start
 from stages.memory.monitor import Usage
 from stages.memory.tensors import read_tensors
-from stages.tiles import latent_grid
+from stages.tiles import Tile, latent_grid
+from stages.vae import encoding, rolling_schedule
 from stages.vae import tiled as vae
 from stages.vae.tiled import from_vae, to_uint8, to_vae
 
@@ -208,7 +210,7 @@ def test_the_plan_counts_the_users_picture_and_refuses_what_is_none(
 
 @pytest.mark.parametrize("calls", [3, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6, 17))])
 def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    values = {"width": 264, "height": 256, "guide.phases": []}
+    values = {"width": 264, "height": 256, "guide.phases": [], "guide.vae_mode": "independent"}
     _, expected = guide(work, **values)
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     done, original = 0, vae.encode_tile
@@ -234,7 +236,7 @@ def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pyt
 
 @pytest.mark.parametrize("damage", ["a row", "torn", "the picture", "the mark"])
 def test_a_damaged_guide_is_named_and_made_again(work: Work, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
-    values = {"width": 264, "height": 256, "guide.phases": []}
+    values = {"width": 264, "height": 256, "guide.phases": [], "guide.vae_mode": "independent"}
     _, expected = guide(work, **values)
     second, done, original = Work(work.output_dir.with_name("second"), work.checkpoint), 0, vae.encode_tile
 
@@ -271,7 +273,7 @@ def test_a_damaged_guide_is_named_and_made_again(work: Work, monkeypatch: pytest
 
 def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed when the finished file was about to get its name; and again, before the first row."""
-    values = {"width": 264, "height": 256, "guide.phases": []}
+    values = {"width": 264, "height": 256, "guide.phases": [], "guide.vae_mode": "independent"}
     _, expected = guide(work, **values)
     second = Work(work.output_dir.with_name("second"), work.checkpoint)
     second.run(values, until="lowres")
@@ -283,6 +285,38 @@ def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pyt
         with pytest.raises(TypeError):
             guide(second, **values)
     assert torch.equal(guide(second, **values)[1], expected) and second.status == "ran"
+
+
+@pytest.mark.parametrize("damage", ["", "a row", "torn"])
+def test_a_guide_killed_between_strips_goes_on(work: Work, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(rolling_schedule, "PIECE_BYTES", 4_000)
+    values = {"width": 264, "height": 256, "guide.phases": []}
+    _, expected = guide(work, **values)
+    second, add, done = Work(work.output_dir.with_name("second"), work.checkpoint), encoding._Kept.add, 0
+
+    def fails(self: Any, box: Tile) -> None:
+        nonlocal done
+        done += 1
+        if done == 4:
+            raise RuntimeError("pulled the plug")
+        add(self, box)
+
+    monkeypatch.setattr(encoding._Kept, "add", fails)
+    with pytest.raises(RuntimeError, match="plug"):
+        guide(second, **values)
+    latents = second.states(second.config(values))["guide"].entry.path / "checkpoint" / "latents.safetensors"
+    if damage == "a row":
+        flip(latents, 0.01)
+    elif damage == "torn":
+        latents.write_bytes(latents.read_bytes()[:1000])
+    done = 10
+    folder, found = guide(second, **values)
+    assert torch.equal(found, expected) and not list(folder.glob("checkpoint*"))
+    boxes = next(event.total for event in second.events if isinstance(event, Start))
+    assert done - 10 == boxes - (0 if damage else 3) > 3
+    assert second.status == ("ran" if damage else "resumed")
+    said = {"": "", "a row": "row 0 of latents.safetensors is damaged", "torn": "latents.safetensors cannot be used"}
+    assert said[damage] in " ".join(second.notes)
 
 
 def whole_guide(work: Work, found: dict[str, Path], canvas: tuple[int, int]) -> Tensor:

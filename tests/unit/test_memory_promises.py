@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import linfusions
@@ -31,8 +30,8 @@ from stages.models.loading import Built, build, open_model
 from stages.plans import ModelPlan
 from stages.techniques import techniques_of
 from stages.tiles import Size
-from stages.vae.exact import ExactPass
 from stages.vae.exact_program import program
+from stages.vae.strips import prepared
 from stages.workflow.launch.local import environment
 
 CONFIGS = ROOT / "stages" / "models" / "configs" / "sd15"
@@ -266,14 +265,12 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_exact_decoder_activates_in_place(config: Any) -> None:
+def test_strips_are_activated_in_place(config: Any) -> None:
     vae: Any = opened("vae", config).network
     (layer,) = [one for one in program(vae, "decode") if one.name == "decoder.up_blocks.3.resnets.2.conv2"]
-    moments = torch.ones(32), torch.zeros(32)
-    itself = SimpleNamespace(device="meta", dtype=torch.bfloat16, _group_moments=lambda *_: moments)
     strip = torch.empty((1, 128, 8, 16), dtype=torch.bfloat16, device="meta")
     with Ops() as ops:
-        ExactPass._prepared(itself, layer, lambda top, bottom: strip[:, :, top:bottom], 0, 8)  # type: ignore[arg-type]
+        prepared(layer, strip, (torch.ones(32), torch.zeros(32)))
     assert "silu_" in ops.names and "silu" not in ops.names
 
 
