@@ -45,6 +45,7 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
+    from stages.techniques.quantize import Quantize
 
     work = work_of(spec)
     component = Checkpoint.open(spec["checkpoint"], components=(work.component,)).component(work.component)
@@ -52,7 +53,8 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     micro = door.micro_batch(config, work.tile, "cpu")
     group = max(1, micro // work.passes) if plan.resident == "all" else spec["group"]
     options: dict[str, Any] = {"dtype": work.dtype, "blocks": door.blocks(work.component), "micro_batch": micro}
-    with open_model(component, plan=plan, techniques=work.techniques, **options) as streamer:
+    techniques = (*work.techniques, *((Quantize(spec["quantize"]),) if spec.get("quantize") else ()))
+    with open_model(component, plan=plan, techniques=techniques, **options) as streamer:
         yield looped(work, streamer.model, config, group)
 
 
@@ -124,6 +126,8 @@ WAYS = {
     "streamed": ours,
     "streamed in a cgroup": ours,
     "resident": ours,
+    "streamed int8": ours,
+    "streamed int8_weights": ours,
     "diffusers fp32": diffusers_fp32,
     "accelerate disk": accelerate_disk,
     "group offload": group_offload,

@@ -9,16 +9,19 @@ with 8-bit dot products (VNNI, AMX). A convolution is such a product too: of its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
-NUMBERS = 1 << 18  # that a product makes at a time: what a core's cache holds
-ROWS = 256  # of a product, at least: fewer would read its weights too often
-FASTER = 2.5  # than products in float32, measured with what stands around them (``python -m benchmarks products``)
+NUMBERS = 1 << 17  # that a core makes at a time: what its cache holds
+ROWS = 128  # of a product, at least: fewer would read its weights too often
+FASTER = 2.0  # than products in float32, measured with what stands around them (``python -m benchmarks integers``)
 
 
 class Int8(nn.Module):
@@ -108,7 +111,7 @@ class Scaled:
         self.scale, self.zero = _range(numbers)
 
     def room(self, rows: int) -> Tensor:
-        """For the floats of so many rows; memory that is asked for turn by turn would be new memory every time."""
+        """For the floats of so many rows: memory that is asked for turn by turn would be new memory every time."""
         return torch.empty((rows, *self.numbers.shape[1:]), device=self.numbers.device)
 
     def integers(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
@@ -134,10 +137,15 @@ class Windows(Scaled):
         padded = torch.full(size, int(self.zero), dtype=torch.int8, device=sample.device)
         inner = padded[up : up + height, left : left + width]
         step = min(height, max(1, NUMBERS // (width * channels)))
-        room = super().room(step)
-        for top in _first(range(0, height, step), sample):
-            bottom = min(top + step, height)
-            self.rounded(top, bottom, inner[top:bottom], room)
+
+        def rounds(room: Tensor) -> Callable[[int], None]:
+            def turn(top: int) -> None:
+                bottom = min(top + step, height)
+                self.rounded(top, bottom, inner[top:bottom], room)
+
+            return turn
+
+        _turns(range(0, height, step), lambda: rounds(super(Windows, self).room(step)), sample)
         down, across = layer.stride
         rows, columns = (len(padded) - high) // down + 1, (padded.shape[1] - wide) // across + 1
         row, column, _ = padded.stride()
@@ -163,29 +171,70 @@ def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1) -> Non
     offset = factor * layer.weight_sum * -sample.zero
     offset = offset if layer.bias is None else offset.add_(layer.bias)
     step = min(rows, max(ROWS, NUMBERS // outputs) // whole * whole or whole)
-    room = sample.room(step)
-    integers = torch.empty((step, len(weight)), dtype=torch.int8, device=result.device)
-    sums = torch.empty((step, outputs), dtype=torch.int32, device=result.device)
-    floats = torch.empty((step, outputs), device=result.device) if result.dtype != torch.float32 else None
-    for first in _first(range(0, rows, step), result, 2 * rows * weight.numel()):
-        last = min(first + step, rows)
-        count, target = last - first, result[first:last]
-        torch._int_mm(sample.integers(first, last, integers[:count], room), weight, out=sums[:count])
-        made = target if floats is None else floats[:count]
-        torch.addcmul(offset, made.copy_(sums[:count]), factor, out=made)
-        if floats is not None:
-            target.copy_(made)
+
+    def multiplies() -> Callable[[int], None]:
+        room = sample.room(step)
+        integers = torch.empty((step, len(weight)), dtype=torch.int8, device=result.device)
+        sums = torch.empty((step, outputs), dtype=torch.int32, device=result.device)
+        floats = torch.empty((step, outputs), device=result.device) if result.dtype != torch.float32 else None
+
+        def turn(first: int) -> None:
+            last = min(first + step, rows)
+            count, target = last - first, result[first:last]
+            torch._int_mm(sample.integers(first, last, integers[:count], room), weight, out=sums[:count])
+            made = target if floats is None else floats[:count]
+            torch.addcmul(offset, made.copy_(sums[:count]), factor, out=made)
+            if floats is not None:
+                target.copy_(made)
+
+        return turn
+
+    _turns(range(0, rows, step), multiplies, result, 2 * rows * weight.numel())
 
 
-def _first(turns: range, of: Tensor, flops: int = 0) -> Iterator[int]:
-    """All turns of a loop; on the meta device, where they are alike, the first, while all are counted."""
-    if not of.is_meta:
-        yield from turns
+def _turns(turns: range, worker: Callable[[], Callable[[int], None]], of: Tensor, flops: int = 0) -> None:
+    """All turns of a loop, each by one core: what a core has in its cache it goes on with, and no operation waits for
+    another core. ``worker()``: what one of them has for itself. On the meta device, where turns are alike, one for
+    each core, while ``flops`` are those of all."""
+    threads = torch.get_num_threads()
+    if of.is_meta:
+        from stages.memory.trace import count
+
+        count(int(flops / FASTER))
+        own = [worker() for _ in range(min(threads, len(turns)))]
+        own[0](turns[0])
         return
-    from stages.memory.trace import count
+    if threads == 1 or len(turns) < threads:
+        run = worker()
+        for turn in turns:
+            run(turn)
+        return
+    left, own = iter(turns), [worker() for _ in range(threads)]
 
-    count(int(flops / FASTER))
-    yield turns[0]
+    def runs(run: Callable[[int], None]) -> None:
+        with torch.inference_mode():
+            for turn in left:  # the next one that nobody has taken
+                run(turn)
+
+    for done in [_workers(threads).submit(runs, run) for run in own]:
+        done.result()
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """As many threads as torch has, each of which computes alone."""
+    pool, begun = ThreadPoolExecutor(threads, thread_name_prefix="integers"), threading.Barrier(threads + 1)
+
+    def begins() -> None:
+        torch.set_num_threads(1)
+        begun.wait()
+
+    started = [pool.submit(begins) for _ in range(threads)]
+    begun.wait()
+    for one in started:
+        one.result()
+    torch.set_num_threads(threads)  # a worker's own setting has reached MKL's global one
+    return pool
 
 
 def _range(numbers: Tensor) -> tuple[float, float]:
