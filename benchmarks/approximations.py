@@ -132,7 +132,7 @@ def main() -> int:
     made.add_argument("--device", choices=BUDGETS, default="cpu")
     options = made.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin count as work
-    from benchmarks.embedded_quality import asked, judge_pictures
+    from benchmarks._quality_attributes import asked, judge_pictures
 
     shutil.rmtree(FOLDER, ignore_errors=True)
     prompts = asked()[:: max(1, 64 // options.prompts)][: options.prompts]

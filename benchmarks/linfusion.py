@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from benchmarks import embedded_quality
 from benchmarks._measure import RESULTS, finish, mb, parser, psnr, runner, summary, table
+from benchmarks._quality_attributes import asked, judge_pictures
+from benchmarks._quality_samples import samples
 from benchmarks.look import look
 from stages.config import ROOT
 
@@ -107,14 +106,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def prompts(folder: Path, count: int) -> dict[str, Any]:
     """Attributes that the classifier sees in native-size pictures, stock and linear, and PSNR between the two."""
-    asked = embedded_quality.asked()
-    some = asked[:: max(1, len(asked) // count)][:count]
-    guidance = float(OmegaConf.load(ROOT / "conf" / "model" / "embedded.yaml").guidance_scale)
+    every = asked()
+    some = every[:: max(1, len(every) // count)][:count]
     paths = {
-        name: embedded_quality.make_pictures(MODEL, some, guidance, FOLDER / name, change)
-        for name, change in (("stock", lambda unet: None), ("linear", mounted(folder)))
+        name: samples(MODEL, FOLDER / name, [one.prompt for one in some], *options)
+        for name, options in (("stock", ()), ("linear", (f"technique.linfusion.path={folder}",)))
     }
-    judged = {name: embedded_quality.judge_pictures(found, some) for name, found in paths.items()}
+    judged = {name: judge_pictures(found, some) for name, found in paths.items()}
     alike = [psnr(a, b) for a, b in zip(paths["stock"], paths["linear"], strict=True)]
     shares = {name: {"right": one["right"], "asked": one["asked"]} for name, one in judged.items()}
     return {**shares, "psnr": sum(alike) / len(alike), "pictures": str(FOLDER)}

@@ -31,13 +31,17 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * before, len(values)) for name, values in ATTRIBUTES.items()})
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """images ``[B,3,H,W]`` in [-1,1], any size and aspect. Returns logits ``[B,classes]`` for each attribute."""
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """images ``[B,3,H,W]`` in [-1,1], any size and aspect. Returns ``[B,384]``: what the heads are told."""
         images = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False
         )
         features = self.body(images.to(next(self.parameters()).dtype))
-        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+        return torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images ``[B,3,H,W]`` as for ``features``. Returns logits ``[B,classes]`` for each attribute."""
+        pooled = self.features(images)
         return {name: head(pooled) for name, head in self.heads.items()}
 
 

@@ -15,9 +15,10 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ FAINT, LEAST = 0.15, 3  # probability that still joins parts; sure cells of a su
 class Finder(nn.Module):
     """Three strided convolutions, a dilated trunk, one skip; 0.1 M parameters."""
 
-    def __init__(self, width: int = 40):
+    def __init__(self, width: int = 40, classes: int = len(CLASSES)):
         super().__init__()
         self.fine = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.GroupNorm(4, 24)
@@ -49,7 +50,7 @@ class Finder(nn.Module):
             for d in (1, 2, 4, 8, 2, 1)
         )
         self.out = nn.Sequential(
-            nn.Conv2d(width + 24, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, len(CLASSES), 1)
+            nn.Conv2d(width + 24, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, classes, 1)
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -62,37 +63,50 @@ class Finder(nn.Module):
         return self.out(torch.cat([wide, F.silu(fine)], 1))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def load_finder(path: Path = WEIGHTS) -> Finder:
-    """The trained finder. FileNotFoundError where the weights are missing."""
+    """The trained finder, of as many classes as the file has. FileNotFoundError where the weights are missing."""
     from safetensors.torch import load_file
 
-    model = Finder()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+    model = Finder(classes=len(weights["out.3.bias"]))
+    model.load_state_dict(weights)
     return model.eval()
 
 
 @torch.no_grad()
-def subject_map(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | None = None) -> torch.Tensor:
-    """Probability of ``subject``, ``[h, w]``, of a picture ``[1,3,H,W]`` in [-1,1] looked at with ``side`` pixels."""
+def class_maps(image: torch.Tensor, model: Finder, side: int = SIDE) -> torch.Tensor:
+    """Probabilities ``[classes, h, w]`` of a picture ``[1,3,H,W]`` in [-1,1] looked at with ``side`` pixels."""
     scale = side / max(image.shape[-2:])
     size = [max(8, round(length * scale / 8) * 8) for length in image.shape[-2:]]
     small = F.interpolate(image.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return (model or load_finder())(small).softmax(1)[0, CLASSES.index(subject)]
+    return model(small).softmax(1)[0]
+
+
+def subject_map(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | None = None) -> torch.Tensor:
+    """Probability of ``subject``, ``[h, w]``, of a picture ``[1,3,H,W]`` in [-1,1] looked at with ``side`` pixels."""
+    return class_maps(image, model or load_finder(), side)[CLASSES.index(subject)]
 
 
 def count(image: torch.Tensor, subject: str, side: int = SIDE, model: Finder | None = None) -> int:
-    """How many ``subject`` a picture ``[1,3,H,W]`` in [-1,1] shows: connected parts of its map.
+    """How many ``subject`` a picture ``[1,3,H,W]`` in [-1,1] shows: connected parts of its map."""
+    return count_parts(subject_map(image, subject, side, model))
 
-    A part reaches as far as ``FAINT`` (a lamp and its tower are one), and counts if it is sure somewhere.
+
+def count_parts(probability: torch.Tensor, share: float = 0.0) -> int:
+    """Connected parts of a map ``[h, w]``.
+
+    A part reaches as far as ``FAINT`` (a lamp and its tower are one), and counts if it is sure somewhere, in ``share``
+    as many cells as the largest.
     """
     from scipy import ndimage
 
-    found = subject_map(image, subject, side, model).numpy()
-    labelled: Any = ndimage.label(ndimage.binary_dilation(found > FAINT), structure=np.ones((3, 3)))
+    found = probability.numpy()
+    reached = ndimage.binary_dilation(found > FAINT)
+    labelled: Any = ndimage.label(reached, structure=np.ones((3, 3)))
     parts, number = labelled
-    sizes = ndimage.sum_labels(found > 0.5, parts, range(1, number + 1))
-    return int((np.asarray(sizes) >= LEAST).sum())
+    sizes = np.asarray(ndimage.sum_labels(found > 0.5, parts, range(1, number + 1)))
+    return int((sizes >= max(LEAST, share * sizes.max(initial=0))).sum())
 
 
 def _specs(rng: random.Random) -> Spec:
@@ -107,14 +121,29 @@ def _specs(rng: random.Random) -> Spec:
     return Spec(spec.time, spec.weather, setting, subject, spec.body, spec.backdrop)
 
 
-def scenes(rng: random.Random, count: int, size: int = 192) -> tuple[torch.Tensor, torch.Tensor]:
+class Task(NamedTuple):
+    """What is learned: the classes ``names``, of scenes whose specs ``draw`` gives, ``size`` pixels a side.
+
+    Classes that are not ``common`` weigh four times as much. ``mosaics``: share of batches of four scenes a picture.
+    """
+
+    draw: Callable[[random.Random], Spec] = _specs
+    names: Sequence[str] = CLASSES
+    common: Sequence[str] = CLASSES[:1]
+    mosaics: float = 0.6
+    size: int = 192
+    renew: int = 5  # steps after which four scenes are replaced; 0: never
+
+
+def scenes(rng: random.Random, count: int, size: int = 192, task: Task = Task()) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: B008 - frozen
     """``count`` times 4 scenes: pictures ``[N,3,s,s]`` uint8, classes of their pixels ``[N,s,s]`` uint8."""
-    table = torch.tensor([CLASSES.index(name) if name in CLASSES else 0 for name in MATERIALS], dtype=torch.uint8)
+    names = task.names
+    table = torch.tensor([names.index(name) if name in names else 0 for name in MATERIALS], dtype=torch.uint8)
     images, classes = [], []
     for _ in range(count):
         seeds = torch.tensor([rng.randrange(1, 2**31) for _ in range(4)])
         colours = torch.tensor([rng.randrange(8) for _ in range(4)])
-        pixels, ids = render(_specs(rng), seeds, colours, View.whole(4, size=size))
+        pixels, ids = render(task.draw(rng), seeds, colours, View.whole(4, size=size))
         images.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte())
         classes.append(table[ids.long()])
     order = torch.randperm(4 * count, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
@@ -136,9 +165,11 @@ def through_autoencoder(images: torch.Tensor) -> torch.Tensor:
     return ((back + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def _batch(images: torch.Tensor, classes: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(
+    images: torch.Tensor, classes: torch.Tensor, rng: random.Random, task: Task
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two pictures, or mosaics of two by two, at a random size: subjects from a twentieth to half of what is seen."""
-    cells, columns = (8, 2) if rng.random() < 0.6 else (2, 1)
+    cells, columns = (8, 2) if rng.random() < task.mosaics else (2, 1)
     picks = torch.tensor([rng.randrange(len(images)) for _ in range(cells)])
     big = images[picks].float() / 127.5 - 1
     ids = classes[picks].float()[:, None]
@@ -153,33 +184,51 @@ def _batch(images: torch.Tensor, classes: torch.Tensor, rng: random.Random) -> t
         return grid.reshape(n, parts.shape[1], side, side)
 
     big, ids = mosaic(big), mosaic(ids)
+    if rng.random() < 0.5:
+        big, ids = big.flip(-1), ids.flip(-1)
     gain = 1 + 0.2 * (torch.rand((len(big), 3, 1, 1)) - 0.5)
     big = (
         big * gain + 0.1 * (torch.rand((len(big), 1, 1, 1)) - 0.5) + torch.randn_like(big) * rng.uniform(0, 0.06)
     ).clamp(-1, 1)
     if (soft := rng.choice((1, 1, 3, 5))) > 1:
         big = F.avg_pool2d(big, soft, 1, soft // 2, count_include_pad=False)
-    flat = F.one_hot(ids[:, 0].long(), len(CLASSES)).permute(0, 3, 1, 2).float()
+    flat = F.one_hot(ids[:, 0].long(), len(task.names)).permute(0, 3, 1, 2).float()
     return big, F.avg_pool2d(flat, CELL)
 
 
-def train(seconds: float, start: Finder | None = None, *, seed: int = 0, groups: int = 100) -> Finder:
-    """A finder trained for ``seconds`` on rendered scenes, most of them replaced as time goes; from ``start`` on."""
+Pool = tuple[torch.Tensor, torch.Tensor]  # pictures and classes, as ``scenes`` gives them
+
+
+def gather(rng: random.Random, groups: int, task: Task) -> Pool:
+    """``groups`` times 4 scenes, half of them through the autoencoder."""
+    images, classes = scenes(rng, groups, task.size, task)
+    for part in images[: len(images) // 2].split(8):
+        part.copy_(through_autoencoder(part))
+    return images, classes
+
+
+def train(
+    seconds: float,
+    start: Finder | None = None,
+    *,
+    seed: int = 0,
+    groups: int = 100,
+    task: Task = Task(),  # noqa: B008 - frozen
+    pool: Pool | None = None,
+) -> Finder:
+    """A finder trained for ``seconds``, from ``start`` on, on rendered scenes: those of ``pool`` or new ones."""
     rng, begin = random.Random(seed), time.monotonic()
     torch.manual_seed(seed)
-    images, classes = scenes(rng, groups)
-    half = len(images) // 2
-    for part in images[:half].split(8):
-        part.copy_(through_autoencoder(part))
+    images, classes = pool or gather(rng, groups, task)
     print(f"{len(images)} scenes in {time.monotonic() - begin:.0f} s", flush=True)
-    model, begin, step = (start or Finder()).train(), time.monotonic(), 0
+    model, begin, step = (start or Finder(classes=len(task.names))).train(), time.monotonic(), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
     mean = 0.0
-    weight = torch.tensor([1.0] + [4.0] * (len(CLASSES) - 1)).view(1, -1, 1, 1)
+    weight = torch.tensor([1.0 if name in task.common else 4.0 for name in task.names]).view(1, -1, 1, 1)
     while (spent := (time.monotonic() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent))
-        pixels, target = _batch(images, classes, rng)
+        pixels, target = _batch(images, classes, rng, task)
         loss = -(model(pixels).log_softmax(1) * target * weight).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -189,8 +238,8 @@ def train(seconds: float, start: Finder | None = None, *, seed: int = 0, groups:
         mean = 0.98 * mean + 0.02 * loss.item() if step > 1 else loss.item()
         if step % 200 == 0:
             print(f"step {step}, {spent:.0%}: loss {mean:.4f}", flush=True)
-        if step % 5 == 0:
-            new, ids = scenes(rng, 1)
+        if task.renew and step % task.renew == 0:
+            new, ids = scenes(rng, 1, task.size, task)
             at = torch.tensor([rng.randrange(len(images)) for _ in range(4)])
             images[at], classes[at] = through_autoencoder(new) if rng.random() < 0.5 else new, ids
     return model.eval()

@@ -102,6 +102,22 @@ _ODD = (
     "balloon",
     "birds",
 )  # now and then anywhere on land
+# subjects in settings that scenes can show, and that no caption of training says in one: what becomes of such words?
+NEVER_TOGETHER = (
+    ("cactus", "beach"),
+    ("cactus", "cliff"),
+    ("cactus", "lake"),
+    ("cactus", "meadow"),
+    ("cactus", "forest"),
+    ("cactus", "snowfield"),
+    ("cactus", "snowy mountains"),
+    ("lighthouse", "lake"),
+    ("windmill", "lake"),
+    ("tree", "lake"),
+    ("ship", "lake"),
+    ("ship", "cliff"),
+    ("sailboat", "cliff"),
+)
 
 
 @dataclass(frozen=True)

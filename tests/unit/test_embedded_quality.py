@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.embedded_quality import asked, high_frequency_energy
+from benchmarks._quality_attributes import asked
+from benchmarks._quality_runs import high_frequency_energy, moved_ratios
 from stages.picture import seams
 from stages.tiles import Tile
 from training.captions import caption
@@ -64,6 +65,17 @@ def test_steps_between_all_latents_are_no_seam_and_higher_ones_at_borders_are():
     assert even.ratio > 1.2  # 'elsewhere' has mostly lines inside of latents
     assert even.lattice_ratio == pytest.approx(1, abs=0.05)
     assert seams.measure([lattice_picture(10, 40)], TILES).lattice_ratio > 1.5
+
+
+def test_an_edge_of_the_picture_on_a_border_is_seen_for_what_it_is():
+    """A horizon makes the ratio high; it does so as well where no tile ends."""
+    picture = np.random.default_rng(0).integers(90, 110, (256, 256, 3)).astype(np.uint8)
+    picture[:, 136:] += 80
+    seen = seams.measure([picture], TILES)
+    moved = moved_ratios(seen.gradients, TILES, 8)
+    assert seen.ratio > 2 and max(moved) > 2 and np.std(moved) > 0.3
+    plain = seams.measure([lattice_picture(0, 0)], TILES)
+    assert np.std(moved_ratios(plain.gradients, TILES, 8)) < 0.05
 
 
 def test_refining_learns_rendered_scenes():
