@@ -99,7 +99,7 @@ class TechniqueConfig:
     component_dtype: dict[str, str] = field(default_factory=dict)  # of one component: technique.dtype.vae=fp32
     channels_last: bool = True
     tf32: bool = False
-    attention: str = "auto"  # auto | sdpa | math | sliced | xformers, or a name of diffusers' dispatcher
+    attention: str = "auto"  # auto | sdpa | math | sliced | xformers | openvino, or a name of diffusers' dispatcher
     offload: str = "stream"  # stream | none | model | sequential | group: how weights come to where they are used
     group_offload: GroupOffloadConfig = field(default_factory=GroupOffloadConfig)
     tome: TomeConfig = field(default_factory=TomeConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +18,17 @@ from stages.techniques.base import Technique
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from stages.memory.planner import Cut, ModelProfile
+
 KEY = "technique.attention"
 STOCK = ("auto", "sdpa")  # what diffusers takes where nothing is said: torch's scaled_dot_product_attention
-NAMES = (*STOCK, "math", "sliced", "xformers")
+NAMES = (*STOCK, "math", "sliced", "xformers", "openvino")
+OPENVINO = 80_000_000  # bytes of RES: the library and its kernels' code (``python -m benchmarks attention``)
 
 
 class Attention(Technique):
     """``math``: scores and softmax written out, memory quadratic in tokens. ``sliced``: the same, half of the heads at
-    a time. ``xformers``: its memory-efficient kernels.
+    a time. ``xformers``: its memory-efficient kernels. ``openvino``: those of a CPU (``stages/openvino_attention.py``).
 
     Other names are those of diffusers' attention dispatcher, which the transformers of FLUX and Z-Image ask
     (https://huggingface.co/docs/diffusers/optimization/attention_backends).
@@ -54,8 +58,14 @@ class Attention(Technique):
             raise ConfigError(KEY, kind, "auto, sdpa, math or a name of diffusers' attention dispatcher", hint)
         if kind == "xformers" and not on_gpu(config):
             raise ConfigError(KEY, kind, "auto, sdpa, math or sliced on a CPU", "Its kernels are for GPUs: device=cuda")
-        if kind == "xformers" and find_spec("xformers") is None:
-            raise ConfigError(KEY, kind, "a package that is installed", "pip install xformers")
+        if kind == "openvino" and on_gpu(config):
+            raise ConfigError(KEY, kind, "another one on a GPU", "Its kernels are for processors: device=cpu")
+        if kind == "openvino" and (way := config.technique.compile) != "none":
+            hint = "A program of torch's knows no kernels of others."
+            raise ConfigError("technique.compile", way, f"none with {KEY}=openvino", hint)
+        package = {"xformers": "xformers", "openvino": '"highres-lowram[openvino]"'}.get(kind)
+        if package and find_spec(kind) is None:
+            raise ConfigError(KEY, kind, "a package that is installed", f"pip install {package}")
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
         return {KEY: self.kind}
@@ -63,9 +73,23 @@ class Attention(Technique):
     def touches(self, stage: str) -> bool:
         return stage in ("lowres", "denoise", "profile")
 
+    def planned(self, model: ModelProfile) -> ModelProfile:
+        """With the library and the code of its kernels; what they keep of tokens is in the look."""
+        if self.kind != "openvino":
+            return model
+
+        def more(cut: Cut) -> Cut:
+            return replace(cut, lines=tuple(replace(line, fixed=line.fixed + OPENVINO) for line in cut.lines))
+
+        return replace(model, cuts=tuple(map(more, model.cuts)))
+
     def on_model(self, network: nn.Module, component: str) -> None:
         stock: Any = network
-        if any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
+        if self.kind == "openvino":
+            from stages.openvino_attention import Kernels, attend_by
+
+            attend_by(Kernels(), [one for one in network.modules() if type(one).__name__ in self.whole])
+        elif any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in network.modules()):
             backend = "_native_math" if self.kind == "math" else self.kind
             try:
                 stock.set_attention_backend(backend)
