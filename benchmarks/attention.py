@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -60,7 +60,7 @@ def compare(name: str, model: str, runs: int) -> dict[str, object]:
 
     dtype, rows, kernels = getattr(torch, TORCH[name]), [], Kernels()
     generator = torch.Generator().manual_seed(0)
-    made = [
+    made: list[Any] = [
         [torch.randn(2, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
         for _, heads, tokens, width in KINDS[model]
     ]
@@ -78,7 +78,10 @@ def compare(name: str, model: str, runs: int) -> dict[str, object]:
         for kind, given, one, other in zip(KINDS[model], made, found, stock, strict=True):
             exact = F.scaled_dot_product_attention(*(tensor.float() for tensor in given))
             errors = [((other.float() - exact).norm() / exact.norm()).item() for other in (other, one)]
-            ways = {"torch": partial(F.scaled_dot_product_attention, *given), "openvino": partial(kernels, *given)}
+            ways = {
+                "torch": lambda given=given: F.scaled_dot_product_attention(*given),
+                "openvino": lambda given=given: kernels(*given),
+            }
             bits = hashlib.sha256(one.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
             rows.append({"kind": kind[0], **seconds(ways, runs), "errors": errors, "bits": bits})
     return {"rows": rows, "took": took, "planned": OPENVINO + POOL * largest, "threads": torch.get_num_threads()}
@@ -92,7 +95,8 @@ def main() -> int:
     options.add_argument("--of", nargs=2, metavar=("DTYPE", "MODEL"), help="one, in this process")
     given = options.parse_args()
     if given.of:
-        print("RESULT " + json.dumps(compare(*given.of, given.runs)))
+        dtype, model = given.of
+        print("RESULT " + json.dumps(compare(dtype, model, given.runs)))
         return 0
     config = OmegaConf.create({"device": "cpu", "launch": {"threads": given.threads}})
     own, result, checks = {**environment(config), **LIMITS.get(given.isa, {})}, {}, {}

@@ -57,7 +57,8 @@ class Kernels:
         """Attention of ``[B, heads, N, width]`` each, as views of ``[B, N, heads, width]`` (others are copied); so is
         the result. A sample at a time: it takes no more memory for several."""
         query, key, value = (one.transpose(1, 2).contiguous() for one in (query, key, value))
-        result, request = torch.empty_like(query), self.request(*query.shape[2:], query.dtype)
+        _, _, heads, width = query.shape
+        result, request = torch.empty_like(query), self.request(heads, width, query.dtype)
         for sample in range(len(query)):
             for index, one in enumerate((query, key, value)):
                 request.set_input_tensor(index, _shared(one[sample : sample + 1]))
