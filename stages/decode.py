@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stages.context import StageContext
@@ -17,6 +19,7 @@ from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows
 from stages.memory.tensors import read_checked, write_tensors
 from stages.models.loading import Streamer
+from stages.models.tiny_vae import TINY, open_tiny, tiny_profile
 from stages.preview import learn
 from stages.tiles import Size, Tile, latent_grid
 from stages.vae.exact_scratch import open_scratch
@@ -32,7 +35,7 @@ def run(context: StageContext) -> None:
     config, progress = context.config, context.progress
     factor = config.model.vae_scale_factor
     tiles = latent_grid(config.width, config.height, config.decode.tile_size, config.decode.overlap, factor)
-    ranks, folder = context.ranks(), context.output / "tiles"
+    ranks = context.ranks()
     missing = [tile for tile in tiles if not _done(context, tile, tile.scaled(factor).size)]
     if len(missing) < len(tiles):
         progress.resumed(f"tile {len(tiles) - len(missing)} of {len(tiles)}")
@@ -40,6 +43,9 @@ def run(context: StageContext) -> None:
         progress.start(len(tiles), "tiles", len(tiles) - len(missing))
     canvas = Rows.open(context.inputs["denoise"] / "canvas.safetensors")
     halo = config.decode.halo // factor
+    if config.decode.mode == "taesd":
+        ranks.wait()  # until all know what is missing
+        return _drafted(context, canvas, ranks.share(missing), halo)
     with open_vae(context, decoder=True) as streamer:
         vae: Any = streamer.model
         if config.decode.mode == "exact":
@@ -55,13 +61,29 @@ def run(context: StageContext) -> None:
         else:
             shown = decoded_tiles(vae, canvas, ranks.share(missing), halo, statistics)
             parts = ((tile, to_uint8(pixels)) for tile, pixels in shown)
-        for tile, pixels in parts:
-            with atomic_path(folder / f"{tile.name}.safetensors") as temporary:
-                write_tensors(temporary, {"pixels": pixels}, checked=True)
+        for tile, pixels in _written(context, parts):
             if tile == tiles[0]:
                 learn(context, canvas.box(*tile[2:])[0], pixels)
-            progress.advance()
     ranks.wait()
+
+
+def _written(context: StageContext, parts: Iterable[tuple[Tile, Tensor]]) -> Iterator[tuple[Tile, Tensor]]:
+    """Tiles and their pixels, each when its file is there."""
+    for tile, pixels in parts:
+        with atomic_path(context.output / "tiles" / f"{tile.name}.safetensors") as temporary:
+            write_tensors(temporary, {"pixels": pixels}, checked=True)
+        yield tile, pixels
+        context.progress.advance()
+
+
+def _drafted(context: StageContext, canvas: Rows, tiles: Sequence[Tile], halo: int) -> None:
+    """By the tiny VAE."""
+    with torch.inference_mode():
+        vae = open_tiny(Path(context.config.preview.vae), str(context.config.device))
+        context.progress.mark(TINY)
+        shown = ((tile, to_uint8(pixels)) for tile, pixels in decoded_tiles(vae, canvas, tiles, halo))
+        for _ in _written(context, shown):
+            pass
 
 
 def _done(context: StageContext, tile: Tile, size: Size) -> bool:
@@ -126,6 +148,9 @@ def look(looking: Looking) -> StageLook:
     tiles = latent_grid(config.width, config.height, decode.tile_size, decode.overlap, f)
     side = (decode.tile_size + 2 * decode.halo) // f
     height, width = min(side, size.height), min(side, size.width)
+    if decode.mode == "taesd":
+        tiny = tiny_profile(Path(config.preview.vae), config.model.latent_channels, Size(height, width), len(tiles))
+        return StageLook((tiny,), extra=height * size.width * config.model.latent_channels * 4)
     call = decode_call(config, Size(height, width))
     measured = looking.measured(("decode", height, width), "vae", "decode", call, drop=ENCODER)
     rows = height * size.width * config.model.latent_channels * 4  # of latents that are in memory

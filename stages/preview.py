@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.context import StageContext
 from stages.files import atomic_path, read_object, write_json
 from stages.hashes import fingerprint
-from stages.memory.imports import light_imports
+from stages.models.tiny_vae import open_tiny
 from stages.picture.png import PngWriter
 from stages.tiles import Size
 from stages.workflow.identity import model_identity
@@ -34,7 +34,7 @@ class Preview:
         self._path = context.run_dir / "report" / f"preview_{context.name}.png"
         self._colours, self._vae = read_object(_fitted(context)).get("map"), None
         if context.config.preview.vae:
-            self._vae = _tiny(Path(context.config.preview.vae))
+            self._vae = open_tiny(Path(context.config.preview.vae))
         self._every = max(1, -(-max(size) // (TINY_SIDE if self._vae is not None else SIDE)))
         self._kept: list[Tensor] = []
 
@@ -92,16 +92,6 @@ def coloured(latents: Tensor, colours: Any) -> np.ndarray:
         mixed = 0.5 + 0.2 * strongest / strongest.std(dim=1, keepdim=True, correction=0).clamp_min(1e-6)
     pixels = (mixed.reshape(-1, *latents.shape[1:]).permute(1, 2, 0) * 255).round().clamp(0, 255)
     return np.ascontiguousarray(pixels.nan_to_num().to(torch.uint8).expand(-1, -1, 3).numpy())
-
-
-def _tiny(folder: Path) -> Any:
-    """An ``AutoencoderTiny`` on the CPU, in float32."""
-    with light_imports():
-        from diffusers import AutoencoderTiny
-
-        vae: Any = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-    vae.encoder = None
-    return vae.eval().requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from stages.memory.planner import SLACK, ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.models.placement import bytes_by_gpu, caps, placed
+from stages.models.tiny_vae import TINY
 from stages.models.upscaler import COMPONENT
 from stages.regions.types import Regions
 from stages.rehearsal import rehearse, spell
@@ -84,7 +85,7 @@ def profile_run(
 def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile:
     """With the places of its weights, where they are spread over several GPUs; a VAE is small and stays on one."""
     way = looking.config.device_map
-    if way is None or model.component == COMPONENT:  # an upscaler is small
+    if way is None or model.component in (COMPONENT, TINY):  # they are small
         return model
     limits = caps(max_memory(looking.config))
     room = LIBRARIES + int(model.cuts[0].peak(model.together) * SLACK)  # on each: activations

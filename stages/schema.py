@@ -185,7 +185,7 @@ class DenoiseConfig:
 class DecodeConfig:
     """Latents to pixels, tile by tile."""
 
-    mode: str = "shared"
+    mode: str = "shared"  # independent | shared | exact | taesd (a draft, by model.preview_vae)
     tile_size: int | None = None  # pixels of a decoded tile without its halo; derived
     overlap: int | None = None  # pixels that neighbours share and stitch blends; derived
     halo: int | None = None  # pixels of context decoded around a tile and thrown away; derived

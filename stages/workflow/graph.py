@@ -15,7 +15,7 @@ from stages.families.facts import facts_of
 from stages.hashes import file_hash, fingerprint
 from stages.job import Job
 from stages.mask import masked
-from stages.paths import is_safetensors
+from stages.paths import files_of, is_safetensors
 from stages.regions.scale import parameter as region_parameter
 from stages.techniques import TECHNIQUES, techniques_of
 from stages.techniques.dtype import dtype_names
@@ -98,6 +98,9 @@ def parameters(job: Job, stage: Stage, cache: Path) -> dict[str, Any]:
         if key in ("regions", "reroll") and value:
             value = region_parameter(job.regions_of(stage), key, stage.module)
         _flatten(key, value, found)
+    if "decode" in stage.parameters and config.decode.mode == "taesd":
+        files = files_of(Path(config.preview.vae))
+        found["model.preview_vae"] = fingerprint({file.name: file_hash(file, cache) for file in files})
     return found
 
 

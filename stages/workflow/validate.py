@@ -17,6 +17,7 @@ from stages.config import (
     DECODE_MODES,
     DTYPES,
     GUIDE_MODES,
+    VAE_MODES,
     WEIGHTS,
     ConfigError,
     close_match,
@@ -84,7 +85,7 @@ def validate(config: DictConfig) -> None:
     _one_of(config, "guide.mode", GUIDE_MODES)
     _one_of(config, "prompt_weighting", ("auto", "off"))
     _upscale(config)
-    _one_of(config, "guide.vae_mode", DECODE_MODES)
+    _one_of(config, "guide.vae_mode", VAE_MODES)
     _one_of(config, "guide.fit", ("crop", "stretch"))
     _one_of(config, "decode.mode", DECODE_MODES)
     _one_of(config, "technique.dtype", DTYPES)
@@ -279,6 +280,9 @@ def _memory(config: DictConfig) -> None:
 def _preview_vae(config: DictConfig) -> None:
     """One that decodes this model's latents, with weights that need not be unpickled."""
     if (folder := config.preview.vae) is None:
+        if config.decode.mode == "taesd":
+            hint = "It is the tiny VAE (TAESD) of this model's latents that drafts are decoded by."
+            raise ConfigError("model.preview_vae", None, "a folder with decode.mode=taesd", hint)
         return
     known = read_object(Path(folder) / "config.json")
     got = known.get("_class_name"), known.get("latent_channels", 4)

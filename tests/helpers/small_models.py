@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +57,13 @@ def letters_t5() -> T5TokenizerFast:
     """T5's tokenizer of single letters."""
     letters = [*((chr(code), -2.0) for code in range(97, 123)), ("▁", -2.0)]
     return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters])
+
+
+def write_tiny(folder: Path, seed: int = 0) -> Path:
+    """A random AutoencoderTiny."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    sizes = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**sizes, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(folder)
+    return folder

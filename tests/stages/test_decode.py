@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from files import flip
-from in_process import Work
+from in_process import Work, look
 from PIL import Image
+from small_models import write_tiny
 
 import stages.decode
+from stages.config import ConfigError
 from stages.events import Start
 from stages.memory.tensors import read_tensors
+from stages.models.tiny_vae import open_tiny
 from stages.tiles import latent_grid
+from stages.vae.tiled import to_uint8
 
 QUICK = {"guide.mode": "none", "denoise.num_inference_steps": 1, "width": 160, "height": 104}
 
@@ -136,3 +141,28 @@ def test_the_mode_and_the_tiles_are_part_of_the_result_the_budget_is_not(work: W
     for change in ({"decode.mode": "independent"}, {"decode.tile_size": 48}, {"decode.halo": 8}):
         tiles(work, change)
         assert work.status == "ran"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_a_draft_is_decoded_by_the_tiny_vae(work: Work, tiny: Path, tmp_path: Path) -> None:
+    values = {"decode.mode": "taesd", "preview.vae": str(tiny), "decode.halo": 96}
+    found = tiles(work, values)
+    vae = open_tiny(tiny)
+    latents = read_tensors(work.run(QUICK, until="denoise")["denoise"] / "canvas.safetensors")["latents"]
+    expected = to_uint8(vae.decode(latents, return_dict=False)[0])[0]
+    for tile in latent_grid(160, 104, 64, 16, 8):
+        assert int((found[tile.name].int() - expected[tile.scaled(8).index].int()).abs().max()) <= 1
+    tiles(work, values)
+    assert work.status == "reused"
+    tiles(work, {**values, "preview.vae": str(write_tiny(tmp_path / "other", seed=1))})
+    assert work.status == "ran"
+    look_at = look(work.config({**QUICK, **values}), "decode")["decode"].models[0]
+    assert (look_at.component, look_at.micro_batches) == ("taesd", 6) and look_at.cuts[0].peak(1) > look_at.weights > 0
+    with pytest.raises(ConfigError, match=r"model\.preview_vae: got None, expected a folder with decode\.mode=taesd"):
+        work.config({"decode.mode": "taesd"})
+    with pytest.raises(ConfigError, match=r"guide\.vae_mode: got 'taesd'"):
+        work.config({"guide.vae_mode": "taesd", "preview.vae": str(tiny)})

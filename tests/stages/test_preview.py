@@ -9,11 +9,13 @@ import pytest
 import torch
 from in_process import Work
 from PIL import Image
+from small_models import write_tiny
 
 from stages import preview
 from stages.config import ConfigError
 from stages.families.schedules import Schedule
 from stages.files import read_object
+from stages.models.tiny_vae import open_tiny
 from stages.preview import coloured, decoded
 
 
@@ -25,13 +27,7 @@ def shown(work: Work, stage: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random AutoencoderTiny."""
-    from diffusers import AutoencoderTiny
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    sizes = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    AutoencoderTiny(**sizes, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(folder)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_on_or_off_the_result_is_the_same(work: Work, tiny: Path) -> None:
@@ -70,7 +66,7 @@ def test_a_linear_vae_is_found_again(work: Work, tmp_path: Path, monkeypatch: py
 
 
 def test_tiles_of_the_tiny_vae_meet(tiny: Path) -> None:
-    vae = preview._tiny(tiny)
+    vae = open_tiny(tiny)
     latents = torch.randn(4, 40, 30)
     whole = vae.decode(latents[None], return_dict=False)[0][0]
     expected = ((whole.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
