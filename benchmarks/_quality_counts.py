@@ -8,7 +8,7 @@ beside it in the same scene.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,15 +120,19 @@ def known(word: str, number: int) -> Iterator[tuple[Tensor, int]]:
             yield two, 2
 
 
-def counter_error(number: int, as_shown: Callable[[Tensor], Tensor]) -> dict[str, dict[int, float]]:
-    """Share of scenes counted right, by word and true count; ``as_shown``: what is done to them before."""
-    found: dict[str, dict[int, float]] = {}
+def counter_error(
+    number: int, ways: Mapping[str, Callable[[Tensor], Tensor]]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """Share of scenes counted right, by way, word and true count; a way is what is done to scenes before."""
+    right = {way: {word: dict.fromkeys(range(3), 0) for word in WORDS} for way in ways}
     for word in WORDS:
-        right = dict.fromkeys(range(3), 0)
         for image, truth in known(word, number):
-            right[truth] += count(as_shown(image), word) == truth
-        found[word] = {truth: round(r / number, 3) for truth, r in right.items()}
-    return found
+            for way, shown in ways.items():
+                right[way][word][truth] += count(shown(image), word) == truth
+    return {
+        way: {word: {truth: round(n / number, 3) for truth, n in one.items()} for word, one in words.items()}
+        for way, words in right.items()
+    }
 
 
 def pair_scenes(number: int) -> list[Scene]:

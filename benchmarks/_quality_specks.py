@@ -40,7 +40,7 @@ class Speck(NamedTuple):
 
 def sky_of(picture: np.ndarray) -> np.ndarray:
     """Where a picture ``[H,W,3]`` uint8 shows plain sky, ``[H,W]`` bool."""
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
     sky = (together(materials(pixels), ["sky", "clouds"]) > 0.5).numpy()
     # what is no sky but lies within it is left out only if it is large enough to be something: specks are smaller
     sky = ndimage.binary_closing(np.pad(sky, 2, mode="edge"), iterations=1)[2:-2, 2:-2]

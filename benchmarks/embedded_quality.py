@@ -120,17 +120,15 @@ def _said(one: dict[str, float]) -> str:
 
 
 def judge_counting(given: argparse.Namespace) -> Found:
+    import torch
     from diffusers import AutoencoderKL
 
-    vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae").eval()
+    vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32).eval()
     questions = counts.questions(given.questions)
     paths = samples(given.model, given.folder / "counting", [one.prompt for one in questions])
     contact_sheet(paths, given.folder / "counting.png", columns=25)
     found = counts.judge_counts(paths, questions)
-    own = {
-        "scenes": counts.counter_error(given.known, lambda image: image),
-        "through the VAE": counts.counter_error(given.known, partial(returned, vae)),
-    }
+    own = counts.counter_error(given.known, {"scenes": lambda image: image, "through the VAE": partial(returned, vae)})
     header = ("word", "pictures that show 0, 1, 2, more", *(f"{way}: 0, 1, 2 counted right" for way in own))
     lines = []
     for word, seen in found["found"].items():
@@ -210,7 +208,7 @@ def parse() -> argparse.Namespace:
         "pairs": (104, "prompts of words never seen together"),
         "pictures": (20, "of 2048x2048, minutes each"),
         "skies": (20, "true ones, that the detector of specks is tried on"),
-        "known": (40, "scenes of each word and known count, that the counter is tried on"),
+        "known": (20, "scenes of each word and known count, that the counter is tried on"),
     }
     for name, (number, said) in numbers.items():
         options.add_argument(f"--{name}", type=int, help=f"{said}; default {number}")
