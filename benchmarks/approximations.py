@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks._measure import RESULTS, finish, parser, psnr, runner, slug, table
 from stages.config import ROOT
 
-TOME, CACHE = "technique.tome.ratio", "technique.step_cache.interval"
+TOME, CACHE, QUANTIZE = "technique.tome.ratio", "technique.step_cache.interval", "technique.quantize"
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ToMe 0.5": {TOME: 0.5},
@@ -36,8 +36,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "step cache 5": {CACHE: 5},
     "step cache 5, depth 2": {CACHE: 5, "technique.step_cache.depth": 2},
     "ToMe 0.5, step cache 3": {TOME: 0.5, CACHE: 3},
+    "int8 weights": {QUANTIZE: "int8_weights"},
+    "int8": {QUANTIZE: "int8"},
 }
-HELD = ("ToMe 0.5", "step cache 3")  # whose bytes are compared
+HELD = ("ToMe 0.5", "step cache 3", "int8")  # whose bytes are compared
 ONE = {"width": 256, "height": 256, "denoise.num_inference_steps": 25}
 CANVAS = {"width": 512, "height": 512, "denoise.num_inference_steps": 8, "seed": 3}
 FOLDER = RESULTS / "approximations"
@@ -127,7 +129,7 @@ def bits(way: str, device: str) -> dict[str, str]:
 
 def main() -> int:
     made = parser(__doc__)
-    made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    made.add_argument("--ways", nargs="+", choices=WAYS)
     made.add_argument("--prompts", type=int, default=12)
     made.add_argument("--device", choices=BUDGETS, default="cpu")
     options = made.parse_args()
@@ -137,7 +139,8 @@ def main() -> int:
     shutil.rmtree(FOLDER, ignore_errors=True)
     prompts = asked()[:: max(1, 64 // options.prompts)][: options.prompts]
     plain, results = None, []
-    for way in dict.fromkeys(("plain", *options.ways)):
+    can = [way for way in WAYS if options.device == "cpu" or QUANTIZE not in WAYS[way]]
+    for way in dict.fromkeys(("plain", *(options.ways or can))):
         found = pictures(way, options.device, [one.prompt for one in prompts])
         plain = plain or found
         row: dict[str, Any] = {"way": way, "seconds": round(float(np.median(found.seconds[1:])), 2)}
