@@ -23,7 +23,6 @@ KINDS = {"kills": (200, 2), "damage": (150, 1), "settings": (500, 4), "checkpoin
 ENVIRONMENT = {  # as stages have it; a fork cannot change it any more
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
-    "MKL_DISABLE_FAST_MM": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",

@@ -89,7 +89,8 @@ def main() -> int:
         return 0
     import transformers
 
-    own, rows, checks = environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}})), [], {}
+    config = OmegaConf.create({"device": "cpu", "launch": {"threads": None}})
+    own, rows, checks = environment(config, "text_encode"), [], {}
     with tempfile.TemporaryDirectory() as root:
         for kind, (name, count) in CLASSES.items():
             folder, whole = Path(root) / kind, Path(root) / f"{kind}-whole"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 _DONTNEED = 4
@@ -36,6 +37,25 @@ def return_freed() -> None:
     """Give the system back what the C library keeps of memory that was freed in small pieces (a tokenizer's)."""
     if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # not in musl
         trim(0)
+
+
+@cache
+def _mkl() -> Callable[[], object] | None:
+    """MKL's own, where torch has MKL in it."""
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None) if library.is_file() else None
+
+
+def free_products() -> None:
+    """Free the buffers that MKL keeps of its largest product, of every thread: 20 to 40 MB with T5-XXL on two.
+
+    Between units, not after each product (``MKL_DISABLE_FAST_MM``): attention is made of small ones, which would then
+    ask the system for memory and give it back, in 2.5 times the processor's time.
+    """
+    if free := _mkl():
+        free()
 
 
 def drop_clean_pages() -> int:

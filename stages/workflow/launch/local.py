@@ -31,23 +31,25 @@ _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
 _MARKS = 100  # of what happened in a stage, the first ones
 
 
-def environment(config: DictConfig) -> dict[str, str]:
-    """The environment of a stage process. A value that the user set stays.
+def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
+    """The environment of a stage's process. A value that the user set stays.
 
     glibc otherwise keeps freed weights and activations (measured: 2.1 GB instead of 0.55), and oneDNN keeps a
     primitive for every shape it has seen. Handing every activation back costs page faults: huge pages, where the
-    system gives them on demand (glibc 2.35 or later), make them a tenth. MKL would keep the buffers of its largest
-    product, of every thread (20 to 40 MB with T5-XXL on two).
+    system gives them on demand (glibc 2.35 or later), make them a tenth. With text encoders MKL would keep the
+    buffers of its largest product, of every thread (20 to 40 MB with T5-XXL on two); elsewhere they are freed between
+    units (``trim.free_products``): attention would ask for them again with each of its small products.
     """
     wanted = {
         "MALLOC_MMAP_THRESHOLD_": "131072",
         "MALLOC_TRIM_THRESHOLD_": "131072",
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
-        "MKL_DISABLE_FAST_MM": "1",
         "OMP_WAIT_POLICY": "passive",  # threads that spin for work starve everything else on a small, busy machine
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if stage == "text_encode":
+        wanted["MKL_DISABLE_FAST_MM"] = "1"
     if on_gpu(config):
         wanted |= device.ENVIRONMENT
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
@@ -101,7 +103,7 @@ class LocalProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**environment(job.config), **self._enforcer.environment},
+                    env={**environment(job.config, self._state.stage.module), **self._enforcer.environment},
                     pass_fds=(writer, self._marks.fileno()),
                 )
         finally:
