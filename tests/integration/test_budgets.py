@@ -21,8 +21,9 @@ from stages.workflow import planning
 from stages.workflow.graph import build
 from stages.workflow.store import Store
 
-# 264x264: tiles of one size on an odd canvas, 9 of them, so that groups end with a rest
-CANVAS = {"width": 264, "height": 264, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
+# 264x392: tiles of one size on an odd canvas, so that groups end with a rest; the low-res picture is no square, whose
+# smallest latents are one pixel in the tiny model: float32 kernels then choose by strides that mean nothing
+CANVAS = {"width": 264, "height": 392, "lowres.num_inference_steps": 2, "denoise.num_inference_steps": 2}
 
 
 @pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
@@ -40,6 +41,7 @@ def test_every_kind_of_plan_gives_the_same_bytes(work: Work, tmp_path: Path, gui
             ways = [way for way in choices(model, profile, 0) if way.model.resident != "all"]
             block = max(way.model.unit_limit or 0 for way in ways)
             wanted = [way for way in ways if (way.model.unit_limit == block) == which.startswith("block")]
+            wanted = wanted or ways  # a VAE that rolls is cut in one way
             way = (min if which.endswith("small") else max)(wanted, key=lambda one: (one.group, one.model.ring_bytes))
             file = str(tmp_path / f"{name}-{prepared}.bin") if prepared else None
             group = way.group * max(1, model.micro_batch)
