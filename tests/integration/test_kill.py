@@ -22,7 +22,7 @@ STAGE_KILLS = [
     ("lowres:advance:2", True),
     ("guide:replace:1", False),
     ("denoise:replace:2", True),
-    ("decode:replace:3", True),
+    ("decode:advance:2", True),
     ("stitch:advance:1", False),
 ]
 RUNNER_KILLS = [
