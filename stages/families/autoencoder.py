@@ -20,6 +20,9 @@ from stages.vae.exact_vae import Direction, exact_cut, exact_disk_bytes
 from stages.vae.rolling_vae import rolling_cut
 
 EXACT_FILES = 8_000_000  # bytes: what strips take on their way to and from files, measured (tests/integration)
+# Bytes by which huge pages round up the rows that a rolling pass keeps of every layer, measured (the default run, with
+# GLIBC_TUNABLES=glibc.malloc.hugetlb=0 and without).
+HUGE_PAGES = 20_000_000
 Call = Callable[[Any, int], Any]
 VAE = Blocks(classes=frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D", "Attention"}))
 
@@ -91,7 +94,7 @@ def rolling_look(looking: Looking, built: Built, passes: Sequence[tuple[Directio
         cuts=(joined([_shared_out(cut, count / most) for cut, count in zip(cuts, used, strict=True)]),),
         ordered=False,
     )
-    return StageLook((profile,), extra=EXACT_FILES + keys_bytes(looking, side * side))
+    return StageLook((profile,), extra=EXACT_FILES + HUGE_PAGES + keys_bytes(looking, side * side))
 
 
 def _shared_out(cut: Cut, share: float) -> Cut:
