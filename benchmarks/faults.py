@@ -19,7 +19,7 @@ from random import Random
 from benchmarks._measure import RESULTS, finish, parser, table
 from stages.config import ROOT
 
-KINDS = {"kills": (200, 2), "damage": (150, 1), "settings": (500, 4), "checkpoints": (0, 4), "pictures": (0, 1)}
+KINDS = {"kills": (200, 1), "damage": (150, 1), "settings": (500, 3), "checkpoints": (0, 3), "pictures": (0, 1)}
 ENVIRONMENT = {  # as stages have it; a fork cannot change it any more
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",

@@ -138,7 +138,7 @@ PIECES += [
 ]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_hostile_prompts_arrive(opened: Open, text: str) -> None:
     states = opened.encode((text, "no"))["prompt_embeds"][0]

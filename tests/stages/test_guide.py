@@ -234,7 +234,9 @@ def test_a_killed_guide_goes_on_in_its_row_of_tiles(work: Work, monkeypatch: pyt
     assert not list(folder.glob("checkpoint*"))
 
 
-@pytest.mark.parametrize("damage", ["a row", "torn", "the picture", "the mark"])
+@pytest.mark.parametrize(
+    "damage", ["a row", *(pytest.param(n, marks=pytest.mark.slow) for n in ("torn", "the picture", "the mark"))]
+)
 def test_a_damaged_guide_is_named_and_made_again(work: Work, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     values = {"width": 264, "height": 256, "guide.phases": [], "guide.vae_mode": "independent"}
     _, expected = guide(work, **values)
@@ -287,7 +289,7 @@ def test_a_mark_without_its_file_counts_for_nothing(work: Work, monkeypatch: pyt
     assert torch.equal(guide(second, **values)[1], expected) and second.status == "ran"
 
 
-@pytest.mark.parametrize("damage", ["", "a row", "torn"])
+@pytest.mark.parametrize("damage", ["", *(pytest.param(n, marks=pytest.mark.slow) for n in ("a row", "torn"))])
 def test_a_guide_killed_between_strips_goes_on(work: Work, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     monkeypatch.setattr(rolling_schedule, "PIECE_BYTES", 4_000)
     values = {"width": 264, "height": 256, "guide.phases": []}

@@ -42,7 +42,7 @@ def made(work: Work, values: dict[str, Any]) -> Built:
 
 
 @needs_products
-@pytest.mark.parametrize("way", ["int8", "int8_weights"])
+@pytest.mark.parametrize("way", ["int8", pytest.param("int8_weights", marks=pytest.mark.slow)])
 def test_the_same_bytes_however_weights_come(work: Work, tmp_path: Path, way: str) -> None:
     plain, values = denoised(work, TILES), {**TILES, KEY: way}
     found = denoised(work, values)

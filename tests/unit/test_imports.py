@@ -72,7 +72,9 @@ def run(script: str, *arguments: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("config", [TEXT, UNET], ids=lambda config: config["class"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(TEXT, marks=pytest.mark.slow, id=TEXT["class"]), pytest.param(UNET, id=UNET["class"])]
+)
 def test_models_come_without_the_compiler_and_leave_nothing_hidden(config):
     state, device = map(json.loads, run(SCRIPT, json.dumps(config), json.dumps(HEAVY), HIGHRES_LIGHT_IMPORTS="1"))
     assert state["loaded"] == []

@@ -94,7 +94,9 @@ def test_reasons_when_something_changed(toy):
     assert "goes on" not in forced.stdout
 
 
-@pytest.mark.parametrize("moment", ["draw:0", "tiles:0", "tiles:3", "join:0"])
+@pytest.mark.parametrize(
+    "moment", ["draw:0", "tiles:3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiles:0", "join:0"))]
+)
 def test_a_stage_killed_anywhere_goes_on_to_the_same_picture(toy, moment):
     toy("run=whole", "prompt=a", "seed=1")
     expected = (toy.output_dir / "whole" / "image.png").read_bytes()

@@ -155,6 +155,7 @@ def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path
     assert all(one.peak < 2 * 10**9 for one in chosen.values())
 
 
+@pytest.mark.slow
 def test_stages_that_do_not_run_are_not_profiled(small: Callable[[str], Path], tmp_path: Path) -> None:
     plain = look(small_config(small("sd15"), tmp_path, {"guide.mode": "none"}))
     assert set(plain) == {"text_encode", "denoise", "decode"}
