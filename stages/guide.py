@@ -200,7 +200,7 @@ def look(looking: Looking) -> StageLook:
             models, disk = (upscaler.profile(tiles), *models), disk + max(3 * one.height * one.width for one in large)
             enlarged += large
     held = max(_held_bytes(config, one) for one in enlarged)
-    return found._replace(models=models, disk=disk, extra=held + keys, before=opened)
+    return found._replace(models=models, disk=disk, extra=held + max(keys, found.extra), before=opened)
 
 
 def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:
