@@ -180,8 +180,7 @@ def look(looking: Looking) -> StageLook:
         found = rolled
     else:
         found = _tiled_look(looking, size if encodes else None, source if decodes else None)
-    side = config.guide.tile_size // f + 2 * HALO
-    keys, opened = keys_bytes(looking, side * side) if config.guide.vae_mode == "shared" else 0, 0
+    opened = 0
     image, fit = Path(config.guide.image or ""), config.guide.fit
     enlarged = [Size(source.height * f, source.width * f)] if decodes or not image.is_file() else []
     if image.is_file():  # else its guide is there, or it is refused when the stage begins
@@ -200,7 +199,7 @@ def look(looking: Looking) -> StageLook:
             models, disk = (upscaler.profile(tiles), *models), disk + max(3 * one.height * one.width for one in large)
             enlarged += large
     held = max(_held_bytes(config, one) for one in enlarged)
-    return found._replace(models=models, disk=disk, extra=held + max(keys, found.extra), before=opened)
+    return found._replace(models=models, disk=disk, extra=held + found.extra, before=opened)
 
 
 def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) -> StageLook:
@@ -234,7 +233,8 @@ def _tiled_look(looking: Looking, encoded: Size | None, decoded: Size | None) ->
         ordered=False,
         quantised=measured.quantised,
     )
-    return StageLook((profile,))
+    shared = config.guide.vae_mode == "shared"
+    return StageLook((profile,), extra=keys_bytes(looking, side * side) if shared else 0)
 
 
 def _rolling_look(looking: Looking, size: Size, source: Size, encodes: bool, decodes: bool) -> StageLook | None:

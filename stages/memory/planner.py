@@ -7,7 +7,7 @@ choice changes speed and memory, never the picture.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stages.plans import ModelPlan
@@ -104,6 +104,14 @@ class ModelProfile:
     @property
     def single_pass(self) -> bool:
         return self.steps * self.micro_batches == 1
+
+    def holding(self, nbytes: int) -> ModelProfile:
+        """With so many bytes more, whichever unit runs."""
+
+        def more(cut: Cut) -> Cut:
+            return replace(cut, lines=tuple(replace(line, fixed=line.fixed + nbytes) for line in cut.lines))
+
+        return replace(self, cuts=tuple(map(more, self.cuts)))
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> ModelProfile:

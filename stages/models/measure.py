@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from stages.memory.planner import Cut
+from stages.memory.planner import Cut, Line, ModelProfile
 from stages.memory.trace import segments, trace
 from stages.memory.units import rungs, split_units
 from stages.models.loading import Built
@@ -21,6 +21,30 @@ class Measured(NamedTuple):
     weights: int
     cuts: tuple[Cut, ...]
     quantised: bool = False
+
+
+def whole(component: str, network: nn.Module, call: Callable[[], Any], count: int) -> ModelProfile:
+    """A small network of no family that is not streamed: ``call()`` makes its meta tensors itself and is one
+    of ``count`` passes."""
+    weights, found = sum(parameter.nbytes for parameter in network.parameters()), trace(network, [], call, 0)
+    peak = max(event.live + event.workspace for event in found.events)
+    cut = Cut(
+        limit=weights,
+        order=(component,),
+        nbytes={component: weights},
+        flops={component: sum(found.flops.values()) + sum(found.outside.values())},
+        lines=(Line(unit=component, fixed=max(peak, weights), slope=0, workspace=0),),  # read before it is made
+    )
+    return ModelProfile(
+        component=component,
+        weights=weights,
+        micro_batch=1,
+        micro_batches=count,
+        steps=1,
+        cuts=(cut,),
+        streams=False,
+        group=1,
+    )
 
 
 def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_stages: bool = False) -> Measured:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from stages.memory.imports import light_imports
-from stages.memory.planner import Cut, Line, ModelProfile
-from stages.memory.trace import trace
+from stages.memory.planner import ModelProfile
+from stages.models.measure import whole
 from stages.tiles import Size
 
 TINY = "taesd"  # its name among models, and what decodes with it
@@ -33,25 +33,5 @@ def tiny_profile(folder: Path, channels: int, tile: Size, tiles: int) -> ModelPr
         kind: Any = AutoencoderTiny
         vae = kind.from_config(kind.load_config(folder))
     vae.encoder = None
-    weights = sum(parameter.nbytes for parameter in vae.parameters())
-    latents = torch.empty((1, channels, *tile), device="meta")
-    found = trace(vae, [], lambda: vae.decode(latents, return_dict=False), 0)
-    peak = max(event.live + event.workspace for event in found.events)
-    flops = sum(found.flops.values()) + sum(found.outside.values())
-    cut = Cut(
-        limit=weights,
-        order=(TINY,),
-        nbytes={TINY: weights},
-        flops={TINY: flops},
-        lines=(Line(unit=TINY, fixed=max(peak, weights), slope=0, workspace=0),),  # read before it is made
-    )
-    return ModelProfile(
-        component=TINY,
-        weights=weights,
-        micro_batch=1,
-        micro_batches=tiles,
-        steps=1,
-        cuts=(cut,),
-        streams=False,
-        group=1,
-    )
+    shape = (1, channels, *tile)
+    return whole(TINY, vae, lambda: vae.decode(torch.empty(shape, device="meta"), return_dict=False), tiles)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from stages.config import ConfigError
 from stages.memory.imports import light_imports
-from stages.memory.planner import Cut, Line, ModelProfile
+from stages.memory.planner import ModelProfile
 from stages.memory.tensors import read_tensors
-from stages.memory.trace import trace
+from stages.models.measure import whole
 from stages.picture.picture import Picture
 
 KEY, COMPONENT = "guide.upscale", "upscaler"
@@ -66,29 +66,13 @@ class Upscaler:
 
     def profile(self, tiles: int) -> ModelProfile:
         """What it takes; the weights of this one are gone then."""
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
         self.model.to("meta")
         side, plainly = TILE + 2 * HALO, unwrap(type(self._run).__call__)  # inference mode would hide operations
-        found = trace(self.model, [], lambda: plainly(self._run, torch.empty((1, 3, side, side), device="meta")), 0)
-        peak = max(event.live + event.workspace for event in found.events)
-        flops = sum(found.flops.values()) + sum(found.outside.values())
-        cut = Cut(
-            limit=weights,
-            order=(COMPONENT,),
-            nbytes={COMPONENT: weights},
-            flops={COMPONENT: flops},
-            lines=(Line(unit=COMPONENT, fixed=max(peak, weights), slope=0, workspace=0),),  # read before it is made
-        )
-        return ModelProfile(
-            component=COMPONENT,
-            weights=weights,
-            micro_batch=1,
-            micro_batches=tiles,
-            steps=1,
-            cuts=(cut,),
-            streams=False,
-            group=1,
-        )
+
+        def call() -> None:
+            plainly(self._run, torch.empty((1, 3, side, side), device="meta"))
+
+        return whole(COMPONENT, self.model, call, tiles)
 
 
 def enlarge(upscaler: Upscaler, picture: Picture, file: Path, done: Callable[[], None] = lambda: None) -> Picture:

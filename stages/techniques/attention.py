@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from stages.techniques.base import Technique
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from stages.memory.planner import Cut, ModelProfile
+    from stages.memory.planner import ModelProfile
 
 KEY = "technique.attention"
 STOCK = ("auto", "sdpa")  # what diffusers takes where nothing is said: torch's scaled_dot_product_attention
@@ -75,13 +74,7 @@ class Attention(Technique):
 
     def planned(self, model: ModelProfile) -> ModelProfile:
         """With the library and the code of its kernels; what they keep of tokens is in the look."""
-        if self.kind != "openvino":
-            return model
-
-        def more(cut: Cut) -> Cut:
-            return replace(cut, lines=tuple(replace(line, fixed=line.fixed + OPENVINO) for line in cut.lines))
-
-        return replace(model, cuts=tuple(map(more, model.cuts)))
+        return model.holding(OPENVINO) if self.kind == "openvino" else model
 
     def on_model(self, network: nn.Module, component: str) -> None:
         stock: Any = network

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +87,7 @@ class Lora(Technique):
         largest = max(sum(4 * math.prod(entry.shape) for _, entry in module.tensors.values()) for module in modules)
         whole = [module.shape for module in modules if _by_column(module.tensors) and module.shape]
         more = 2 * largest + max([WORK, *(3 * 4 * math.prod(shape) for shape in whole)])
-        lines = [tuple(replace(line, fixed=line.fixed + more) for line in cut.lines) for cut in model.cuts]
-        return replace(model, cuts=tuple(replace(cut, lines=one) for cut, one in zip(model.cuts, lines, strict=True)))
+        return model.holding(more)
 
     def on_model(self, network: nn.Module, component: str) -> None:
         self._network, self._component = network, component
