@@ -45,6 +45,7 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
+    from stages.techniques.attention import Attention
     from stages.techniques.quantize import Quantize
 
     work = work_of(spec)
@@ -53,7 +54,9 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     micro = door.micro_batch(config, work.tile, "cpu")
     group = max(1, micro // work.passes) if plan.resident == "all" else spec["group"]
     options: dict[str, Any] = {"dtype": work.dtype, "blocks": door.blocks(work.component), "micro_batch": micro}
-    techniques = (*work.techniques, *((Quantize(spec["quantize"]),) if spec.get("quantize") else ()))
+    switch = spec.get("switch")
+    own = () if switch is None else (Attention(switch) if switch == "openvino" else Quantize(switch),)
+    techniques = (*work.techniques, *own)
     with open_model(component, plan=plan, techniques=techniques, **options) as streamer:
         yield looped(work, streamer.model, config, group)
 
@@ -128,6 +131,7 @@ WAYS = {
     "resident": ours,
     "streamed int8": ours,
     "streamed int8_weights": ours,
+    "streamed openvino": ours,
     "diffusers fp32": diffusers_fp32,
     "accelerate disk": accelerate_disk,
     "group offload": group_offload,

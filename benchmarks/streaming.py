@@ -40,7 +40,8 @@ from stages.tiles import latent_grid
 from stages.workflow.cgroup import Cgroup, Unavailable
 from stages.workflow.launch.local import environment
 
-QUANTIZED = ("int8", "int8_weights")
+# what a way streams with, and how much of the resident step it may take
+SWITCHES = {"int8": ("quantize", 0.60), "int8_weights": ("quantize", 1.10), "openvino": ("attention", 0.88)}
 RUNNER = 42_000_000  # bytes that runner.py takes of the budget
 
 
@@ -86,12 +87,14 @@ class Worker:
         return {**found, "life_seconds": self.life, "peak": last["peak"], "digest": last["digest"]}
 
 
-def planned(folder: Path, given: Namespace, quantize: str = "none") -> tuple[StagePlan, dict[str, Any]]:
+def planned(folder: Path, given: Namespace, **switch: str) -> tuple[StagePlan, dict[str, Any]]:
     """The plan of a 2048x2048 run's ``denoise``, from ``runner.py stage=plan``, and what its tiles are: the VAE would
     need more than a small budget."""
     output = RESULTS / "runs" / "streaming"
     chosen = [f"model.path={folder}", f"memory.budget={given.budget}", f"technique.dtype={given.dtype}"]
-    chosen += [f"technique.quantize={quantize}", "guide.mode=none", "decode.tile_size=256"]
+    techniques = {"quantize": "none", "attention": "auto", **switch}  # all are said: a run that is there has its own
+    chosen += [f"technique.{name}={value}" for name, value in techniques.items()]
+    chosen += ["guide.mode=none", "decode.tile_size=256"]
     size = [f"width={given.size}", f"height={given.size}", "guide.phases=[]"]
     runner(output, "run=plan", "stage=plan", "prompt=a benchmark", *chosen, *size).check()
     plans = stage_plans(json.loads((output / "plan" / "plan.json").read_text(encoding="utf-8")))
@@ -113,7 +116,9 @@ def main() -> int:
     options.add_argument("--budget", default="800MB")
     options.add_argument("--size", type=int, default=2048)
     options.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="fp32: a CPU without bf16")
-    options.add_argument("--ways", default=",".join(way for way in WAYS if "int8" not in way))
+    options.add_argument(
+        "--ways", default=",".join(way for way in WAYS if way.removeprefix("streamed ") not in SWITCHES)
+    )
     given = options.parse_args()
     made = written(given.kind, given.layers) if given.layers and not given.checkpoint else None
     try:
@@ -146,19 +151,19 @@ def run(given: Namespace, folder: Path) -> int:
                 print(f"{way}: left out, {error}")
                 continue
         how: dict[str, Any] = {"plan": {}}
-        quantize = way.removeprefix("streamed ")
-        if quantize in QUANTIZED:
-            other, _ = planned(folder, given, quantize)
+        switch = way.removeprefix("streamed ")
+        if switch in SWITCHES:
+            other, _ = planned(folder, given, **{SWITCHES[switch][0]: switch})
             (own,) = map(asdict, other.models.values())
-            copy = str(scratch / f"{quantize}.bin") if own["prepared"] else None
-            how = {"plan": {**own, "prepared": copy}, "group": max(1, other.group_size // passes), "quantize": quantize}
+            copy = str(scratch / f"{switch}.bin") if own["prepared"] else None
+            how = {"plan": {**own, "prepared": copy}, "group": max(1, other.group_size // passes), "switch": switch}
         elif way.startswith("streamed"):
             # a copy of its own: whose group read or wrote a file first is charged for its page cache
             copy = str(scratch / f"{way.replace(' ', '-')}.bin") if plan["prepared"] else None
             how = {"plan": {**plan, "prepared": copy}, "group": group}
         worker = Worker({**spec, "way": way, **how}, control)
         print(f"{way}: life {worker.life:.1f} s, first step {worker.steps[0]['seconds']:.1f} s", flush=True)
-        if way in ("streamed", "streamed in a cgroup", "resident") or quantize in QUANTIZED:
+        if way in ("streamed", "streamed in a cgroup", "resident") or switch in SWITCHES:
             turns.append(worker)
         else:
             found.append(worker.close())
@@ -193,10 +198,10 @@ def judge(kind: str, found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
         ratio = streamed["step_seconds"] / resident["step_seconds"]
         checks[f"streamed step at most 1.05x of the resident one: {ratio:.3f}"] = ratio <= 1.05
         checks["streamed and resident are bit-identical"] = streamed["digest"] == resident["digest"]
-    for quantize, most in (("int8", 0.60), ("int8_weights", 1.10)):
-        if resident and (own := by.get(f"streamed {quantize}")):
+    for switch, (_, most) in SWITCHES.items():
+        if resident and (own := by.get(f"streamed {switch}")):
             ratio = own["step_seconds"] / resident["step_seconds"]
-            checks[f"streamed {quantize} at most {most:.2f}x of the resident step: {ratio:.3f}"] = ratio <= most
+            checks[f"streamed {switch} at most {most:.2f}x of the resident step: {ratio:.3f}"] = ratio <= most
     if streamed and (fp32 := by.get("diffusers fp32")):
         ratio = streamed["step_seconds"] / fp32["step_seconds"]
         checks[f"streamed step at most 0.65x of diffusers in fp32: {ratio:.3f}"] = ratio <= 0.65
