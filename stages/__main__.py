@@ -23,6 +23,7 @@ from stages.documents import load
 from stages.events import Advance, Done, Error, Event, Note, Resumed, Start, to_line
 from stages.files import read_object
 from stages.job import Job
+from stages.memory.imports import light_torch
 from stages.memory.monitor import own_peak_rss
 from stages.plans import StagePlan, stage_plans
 from stages.workflow import signals
@@ -90,7 +91,8 @@ def stage_module(name: str) -> Any:
     """Import it without looking for garbage meanwhile: half a million objects that stay (a fifth of the time)."""
     gc.disable()
     try:
-        return importlib.import_module(name)
+        with light_torch():
+            return importlib.import_module(name)
     finally:
         gc.freeze()
         gc.enable()

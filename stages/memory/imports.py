@@ -1,10 +1,14 @@
-"""Import diffusers' and transformers' models without what they pull in but these stages never call.
+"""Import torch, and diffusers' and transformers' models, without what they pull in but these stages never call.
+
+``import torch`` registers a Python kernel of the meta device for every operation: a quarter of its time and 18 MB. Only
+the passes of a look need them (``memory/trace.py`` imports them); what makes networks on meta is in C++.
 
 ``torch.compiler.disable`` imports ``torch._dynamo`` (and with it sympy, fsdp and symbolic shapes) at class definition,
 diffusers imports transformers and scipy wherever they are installed, and transformers distributed tensors, its losses
 (scipy) and its image processors (torchvision): 145 to 165 MB of RES and 3 s per process. While they are imported,
 decorators meet an identity instead, and the rest looks as if it were not installed (which both libraries support);
-afterwards all can be imported as ever.
+afterwards all can be imported as ever. What they import and seldom use (``requests``, the map from modules to packages,
+0.15 s) comes at its first use.
 
 It leans on what the installed releases import, so it is the first thing to break when they change:
 ``HIGHRES_LIGHT_IMPORTS=0`` imports everything plainly, for that much more memory and time.
@@ -12,11 +16,14 @@ It leans on what the installed releases import, so it is the first thing to brea
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -58,8 +65,87 @@ class _TransformGetItemToIndex:
         pass
 
 
+class _Later(ModuleType):
+    """Stands for a module until something is asked of it: that imports it, after the ``group`` that it belongs to.
+
+    It may stay in ``sys.modules``: what walks through all modules asks for names of two underscores, which it has not.
+    """
+
+    def __init__(self, name: str, group: Sequence[str] = ()) -> None:
+        super().__init__(name)
+        self._group = (*group, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":
+            raise AttributeError(name)
+        return getattr(self.import_now(), name)
+
+    def import_now(self) -> ModuleType:
+        for one in self._group:
+            if isinstance(sys.modules.get(one), _Later):
+                del sys.modules[one]
+        return [importlib.import_module(one) for one in self._group][-1]
+
+
+class _Packages(Mapping[str, list[str]]):
+    """``importlib.metadata.packages_distributions()``, which reads the list of files of every package, when asked."""
+
+    def __init__(self, read: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._read = cache(read)
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+@contextmanager
+def light_torch() -> Iterator[None]:
+    """Whoever imports torch first inside gets it without the Python kernels of the meta device.
+
+    Raises:
+        LightImportError: torch has them elsewhere.
+    """
+    if "torch" in sys.modules or not _light():
+        yield
+        return
+    stand_ins = {name: _Later(name, _META) for name in _META}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        torch = sys.modules.get("torch")
+        for name, stand_in in stand_ins.items():
+            if torch is None:
+                del sys.modules[name]
+            elif sys.modules[name] is stand_in:
+                setattr(torch, name.rpartition(".")[2], stand_in)
+    if torch is not None:
+        try:
+            importlib.import_module("torch._prims.rng_prims")  # since 2.13 no torch.Generator can be made before
+        except Exception as error:
+            raise LightImportError(f"{type(error).__name__}: {error}. {_HINT}") from error
+
+
+def meta_kernels() -> None:
+    """See to it that torch has all its kernels of the meta device."""
+    if isinstance(kernels := sys.modules.get(_META[0]), _Later):
+        kernels.import_now()
+
+
+def _light() -> bool:
+    return os.environ.get(SWITCH, "1") != "0"
+
+
 # diffusers and transformers run without them; some releases of the latter import sklearn, which needs scipy
-_OPTIONAL = ("transformers", "peft", "scipy", "sklearn", "torchvision")
+_OPTIONAL = ("transformers", "peft", "scipy", "sklearn", "torchvision", "gguf", "psutil")
+_MANY = 50  # modules: as many new ones are a library
+# register kernels of the meta device, and can be imported in this order only
+_META = ("torch._meta_registrations", "torch._decomp", "torch._refs")
 
 
 def _importing(error: BaseException) -> bool:
@@ -71,6 +157,7 @@ def _importing(error: BaseException) -> bool:
 
 
 _lightly: set[str] = set()  # libraries that were imported here first
+_dropped = 0  # modules that were there when pages were dropped last
 
 
 @contextmanager
@@ -83,8 +170,11 @@ def light_imports(*needed: str) -> Iterator[None]:
     import torch
     import torch.distributed
 
-    drop_clean_pages()  # so that importing one library does not come on top of importing the one before
-    if os.environ.get(SWITCH, "1") == "0":
+    global _dropped
+    if len(sys.modules) >= _dropped + _MANY:  # importing one library does not come on top of importing the one before
+        drop_clean_pages()
+        _dropped = len(sys.modules)
+    if not _light():
         yield
         return
     stand_ins: dict[str, Any] = {}
@@ -97,9 +187,15 @@ def light_imports(*needed: str) -> Iterator[None]:
     # of a diffusers that was imported whole, what is still to come asks for what it saw then
     whole = "diffusers" in sys.modules and "diffusers" not in _lightly
     hidden = [] if whole else [name for name in _OPTIONAL if name not in needed and name not in sys.modules]
+    if "requests" not in sys.modules:
+        stand_ins["requests"] = _Later("requests")
     sys.modules |= {**stand_ins, **dict.fromkeys(hidden)}  # type: ignore[arg-type]
+    packages = partial(_Packages, importlib.metadata.packages_distributions)
     try:
-        with patch.object(torch.distributed, "is_available", lambda: False):
+        with (
+            patch.object(torch.distributed, "is_available", lambda: False),
+            patch.object(importlib.metadata, "packages_distributions", packages),
+        ):
             yield
     except LightImportError:
         raise
@@ -110,7 +206,10 @@ def light_imports(*needed: str) -> Iterator[None]:
     finally:
         if "diffusers" in sys.modules and not whole:
             _lightly.add("diffusers")
-        for name in (*hidden, *stand_ins):
+        for name in hidden:
             del sys.modules[name]
-        if stand_ins:
+        for name, stand_in in stand_ins.items():
+            if sys.modules[name] is stand_in:  # somebody may have asked for it meanwhile
+                del sys.modules[name]
+        if "torch._dynamo" in stand_ins:
             del torch._dynamo  # type: ignore[attr-defined]

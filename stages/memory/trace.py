@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from stages.memory.imports import meta_kernels
 from stages.memory.micro import micro_batched, skips
 from stages.memory.planner import Line
 from stages.memory.units import Unit, within
@@ -163,6 +164,7 @@ def trace(
     ``parked`` units give wait elsewhere.
     """
     global _current
+    meta_kernels()
     follower = _Follower(model)
     originals = {unit.name: unit.module.forward for unit in units}
     inside = False

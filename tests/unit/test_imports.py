@@ -13,18 +13,22 @@ from stages.memory.imports import light_imports
 pytestmark = pytest.mark.torch  # in processes of its own
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch._dynamo", "torch.distributed.tensor", "scipy", "sympy", "peft", "torchvision")
+HEAVY = ("torch._dynamo", "torch.distributed.tensor", "torch._meta_registrations", "scipy", "sympy", "peft")
+HEAVY += ("torchvision", "requests", "gguf", "psutil")
 
 SCRIPT = """
-import json, sys, torch
+import json, sys
+from stages.memory.imports import light_torch
+with light_torch():
+    import torch
 from stages.models.component import construct
 from stages.memory.imports import light_imports
 config = json.loads(sys.argv[1])
 model = construct(config.pop("class"), config)
-loaded = [name for name in json.loads(sys.argv[2]) if sys.modules.get(name) is not None]
+loaded = [name for name in json.loads(sys.argv[2]) if hasattr(sys.modules.get(name), "__file__")]
 hidden = [name for name, module in sys.modules.items() if module is None]
 print(json.dumps({"loaded": loaded, "hidden": hidden, "available": torch.distributed.is_available()}))
-import torch._dynamo.utils, scipy.stats
+import torch._dynamo.utils, scipy.stats, requests
 assert torch._dynamo.is_compiling() is False
 compiled = torch.compile(lambda x: x + 1, backend="eager")
 assert float(compiled(torch.ones(()))) == 2
@@ -49,6 +53,38 @@ UNET = {
     "attention_head_dim": 8,
 }
 
+
+LATER = """
+import json, sys
+from pathlib import Path
+from stages.memory.imports import light_imports, light_torch, meta_kernels
+with light_torch():
+    import torch
+from stages.models.component import construct
+layers = ("num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers")
+made = set()
+for file in sorted(Path("stages/models/configs").glob("*/*/config.json")):
+    config = json.loads(file.read_text())
+    config |= dict.fromkeys(config.keys() & set(layers), 1)
+    name = config.get("_class_name") or config["architectures"][0]
+    made |= {str(weight.device) for weight in construct(name, config).parameters()}
+with torch.device("meta"):
+    torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(8, 8, 3), torch.nn.LayerNorm(8))
+drawn = torch.randn(2, generator=torch.Generator().manual_seed(1))
+loaded = [name for name in json.loads(sys.argv[1]) if hasattr(sys.modules.get(name), "__file__")]
+print(json.dumps([sorted(made), loaded]))
+
+from diffusers.utils import import_utils, loading_utils
+assert import_utils._package_map["PIL"] == ["pillow"] and "no_such_module" not in import_utils._package_map
+assert loading_utils.requests.codes.ok == 200 and sys.modules["requests"].codes is loading_utils.requests.codes
+assert torch.broadcast_shapes((2, 1), (3,)) == (2, 3)
+import torch._decomp.decompositions
+meta_kernels()
+import torch._meta_registrations
+conv = torch.nn.Conv2d(3, 4, 3, device="meta")
+assert conv(torch.empty(1, 3, 8, 8, device="meta")).shape == (1, 4, 6, 6)
+assert torch._meta_registrations is sys.modules["torch._meta_registrations"]
+"""
 
 BROKEN = """
 import sys
@@ -83,10 +119,16 @@ def test_models_come_without_the_compiler_and_leave_nothing_hidden(config):
     assert device == "meta"
 
 
+def test_stock_models_are_made_without_what_comes_at_its_first_use():
+    later = ("torch._meta_registrations", "torch._refs", "torch._decomp", "requests")
+    assert json.loads(run(LATER, json.dumps(later), HIGHRES_LIGHT_IMPORTS="1")[0]) == [["meta"], []]
+
+
 @pytest.mark.slow
 def test_switched_off_the_libraries_are_imported_whole():
     state, device = map(json.loads, run(SCRIPT, json.dumps(UNET), json.dumps(HEAVY), HIGHRES_LIGHT_IMPORTS="0"))
-    assert {"torch._dynamo", "scipy"} <= set(state["loaded"]) and state["hidden"] == []
+    assert {"torch._dynamo", "torch._meta_registrations", "scipy", "requests"} <= set(state["loaded"])
+    assert state["hidden"] == []
     assert state["available"]
     assert device == "meta"
 
