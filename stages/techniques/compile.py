@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -80,8 +80,10 @@ class Compile(Technique):
             inductor.compile_threads = 1  # else a pool of processes, each with torch in it
         compiled: nn.Module = streamer.model
         for module in compiled.modules():  # ``models.copies`` put objects there that are in no graph
-            if getattr(module, "output_scale_factor", None) == 1:
-                cast(Any, module).output_scale_factor = 1.0
+            for name in ("output_scale_factor", "rescale_output_factor"):
+                if getattr(module, name, None) == 1:
+                    setattr(module, name, 1.0)
+            vars(module).pop("gelu", None)
         compiled.compile(dynamic=False)
 
 
