@@ -8,7 +8,7 @@ diffusers imports transformers and scipy wherever they are installed, and transf
 (scipy) and its image processors (torchvision): 145 to 165 MB of RES and 3 s per process. While they are imported,
 decorators meet an identity instead, and the rest looks as if it were not installed (which both libraries support);
 afterwards all can be imported as ever. What they import and seldom use (``requests``, the map from modules to packages,
-0.15 s) comes at its first use.
+a hundred other models: 0.25 s and 10 MB) comes at its first use.
 
 It leans on what the installed releases import, so it is the first thing to break when they change:
 ``HIGHRES_LIGHT_IMPORTS=0`` imports everything plainly, for that much more memory and time.
@@ -24,6 +24,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -67,13 +69,16 @@ class _TransformGetItemToIndex:
 
 class _Later(ModuleType):
     """Stands for a module until something is asked of it: that imports it, after the ``group`` that it belongs to.
+    With the ``folder`` of a package its modules can be imported before.
 
     It may stay in ``sys.modules``: what walks through all modules asks for names of two underscores, which it has not.
     """
 
-    def __init__(self, name: str, group: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, group: Sequence[str] = (), folder: Path | None = None) -> None:
         super().__init__(name)
         self._group = (*group, name)
+        if folder is not None:
+            self.__path__ = [str(folder)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__path__":
@@ -84,7 +89,11 @@ class _Later(ModuleType):
         for one in self._group:
             if isinstance(sys.modules.get(one), _Later):
                 del sys.modules[one]
-        return [importlib.import_module(one) for one in self._group][-1]
+        *_, found = [importlib.import_module(one) for one in self._group]
+        for name, module in vars(self).items():
+            if isinstance(module, ModuleType):  # one of a package's
+                vars(found).setdefault(name, module)
+        return found
 
 
 class _Packages(Mapping[str, list[str]]):
@@ -113,7 +122,8 @@ def light_torch() -> Iterator[None]:
     if "torch" in sys.modules or not _light():
         yield
         return
-    stand_ins = {name: _Later(name, _META) for name in _META}
+    folders = {"torch._prims": _folder("torch", "_prims")}
+    stand_ins = {name: _Later(name, _META, folders.get(name)) for name in _META}
     sys.modules.update(stand_ins)
     try:
         yield
@@ -133,8 +143,24 @@ def light_torch() -> Iterator[None]:
 
 def meta_kernels() -> None:
     """See to it that torch has all its kernels of the meta device."""
-    if isinstance(kernels := sys.modules.get(_META[0]), _Later):
+    if isinstance(kernels := sys.modules.get(_META[-1]), _Later):
         kernels.import_now()
+
+
+def _packages_of_models() -> None:
+    """diffusers' packages of models import a hundred models: until somebody wants one of them whole, only those modules
+    are imported that a class needs."""
+    for kind in _KINDS:
+        name, folder = f"diffusers.models.{kind}", _folder("diffusers", f"models/{kind}")
+        if folder is not None and name not in sys.modules:
+            sys.modules[name] = _Later(name, folder=folder)
+
+
+def _folder(package: str, inside: str) -> Path | None:
+    """Of a package that has not been imported; None where there is none."""
+    spec = find_spec(package)
+    roots = spec.submodule_search_locations or () if spec else ()
+    return next((folder for root in roots if (folder := Path(root, inside)).is_dir()), None)
 
 
 def _light() -> bool:
@@ -144,8 +170,9 @@ def _light() -> bool:
 # diffusers and transformers run without them; some releases of the latter import sklearn, which needs scipy
 _OPTIONAL = ("transformers", "peft", "scipy", "sklearn", "torchvision", "gguf", "psutil")
 _MANY = 50  # modules: as many new ones are a library
-# register kernels of the meta device, and can be imported in this order only
-_META = ("torch._meta_registrations", "torch._decomp", "torch._refs")
+_KINDS = ("autoencoders", "controlnets", "transformers", "unets")
+# make kernels of the meta device, and can be imported in this order only
+_META = ("torch._prims", "torch._meta_registrations", "torch._decomp", "torch._refs")
 
 
 def _importing(error: BaseException) -> bool:
@@ -187,6 +214,8 @@ def light_imports(*needed: str) -> Iterator[None]:
     # of a diffusers that was imported whole, what is still to come asks for what it saw then
     whole = "diffusers" in sys.modules and "diffusers" not in _lightly
     hidden = [] if whole else [name for name in _OPTIONAL if name not in needed and name not in sys.modules]
+    if "diffusers" not in sys.modules:
+        _packages_of_models()
     if "requests" not in sys.modules:
         stand_ins["requests"] = _Later("requests")
     sys.modules |= {**stand_ins, **dict.fromkeys(hidden)}  # type: ignore[arg-type]
@@ -206,6 +235,10 @@ def light_imports(*needed: str) -> Iterator[None]:
     finally:
         if "diffusers" in sys.modules and not whole:
             _lightly.add("diffusers")
+        models = sys.modules.get("diffusers.models")
+        for kind in _KINDS if models else ():
+            if package := sys.modules.get(f"diffusers.models.{kind}"):
+                vars(models).setdefault(kind, package)
         for name in hidden:
             del sys.modules[name]
         for name, stand_in in stand_ins.items():

@@ -77,6 +77,11 @@ print(json.dumps([sorted(made), loaded]))
 from diffusers.utils import import_utils, loading_utils
 assert import_utils._package_map["PIL"] == ["pillow"] and "no_such_module" not in import_utils._package_map
 assert loading_utils.requests.codes.ok == 200 and sys.modules["requests"].codes is loading_utils.requests.codes
+import diffusers, diffusers.models.unets, diffusers.models.transformers as transformers
+assert diffusers.models.unets.unet_2d_condition.UNet2DConditionModel is diffusers.UNet2DConditionModel
+assert transformers.FluxTransformer2DModel is diffusers.FluxTransformer2DModel
+from diffusers.models.autoencoders import AutoencoderKL, AsymmetricAutoencoderKL
+assert AutoencoderKL is diffusers.AutoencoderKL
 assert torch.broadcast_shapes((2, 1), (3,)) == (2, 3)
 import torch._decomp.decompositions
 meta_kernels()
@@ -120,7 +125,7 @@ def test_models_come_without_the_compiler_and_leave_nothing_hidden(config):
 
 
 def test_stock_models_are_made_without_what_comes_at_its_first_use():
-    later = ("torch._meta_registrations", "torch._refs", "torch._decomp", "requests")
+    later = ("torch._meta_registrations", "torch._refs", "torch._decomp", "requests", "diffusers.models.transformers")
     assert json.loads(run(LATER, json.dumps(later), HIGHRES_LIGHT_IMPORTS="1")[0]) == [["meta"], []]
 
 
