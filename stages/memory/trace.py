@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from stages.memory.imports import meta_kernels
 from stages.memory.micro import micro_batched, skips
 from stages.memory.planner import Line
+from stages.memory.shapes import Shapes
 from stages.memory.units import Unit, within
 
 _aten = torch.ops.aten
@@ -88,6 +89,7 @@ def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 _current: _Follower | None = None
+_shapes = Shapes()
 
 
 def count(flops: int) -> None:
@@ -137,7 +139,7 @@ class _Follower(TorchDispatchMode):
                 self._follow(item)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _shapes.run(func, args, kwargs or {})
         self._follow(result)
         packet = func._overloadpacket
         if packet in flop_registry:

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.families.unet import UNET
 from stages.memory.layout import Layout
 from stages.memory.planner import StageProfile, plan_run
+from stages.memory.shapes import Shapes
 from stages.memory.trace import Trace, segments, trace
 from stages.memory.units import Unit, split_units
 from stages.models.checkpoint import Checkpoint
@@ -135,6 +136,45 @@ def test_two_group_sizes_tell_all_others(small: Callable[[str], Path], limit: st
     flops = [{name: found.flops_of(name, count) for name in names} for found, count in ((two, 2), (five, 5))]
     assert flops[0] == flops[1]
     assert sum(flops[0].values()) == whole_flops(model)  # however it is cut
+
+
+def test_a_pass_of_remembered_shapes_is_the_pass(small: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Checkpoint.open(str(small("sd15"))).component("unet").build()
+
+    def call() -> Any:
+        image, embeds = torch.empty((2, 4, 16, 16), device="meta"), torch.empty((2, 77, 32), device="meta")
+        return model(image, torch.empty((), device="meta"), encoder_hidden_states=embeds, return_dict=False)
+
+    monkeypatch.setattr(Shapes, "run", lambda self, func, args, kwargs: func(*args, **kwargs))
+    plain, _ = traced(model, call)
+    monkeypatch.undo()
+    assert [traced(model, call)[0] for _ in range(2)] == [plain, plain]
+
+
+def test_shapes_are_remembered_of_operations_that_give_new_tensors_only() -> None:
+    ops, asked = torch.ops.aten, []
+
+    def run(op: Any, *args: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            asked.append(op)
+            return op(*args, **kwargs)
+
+        counted._schema = op._schema  # type: ignore[attr-defined]
+        return shapes.run(known.setdefault(op, counted), args, {})
+
+    shapes, known = Shapes(), {}
+    one, other = (torch.empty((2, 3), dtype=dtype, device="meta") for dtype in (torch.float32, torch.float16))
+    for tensor in (one, other):
+        twice = [run(ops.mul.Tensor, tensor, tensor) for _ in range(2)]
+        assert all((t.shape, t.dtype, t.device.type) == ((2, 3), tensor.dtype, "meta") for t in twice)
+        assert twice[0].untyped_storage()._cdata != twice[1].untyped_storage()._cdata
+    assert len(asked) == 2
+    for op, *args in ((ops._unsafe_view.default, [3, 2]), (ops.view.default, [6]), (ops.mul_.Tensor, one)):
+        for _ in range(2):
+            assert run(op, one, *args).untyped_storage()._cdata == one.untyped_storage()._cdata
+    assert [run(ops.arange.default, end).numel() for end in (2, 2.0, 3)] == [2, 2, 3]
+    assert run(ops.arange.default, 2).dtype != run(ops.arange.default, 2.0).dtype
+    assert run(ops.var_mean.correction, one)[1].shape == run(ops.var_mean.correction, one)[1].shape == ()
 
 
 def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path], tmp_path: Path) -> None:
