@@ -13,10 +13,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stages.memory.micro import micro_batched
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
 NUMBERS = 1 << 17  # that a core makes at a time: what its cache holds
@@ -101,6 +104,11 @@ class Int8Conv2d(Int8):
             else:
                 _product(self, Windows(sample, self), target.view(-1, self.out_channels), size[1])
         return result.permute(0, 3, 1, 2)
+
+
+def one_by_one(forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``forward`` of a sample at a time: the same numbers, of activations of one sample only."""
+    return micro_batched(lambda sample: forward(sample, *args, **kwargs), (inputs,), {}, 1)
 
 
 class Scaled:

@@ -23,7 +23,7 @@ from torch import nn
 from stages.memory.layout import Layout, owner
 from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
-from stages.memory.trim import free_products
+from stages.memory.trim import pieces_kept
 from stages.memory.units import Unit, within
 
 
@@ -237,10 +237,10 @@ class WeightStreamer:
                     return forward(*args, **kwargs)
                 self._inside = True
                 try:
-                    return micro_batched(forward, args, kwargs, self.micro_batch)
+                    with pieces_kept():
+                        return micro_batched(forward, args, kwargs, self.micro_batch)
                 finally:
                     self._inside = False
-                    free_products()
 
         unit.module.forward = streamed  # type: ignore[method-assign]
 

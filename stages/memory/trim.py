@@ -1,4 +1,5 @@
-"""Give back the code that only importing needed: nearly a third of what a process holds after ``import torch``.
+"""Give memory back: code that only importing needed, nearly a third of what a process holds after ``import torch``, and
+what the C library and MKL keep of what was freed.
 
 Libraries are files mapped into the process; a page of them counts in RES from its first touch to the end. Pages that
 nothing wrote to can be dropped at any moment: what is needed again comes back from the page cache by itself.
@@ -7,12 +8,16 @@ nothing wrote to can be dropped at any moment: what is needed again comes back f
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+PIECE = 1 << 22  # bytes
+_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}  # options of ``mallopt``: <malloc.h>
 _DONTNEED = 4
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) [0-9a-f]+ \S+ ([0-9]+)")
 _LEAST = 1 << 20  # bytes: smaller mappings are not worth the call
@@ -33,10 +38,40 @@ def clean_mappings(smaps: str) -> Iterator[tuple[int, int]]:
             yield start, length
 
 
+@cache
+def _libc() -> ctypes.CDLL | None:
+    """glibc; others have no such calls."""
+    library = ctypes.CDLL(None) if platform.system() == "Linux" else None
+    return library if all(hasattr(library, name) for name in ("mallopt", "malloc_trim")) else None
+
+
 def return_freed() -> None:
     """Give the system back what the C library keeps of memory that was freed in small pieces (a tokenizer's)."""
-    if platform.system() == "Linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # not in musl
-        trim(0)
+    if library := _libc():
+        library.malloc_trim(0)
+
+
+@contextmanager
+def pieces_kept() -> Iterator[None]:
+    """A unit's work: what is freed in pieces of less than ``PIECE`` bytes is there for the next ones until its end.
+
+    Where the thresholds of a stage's environment are set, each such piece would come from the system, page by page,
+    and go back. Larger ones still do: in huge pages that costs little, and kept they would leave holes that nothing
+    fits in. With them MKL's buffers go back (``free_products``).
+    """
+    library, before = _libc(), [os.environ.get(name, "") for name in _THRESHOLDS]
+    acts = library is not None and all(value.isdigit() for value in before)
+    if library is not None and acts:
+        for option, value in zip(_THRESHOLDS.values(), before, strict=True):
+            library.mallopt(option, max(PIECE, int(value)))
+    try:
+        yield
+    finally:
+        free_products()
+        if library is not None and acts:
+            for option, value in zip(_THRESHOLDS.values(), before, strict=True):
+                library.mallopt(option, int(value))
+            library.malloc_trim(0)
 
 
 @cache

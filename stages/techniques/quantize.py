@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ KEY = "technique.quantize"
 WAYS = ("none", "int8", "int8_weights")
 LEAST = 32  # numbers that a row of weights has: fewer (latents) are not worth it
 MAKING = 48 << 20  # bytes: of a part of the copy, of what is read at a time
+ROOMS = 24_000_000  # bytes that are kept between products, while a unit computes (``python -m benchmarks streaming``)
 FLOATS = 5  # bytes of a number while it becomes an integer
 _OUTSIDE = (
     "emb",
@@ -71,9 +73,10 @@ class Quantize(Technique):
         return stage in ("lowres", "denoise", "profile")
 
     def planned(self, model: ModelProfile) -> ModelProfile:
-        """With what it takes to make integers of the largest layer."""
+        """With what it takes to make integers of the largest layer, and of samples."""
         if not model.cuts:
             return model
+        model = model.holding(ROOMS) if self.way == "int8" else model
         largest = max(model.cuts[-1].nbytes.values())
         making = Line(unit="", fixed=MAKING + largest * FLOATS, slope=0, workspace=0)
         return replace(model, cuts=tuple(replace(cut, lines=(*cut.lines, making)) for cut in model.cuts))
@@ -81,7 +84,7 @@ class Quantize(Technique):
     def on_model(self, network: nn.Module, component: str) -> None:
         from torch import nn
 
-        from stages.int8 import Int8Conv2d, Int8Linear, exact
+        from stages.int8 import Int8Conv2d, Int8Linear, exact, one_by_one
 
         if component == "vae" or component.startswith("text_encoder"):
             return
@@ -97,6 +100,11 @@ class Quantize(Technique):
                 setattr(network.get_submodule(parent), own, Int8Linear(module, samples=samples))
             elif type(module) is nn.Conv2d and Int8Conv2d.takes(module) and module.in_channels >= LEAST:
                 setattr(network.get_submodule(parent), own, Int8Conv2d(module, samples=samples))
+        for name, module in network.named_modules():
+            if samples and name.endswith(
+                ".ff"
+            ):  # of UNets: its activations are the widest; it is no larger than a leaf
+                module.forward = partial(one_by_one, module.forward)
 
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         return QuantizingSource(source, layout)

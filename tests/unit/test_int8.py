@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, exact, quantised
+from stages.techniques.quantize import Quantize
 
 pytestmark = pytest.mark.skipif(not exact(), reason="no 8-bit dot products")
 
@@ -129,3 +131,18 @@ def test_weights_of_zeros_and_what_a_scale_is_rounded_to() -> None:
     # a scale that was rounded down leaves the greatest number at 127
     assert ((back - weight).abs() <= 0.51 * found["weight_scale"].float()[:, None] + 0.004 * weight.abs()).all()
     assert not found["weight"][1].any() and torch.equal(found["weight_sum"], found["weight"].sum(1).int())
+
+
+def test_a_gated_layer_of_samples_one_by_one_gives_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    gated = FeedForward(64, activation_fn="geglu").eval().requires_grad_(False)
+    network = nn.ModuleDict({"block": nn.ModuleDict({"ff": gated})})
+    weights = {name: layer.weight for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    whole = gated.forward
+    Quantize("int8").on_model(network, "unet")
+    for name, weight in weights.items():
+        for key, values in quantised(weight, torch.float32).items():
+            setattr(network.get_submodule(name), key, nn.Parameter(values, requires_grad=False))
+    inputs = torch.randn(3, 16, 64)
+    assert gated.forward is not whole
+    assert torch.equal(gated(inputs), whole(inputs))

@@ -1,5 +1,6 @@
 """Dropping clean code pages: what counts as clean, and that RES falls while everything still works."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -56,3 +57,36 @@ def test_a_process_shrinks_and_goes_on_computing() -> None:
 
 def test_twice_is_as_good_as_once() -> None:
     assert drop_clean_pages() == drop_clean_pages()
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
+def test_pieces_are_kept_while_a_unit_computes_and_given_back_after_it() -> None:
+    program = (
+        "import os, resource, torch\n"
+        "from stages.memory.monitor import usage\n"
+        "from stages.memory.trim import pieces_kept\n"
+        "def faults(many):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(many):\n"
+        "        torch.ones(1 << 18)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(5)\n"
+        "without = faults(100)\n"
+        "before = usage(os.getpid()).rss\n"
+        "with pieces_kept():\n"
+        "    faults(5)\n"
+        "    within = faults(100)\n"
+        "    held = [torch.ones(1 << 18) for _ in range(40)]\n"
+        "    last = torch.ones(1 << 18)\n"
+        "    del held\n"
+        "    kept = usage(os.getpid()).rss - before\n"
+        "print(without, within, kept, usage(os.getpid()).rss - before)\n"
+    )
+    thresholds = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
+    environment = {**os.environ, **thresholds, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    without, within, kept, after = map(int, done.stdout.split())
+    assert without > 10_000 and within < 5_000
+    assert kept > 35_000_000 and after < 5_000_000
