@@ -19,7 +19,7 @@ from stages.config import ROOT
 from stages.documents import load
 from stages.workflow.launch.local import environment
 
-FIXED, AIM, AGAIN = 20.0, 12.0, 3.0  # seconds
+FIXED, AIM, AGAIN, STARTED = 20.0, 12.0, 3.0, 8.0  # seconds
 STARTS = 3
 
 
@@ -57,13 +57,15 @@ def main() -> int:
     rows += [("one stage again", f"{planned.seconds:.1f} s"), ("all reused", f"{again.seconds:.1f} s")]
     table(("", "seconds"), rows)
     rows = [(name, f"{one['seconds']:.2f} s", mb(one["rss"])) for name, one in started.items()]
-    rows.append(("all", f"{sum(one['seconds'] for one in started.values()):.1f} s", ""))
+    every = sum(one["seconds"] for one in started.values())
+    rows.append(("all", f"{every:.1f} s", ""))
     table(("to the first block", "CPU", "RES"), rows)
     checks = {
         f"first run at most {FIXED:.0f} s: {first.seconds:.1f} s": first.seconds <= FIXED,
         f"all reused under {AGAIN:.0f} s: {again.seconds:.1f} s": statuses == {"reused"} and again.seconds < AGAIN,
     }
-    print(f"the aim of {AIM:.0f} s is {'met' if first.seconds <= AIM else 'not met'}")
+    for aim, seconds in ((AIM, first.seconds), (STARTED, every)):
+        print(f"the aim of {aim:.0f} s is {'met' if seconds <= aim else 'not met'}: {seconds:.1f} s")
     result = {
         "first": first.seconds,
         "stages": stages,
