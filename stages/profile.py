@@ -38,9 +38,11 @@ from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS, LIBRARIES
 from stages.workflow.graph import active
 
-# RES that a stage's process grows by besides what is counted, measured: kernels' code, and oneDNN's primitives and
-# buffers for every shape, which grow with the model up to about that of Stable Diffusion's VAE.
-CODE, PRIMITIVES, FULL_SIZE = 45_000_000, 10_000_000, 80_000_000
+# RES that a stage's process grows by besides what is counted, measured: kernels' code (of a VAE less, whose process has
+# not imported the denoiser, as the look has); oneDNN's primitives and buffers for every shape, and pieces of memory
+# that are kept while a unit computes (``memory/trim.py``; a VAE's rolling passes keep none). The latter two grow with
+# the model up to about that of Stable Diffusion's VAE.
+CODE, VAE_CODE, PRIMITIVES, PIECES, FULL_SIZE = 45_000_000, 30_000_000, 10_000_000, 8_000_000, 80_000_000
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -70,7 +72,7 @@ def profile_run(
                 continue
             found[name] = StageProfile(
                 name=name,
-                base=base + max(map(staging, look.models)) + (look.code or max(map(touched, look.models))),
+                base=base + max(map(staging, look.models)) + max(touched(model, look.code) for model in look.models),
                 imports=max(imports, base + look.before),
                 extra=look.extra,
                 models=tuple(over_gpus(looking, name, model) for model in look.models),
@@ -139,9 +141,13 @@ def flops_per_second(dtype: torch.dtype) -> float:
     return best * 0.6  # a whole model's share of its best layer
 
 
-def touched(model: ModelProfile) -> int:
-    """Bytes that a process grows by when a model has run once in all its shapes."""
-    return CODE + int(PRIMITIVES * min(1.0, model.weights / FULL_SIZE))
+def touched(model: ModelProfile, code: int = 0) -> int:
+    """Bytes that a process grows by when a model has run once in all its shapes; ``code``: of its kernels and their
+    primitives, where a stage knows better."""
+    size = min(1.0, model.weights / FULL_SIZE)
+    if model.component == "vae":
+        return VAE_CODE + int(PRIMITIVES * size)
+    return (code or CODE + int(PRIMITIVES * size)) + int(PIECES * size)
 
 
 def staging(model: ModelProfile) -> int:

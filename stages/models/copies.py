@@ -63,6 +63,6 @@ def skip_copies(model: nn.Module) -> nn.Module:
                 act.inplace = True
             elif isinstance(act, nn.SiLU):
                 setattr(block, name, _SiLU())
-        if type(block).__name__ == "GEGLU":
+        if type(block).__name__ == "GEGLU" and not isinstance(block.gelu, partial):  # of a ControlNet they may be done
             block.gelu = partial(_gated, block.gelu)
     return model

@@ -101,9 +101,7 @@ class Quantize(Technique):
             elif type(module) is nn.Conv2d and Int8Conv2d.takes(module) and module.in_channels >= LEAST:
                 setattr(network.get_submodule(parent), own, Int8Conv2d(module, samples=samples))
         for name, module in network.named_modules():
-            if samples and name.endswith(
-                ".ff"
-            ):  # of UNets: its activations are the widest; it is no larger than a leaf
+            if samples and name.endswith(".ff"):  # of UNets, with the widest activations: no larger than a leaf
                 module.forward = partial(one_by_one, module.forward)
 
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
