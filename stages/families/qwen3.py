@@ -64,10 +64,26 @@ def qwen3_unused(network_config: Mapping[str, Any], layers: Sequence[int]) -> tu
 
 
 def _states(network: Any, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> Tensor:
-    """``[N, S, len(layers) * D]``."""
-    network.config.tie_last_hidden_states = False  # else the last layer's state is the one after the norm
-    output = network(ids, attention_mask=mask, output_hidden_states=list(layers), use_cache=False)
-    return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+    """``[N, S, len(layers) * D]``: state 0 is what goes into the first layer.
+
+    Taken from the layers themselves: what transformers' ``output_hidden_states`` makes of a list of them hangs on its
+    release.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(state: int, output: Any) -> None:
+        found[state] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        network.layers[state - 1].register_forward_hook(lambda _, __, output, state=state: keep(state, output))
+        for state in layers
+    ]
+    try:
+        network(ids, attention_mask=mask, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([found[state] for state in layers], dim=-1)
 
 
 def qwen3_tokenizer(folder: Path) -> Any:
