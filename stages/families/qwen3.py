@@ -7,6 +7,7 @@ nor run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,10 @@ def _states(network: Any, ids: Tensor, mask: Tensor, layers: Sequence[int]) -> T
     """
     found: dict[int, Tensor] = {}
 
-    def keep(state: int, output: Any) -> None:
+    def keep(state: int, _: Any, __: Any, output: Any) -> None:
         found[state] = output[0] if isinstance(output, tuple) else output
 
-    hooks = [
-        network.layers[state - 1].register_forward_hook(lambda _, __, output, state=state: keep(state, output))
-        for state in layers
-    ]
+    hooks = [network.layers[state - 1].register_forward_hook(partial(keep, state)) for state in layers]
     try:
         network(ids, attention_mask=mask, use_cache=False)
     finally:

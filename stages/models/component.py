@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from stages.memory.copies import skip_copies
 from stages.memory.ggml import READABLE
 from stages.memory.imports import light_imports
 from stages.memory.refs import FLOATS, TensorRef
 from stages.memory.tensors import read_tensor
-from stages.models.copies import skip_copies
 from stages.models.locate import CheckpointError
 from stages.models.positions import CROPPED, keep_in_file, tables_unmade
 

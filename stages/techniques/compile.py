@@ -76,14 +76,12 @@ class Compile(Technique):
             return
         from torch._inductor import config as inductor
 
+        from stages.memory.copies import as_written
+
         if not self._gpu:
             inductor.compile_threads = 1  # else a pool of processes, each with torch in it
         compiled: nn.Module = streamer.model
-        for module in compiled.modules():  # ``models.copies`` put objects there that are in no graph
-            for name in ("output_scale_factor", "rescale_output_factor"):
-                if getattr(module, name, None) == 1:
-                    setattr(module, name, 1.0)
-            vars(module).pop("gelu", None)
+        as_written(compiled)
         compiled.compile(dynamic=False)
 
 

@@ -105,7 +105,7 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     if config.model.name != AUTO:
         if (classes or Path(config.model.path).is_file()) and "model.family" not in said:
             config.model.family = family
-        _channels(config, folder, said)
+        take_channels(config, folder, said)
         _size(config, said)
         _schedule(config, said)
         return
@@ -116,12 +116,12 @@ def recognise(config: DictConfig, said: Collection[str]) -> None:
     for key, value in found.items():
         if f"model.{key}" not in said:
             OmegaConf.update(config, f"model.{key}", value)
-    _channels(config, folder, said)
+    take_channels(config, folder, said)
     _size(config, said)
     _schedule(config, said)
 
 
-def _channels(config: DictConfig, folder: Path | None, said: Collection[str]) -> None:
+def take_channels(config: DictConfig, folder: Path | None, said: Collection[str]) -> None:
     """Latents of a UNet have as many channels as the checkpoint's VAE says: most have four, the embedded one its own.
 
     Raises:

@@ -20,6 +20,7 @@ from stages.job import Job
 from stages.plans import StagePlan
 from stages.schema import Config
 from stages.workflow.graph import StageState, active, build, seen, state_of
+from stages.workflow.model import take_channels
 from stages.workflow.store import Store
 from stages.workflow.validate import validate
 
@@ -48,6 +49,7 @@ def small_config(checkpoint: Path, output_dir: Path, values: dict[str, Any] | No
     for key, value in (values or {}).items():
         OmegaConf.update(config, key, escape_all(value))
     assert isinstance(config, DictConfig)
+    take_channels(config, checkpoint if checkpoint.is_dir() else None, (values or {}).keys())
     config = resolve(config)
     config.run = config.run or "test"
     validate(config)

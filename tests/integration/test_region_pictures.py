@@ -20,7 +20,6 @@ SEEDS = 3
 MODEL = {  # conf/model/embedded.yaml, few steps
     "model.native_size": 256,
     "model.size_multiple": 32,
-    "model.latent_channels": 8,
     "scheduler.class_name": "DPMSolverMultistepScheduler",
     "lowres.num_inference_steps": 14,
     "lowres.guidance_scale": 6.0,

@@ -23,7 +23,6 @@ MODEL = {  # conf/model/embedded.yaml, few steps; 16 tiles, each of which knows 
     "height": 768,
     "model.native_size": 256,
     "model.size_multiple": 32,
-    "model.latent_channels": 8,
     "scheduler.class_name": "DPMSolverMultistepScheduler",
     "lowres.num_inference_steps": 14,
     "lowres.guidance_scale": 4.0,

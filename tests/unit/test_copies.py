@@ -12,7 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.models.copies import skip_copies
+from stages.memory.copies import skip_copies
 
 pytestmark = pytest.mark.torch
 

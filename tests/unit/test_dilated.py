@@ -132,7 +132,6 @@ def test_the_blur_falls_and_a_strip_is_that_of_the_whole() -> None:
 
 def config_with(tmp_path: Path, **values: Any) -> Any:
     plain = {"denoise.dilated.enabled": True, "width": 256, "height": 192, "guide.mode": "none"}
-    plain["model.latent_channels"] = 8
     return small_config(ROOT / "models" / "embedded", tmp_path, {**plain, **values})
 
 

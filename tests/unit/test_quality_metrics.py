@@ -244,7 +244,6 @@ def test_a_sample_is_what_lowres_makes_of_its_prompt_and_seed(tmp_path: Path) ->
     paths = samples(model, tmp_path / "made", prompts, *options, first_seed=4)
     size = {"width": 256, "height": 256, "model.native_size": 256, "guide.tile_size": 256}
     scheduler = {"scheduler.class_name": "DPMSolverMultistepScheduler", "lowres.guidance_scale": 4.0}
-    size |= {"model.latent_channels": 8}
     done = Work(tmp_path / "runs", model).run({"prompt": prompts[1], "seed": 5, **size, **scheduler}, until="guide")
     with Image.open(paths[1]) as made, Image.open(done["guide"] / "lowres.png") as plain:
         difference = np.abs(np.asarray(made, dtype=int) - np.asarray(plain.convert("RGB"), dtype=int))

@@ -66,3 +66,13 @@ def skip_copies(model: nn.Module) -> nn.Module:
         if type(block).__name__ == "GEGLU" and not isinstance(block.gelu, partial):  # of a ControlNet they may be done
             block.gelu = partial(_gated, block.gelu)
     return model
+
+
+def as_written(model: nn.Module) -> None:
+    """Take out of ``model`` what no graph can hold of ``skip_copies``: the objects that are no tensors."""
+    for module in model.modules():
+        for name in _DIVISORS:
+            if isinstance(getattr(module, name, None), _One):
+                setattr(module, name, 1.0)
+        if isinstance(vars(module).get("gelu"), partial):
+            del module.gelu
