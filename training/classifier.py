@@ -18,25 +18,28 @@ INPUT_SIZE = 192
 
 
 class Classifier(nn.Module):
-    """Four strided stages and a head for each attribute; 0.7 M parameters."""
+    """Five strided stages, each with a residual layer, and a head for each attribute; 1.9 M parameters."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160, 192)):
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192, 256)):
         super().__init__()
-        layers: list[nn.Module] = []
+        self.stages = nn.ModuleList()
         before = 3
         for width in widths:
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.SiLU()]
-            layers += [nn.Conv2d(width, width, 3, padding=1, groups=8), nn.GroupNorm(8, width), nn.SiLU()]
+            layers = [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width)]
+            inner = [nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width)]
+            self.stages.append(nn.ModuleList([nn.Sequential(*layers), nn.Sequential(*inner)]))
             before = width
-        self.body = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(2 * before, len(values)) for name, values in ATTRIBUTES.items()})
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """images ``[B,3,H,W]`` in [-1,1], any size and aspect. Returns ``[B,384]``: what the heads are told."""
+        """images ``[B,3,H,W]`` in [-1,1], any size and aspect. Returns ``[B,512]``: what the heads are told."""
         images = F.interpolate(
             images.float(), (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False
         )
-        features = self.body(images.to(next(self.parameters()).dtype))
+        features = images.to(next(self.parameters()).dtype)
+        for down, more in self.stages:  # type: ignore[misc]
+            features = down(features)
+            features = F.silu(features + more(features))
         return torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:

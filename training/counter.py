@@ -2,9 +2,9 @@
 
 ``count(image, "boat")`` and ``materials(image)`` are the public face.
 
-    python -m training.counter --pool FILE --groups 60 --seconds 0    # renders 240 scenes, and more each time
-    python -m training.counter --pool FILE --groups 0 --seconds 200 --fresh    # learns them: counter.safetensors
-    python -m training.counter --pool FILE --groups 0 --seconds 200 --seed 1   # goes on from there
+    python -m training.counter --fresh --device cuda --groups 1000 --seconds 150    # 16,000 scenes of 1000 specs
+    python -m training.counter --pool FILE --groups 60 --seconds 0      # on a CPU: renders 240 scenes, more each time
+    python -m training.counter --pool FILE --groups 0 --seconds 200     # and goes on with those
 
 It sees rendered scenes only, half of them as the embedded model's autoencoder returns them. What it gets wrong on
 held-out scenes of known counts is said by ``python -m benchmarks embedded_quality`` beside its counts.
@@ -54,7 +54,8 @@ def _specs(rng: random.Random) -> Spec:
     return Spec(spec.time, weather, setting, subject, body, backdrop)
 
 
-TASK = Task(_specs, MATERIALS, GROUND, mosaics=0.0, size=256, renew=0)
+TASK = Task(_specs, MATERIALS, GROUND, mosaics=0.0, size=256, renew=0, width=96)
+GPU = {"each": 16, "pictures": 48, "device": "cuda"}
 
 
 def materials(image: torch.Tensor, model: Finder | None = None) -> torch.Tensor:
@@ -74,17 +75,17 @@ def count(image: torch.Tensor, word: str, model: Finder | None = None) -> int:
     return count_parts(together(materials(image, model), WORDS[word]), share=0.25)
 
 
-def pooled(file: Path, groups: int, task: Task) -> Pool:
-    """The scenes in ``file``, and ``groups`` times 4 new ones that are kept there too: rendering takes the time."""
+def pooled(file: Path | None, groups: int, task: Task) -> Pool:
+    """The scenes in ``file``, and those of ``groups`` new specs that are kept there too: rendering takes the time."""
     from safetensors.torch import load_file, save_file
 
-    parts = [load_file(file)] if file.exists() else []
+    parts = [load_file(file, device=task.device)] if file and file.exists() else []
     if groups:
         seed = sum(len(part["images"]) for part in parts)
         images, classes = gather(random.Random(seed), groups, task)
         parts.append({"images": images, "classes": classes})
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("images", "classes")}
-    if groups:
+    if groups and file:
         save_file(joined, file)
     return joined["images"], joined["classes"]
 
@@ -94,19 +95,22 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=200)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--fresh", action="store_true", help="from nothing, not from the weights there are")
-    options.add_argument("--pool", type=Path, required=True, help="the file that keeps the scenes")
-    options.add_argument("--groups", type=int, default=100, help="times four scenes that join them")
+    options.add_argument("--pool", type=Path, help="a file that keeps the scenes")
+    options.add_argument("--groups", type=int, default=100, help="specs, whose scenes join those kept")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--out", type=Path, default=WEIGHTS)
     given = options.parse_args()
-    torch.set_num_threads(1)  # as in training.finder
     from safetensors.torch import save_file
 
-    pool = pooled(given.pool, given.groups, TASK)
+    if given.device == "cpu":
+        torch.set_num_threads(1)  # as in training.finder
+    task = TASK if given.device == "cpu" else TASK._replace(**GPU)
+    pool = pooled(given.pool, given.groups, task)
     if not given.seconds:
         return
     start = None if given.fresh else load_finder(WEIGHTS)
-    model = train(given.seconds, start, seed=given.seed, task=TASK, pool=pool)
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, given.out)
+    model = train(given.seconds, start, seed=given.seed, task=task, pool=pool)
+    save_file({name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}, given.out)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ class Finder(nn.Module):
 
 @lru_cache(maxsize=2)
 def load_finder(path: Path = WEIGHTS) -> Finder:
-    """The trained finder, of as many classes as the file has. FileNotFoundError where the weights are missing."""
+    """The trained finder, as wide and of as many classes as the file has. FileNotFoundError where it is missing."""
     from safetensors.torch import load_file
 
     weights = {name: tensor.float() for name, tensor in load_file(path).items()}
-    model = Finder(classes=len(weights["out.3.bias"]))
+    model = Finder(len(weights["down.bias"]), len(weights["out.3.bias"]))
     model.load_state_dict(weights)
     return model.eval()
 
@@ -125,6 +125,7 @@ class Task(NamedTuple):
     """What is learned: the classes ``names``, of scenes whose specs ``draw`` gives, ``size`` pixels a side.
 
     Classes that are not ``common`` weigh four times as much. ``mosaics``: share of batches of four scenes a picture.
+    ``each``: scenes of a spec, ``pictures``: of a batch, more of both for a GPU.
     """
 
     draw: Callable[[random.Random], Spec] = _specs
@@ -132,35 +133,40 @@ class Task(NamedTuple):
     common: Sequence[str] = CLASSES[:1]
     mosaics: float = 0.6
     size: int = 192
-    renew: int = 5  # steps after which four scenes are replaced; 0: never
+    renew: int = 5  # steps after which the scenes of a spec are replaced; 0: never
+    width: int = 40
+    each: int = 4
+    pictures: int = 2
+    device: str = "cpu"
 
 
 def scenes(rng: random.Random, count: int, size: int = 192, task: Task = Task()) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: B008 - frozen
-    """``count`` times 4 scenes: pictures ``[N,3,s,s]`` uint8, classes of their pixels ``[N,s,s]`` uint8."""
-    names = task.names
+    """``count`` times ``task.each`` scenes: pictures ``[N,3,s,s]`` uint8, classes of their pixels ``[N,s,s]`` uint8."""
+    names, each, device = task.names, task.each, task.device
     table = torch.tensor([names.index(name) if name in names else 0 for name in MATERIALS], dtype=torch.uint8)
     images, classes = [], []
     for _ in range(count):
-        seeds = torch.tensor([rng.randrange(1, 2**31) for _ in range(4)])
-        colours = torch.tensor([rng.randrange(8) for _ in range(4)])
-        pixels, ids = render(task.draw(rng), seeds, colours, View.whole(4, size=size))
+        seeds = torch.tensor([rng.randrange(1, 2**31) for _ in range(each)], device=device)
+        colours = torch.tensor([rng.randrange(8) for _ in range(each)], device=device)
+        pixels, ids = render(task.draw(rng), seeds, colours, View.whole(each, device, size=size))
         images.append(((pixels + 1) * 127.5).round().clamp(0, 255).byte())
-        classes.append(table[ids.long()])
-    order = torch.randperm(4 * count, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
+        classes.append(table.to(device)[ids.long()])
+    order = torch.randperm(each * count, generator=torch.Generator().manual_seed(rng.randrange(2**31))).to(device)
     return torch.cat(images)[order], torch.cat(classes)[order]
 
 
 @lru_cache(maxsize=1)
-def _autoencoder() -> Any:
+def _autoencoder(device: str) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(Path(__file__).parent.parent / "models" / "embedded" / "vae").eval()
+    vae: Any = AutoencoderKL.from_pretrained(Path(__file__).parent.parent / "models" / "embedded" / "vae")
+    return vae.eval().to(device)
 
 
 @torch.no_grad()
 def through_autoencoder(images: torch.Tensor) -> torch.Tensor:
     """``[N,3,s,s]`` uint8 as the embedded model's autoencoder returns them: what is generated looks like that."""
-    vae = _autoencoder()
+    vae = _autoencoder(str(images.device))
     back = vae.decode(vae.encode(images.float() / 127.5 - 1).latent_dist.mode()).sample
     return ((back + 1) * 127.5).round().clamp(0, 255).byte()
 
@@ -168,9 +174,9 @@ def through_autoencoder(images: torch.Tensor) -> torch.Tensor:
 def _batch(
     images: torch.Tensor, classes: torch.Tensor, rng: random.Random, task: Task
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pictures, or mosaics of two by two, at a random size: subjects from a twentieth to half of what is seen."""
-    cells, columns = (8, 2) if rng.random() < task.mosaics else (2, 1)
-    picks = torch.tensor([rng.randrange(len(images)) for _ in range(cells)])
+    """Pictures, or mosaics of two by two, at a random size: subjects from a twentieth to half of what is seen."""
+    columns, device = 2 if rng.random() < task.mosaics else 1, images.device
+    picks = torch.tensor([rng.randrange(len(images)) for _ in range(task.pictures * columns**2)], device=device)
     big = images[picks].float() / 127.5 - 1
     ids = classes[picks].float()[:, None]
     side = rng.choice((192, 240, 288) if columns == 2 else (128, 192, 288))
@@ -186,10 +192,9 @@ def _batch(
     big, ids = mosaic(big), mosaic(ids)
     if rng.random() < 0.5:
         big, ids = big.flip(-1), ids.flip(-1)
-    gain = 1 + 0.2 * (torch.rand((len(big), 3, 1, 1)) - 0.5)
-    big = (
-        big * gain + 0.1 * (torch.rand((len(big), 1, 1, 1)) - 0.5) + torch.randn_like(big) * rng.uniform(0, 0.06)
-    ).clamp(-1, 1)
+    gain = 1 + 0.2 * (torch.rand((len(big), 3, 1, 1), device=device) - 0.5)
+    shift = 0.1 * (torch.rand((len(big), 1, 1, 1), device=device) - 0.5)
+    big = (big * gain + shift + torch.randn_like(big) * rng.uniform(0, 0.06)).clamp(-1, 1)
     if (soft := rng.choice((1, 1, 3, 5))) > 1:
         big = F.avg_pool2d(big, soft, 1, soft // 2, count_include_pad=False)
     flat = F.one_hot(ids[:, 0].long(), len(task.names)).permute(0, 3, 1, 2).float()
@@ -200,7 +205,7 @@ Pool = tuple[torch.Tensor, torch.Tensor]  # pictures and classes, as ``scenes`` 
 
 
 def gather(rng: random.Random, groups: int, task: Task) -> Pool:
-    """``groups`` times 4 scenes, half of them through the autoencoder."""
+    """``groups`` times ``task.each`` scenes, half of them through the autoencoder."""
     images, classes = scenes(rng, groups, task.size, task)
     for part in images[: len(images) // 2].split(8):
         part.copy_(through_autoencoder(part))
@@ -221,10 +226,12 @@ def train(
     torch.manual_seed(seed)
     images, classes = pool or gather(rng, groups, task)
     print(f"{len(images)} scenes in {time.monotonic() - begin:.0f} s", flush=True)
-    model, begin, step = (start or Finder(classes=len(task.names))).train(), time.monotonic(), 0
+    model = (start or Finder(task.width, len(task.names))).to(task.device).train()
+    begin, step = time.monotonic(), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
-    mean = 0.0
-    weight = torch.tensor([1.0 if name in task.common else 4.0 for name in task.names]).view(1, -1, 1, 1)
+    mean: Any = 0.0
+    weights = [1.0 if name in task.common else 4.0 for name in task.names]
+    weight = torch.tensor(weights, device=task.device).view(1, -1, 1, 1)
     while (spent := (time.monotonic() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * spent))
@@ -235,12 +242,12 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        mean = 0.98 * mean + 0.02 * loss.item() if step > 1 else loss.item()
+        mean = 0.98 * mean + 0.02 * loss.detach() if step > 1 else loss.detach()
         if step % 200 == 0:
-            print(f"step {step}, {spent:.0%}: loss {mean:.4f}", flush=True)
+            print(f"step {step}, {spent:.0%}: loss {float(mean):.4f}", flush=True)
         if task.renew and step % task.renew == 0:
             new, ids = scenes(rng, 1, task.size, task)
-            at = torch.tensor([rng.randrange(len(images)) for _ in range(4)])
+            at = torch.tensor([rng.randrange(len(images)) for _ in range(task.each)], device=task.device)
             images[at], classes[at] = through_autoencoder(new) if rng.random() < 0.5 else new, ids
     return model.eval()
 

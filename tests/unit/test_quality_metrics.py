@@ -69,7 +69,7 @@ def test_blurred_scenes_are_further_from_scenes_than_other_scenes_are(scenes: Te
     one, other, soft = (
         features_of([images], networks)["classifier"] for images in (scenes[::2], scenes[1::2], blurred(scenes[::2]))
     )
-    assert one.shape == (8, 384)
+    assert one.shape == (8, 512)
     assert frechet_distance(one, soft) < frechet_distance(one, other) < frechet_distance(one, -other)
 
 
