@@ -38,11 +38,11 @@ from stages.techniques.dtype import dtype_of
 from stages.workflow.device import FLOPS, LIBRARIES
 from stages.workflow.graph import active
 
-# RES that a stage's process grows by besides what is counted, measured: kernels' code (of a VAE less, whose process has
-# not imported the denoiser, as the look has); oneDNN's primitives and buffers for every shape, and pieces of memory
-# that are kept while a unit computes (``memory/trim.py``; a VAE's rolling passes keep none). The latter two grow with
-# the model up to about that of Stable Diffusion's VAE.
-CODE, VAE_CODE, PRIMITIVES, PIECES, FULL_SIZE = 45_000_000, 30_000_000, 10_000_000, 8_000_000, 80_000_000
+# RES that a stage's process grows by besides what is counted, measured: kernels' code (of a UNet more: attention beside
+# convolutions); oneDNN's primitives and buffers for every shape, and pieces of memory that are kept while a
+# unit computes (``memory/trim.py``; a VAE's rolling passes keep none). The latter two grow with the model up to about
+# that of Stable Diffusion's VAE.
+CODE, UNET_CODE, PRIMITIVES, PIECES, FULL_SIZE = 30_000_000, 40_000_000, 10_000_000, 8_000_000, 80_000_000
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -145,9 +145,9 @@ def touched(model: ModelProfile, code: int = 0) -> int:
     """Bytes that a process grows by when a model has run once in all its shapes; ``code``: of its kernels and their
     primitives, where a stage knows better."""
     size = min(1.0, model.weights / FULL_SIZE)
-    if model.component == "vae":
-        return VAE_CODE + int(PRIMITIVES * size)
-    return (code or CODE + int(PRIMITIVES * size)) + int(PIECES * size)
+    pieces = 0 if model.component == "vae" else int(PIECES * size)
+    own = UNET_CODE if model.component == "unet" else CODE
+    return (code or own + int(PRIMITIVES * size)) + pieces
 
 
 def staging(model: ModelProfile) -> int:

@@ -59,6 +59,11 @@ def skips(result: Any) -> list[torch.Tensor]:
     return found if len(found) == 1 else found[1:]
 
 
+def nbytes(result: Any) -> int:
+    """Of the tensors in what a block gave."""
+    return sum(tensor.nbytes for tensor in _tensors(result))
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists and dicts, each once, but for those without dimensions."""
     found: dict[int, torch.Tensor] = {}

@@ -22,15 +22,18 @@ COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Peak of activations while a unit runs: ``fixed + slope * micro_batches + workspace``."""
+    """Peak of activations while a unit runs: ``fixed + slope * micro_batches + workspace``; where there are several
+    ``gathered`` for each of them too, of the result that waits for the last."""
 
     unit: str
     fixed: int
     slope: int
     workspace: int
+    gathered: int = 0
 
     def peak(self, micro_batches: int) -> int:
-        return self.fixed + self.slope * micro_batches + self.workspace
+        gathered = self.gathered * micro_batches if micro_batches > 1 else 0
+        return self.fixed + self.slope * micro_batches + self.workspace + gathered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from stages.memory.imports import meta_kernels
-from stages.memory.micro import micro_batched, skips
+from stages.memory.micro import micro_batched, nbytes, skips
 from stages.memory.planner import Line
 from stages.memory.shapes import Shapes
 from stages.memory.units import Unit, within
@@ -36,11 +36,17 @@ VECTOR = 64  # numbers of a head that attention packs at a time
 
 @dataclass(kw_only=True)
 class Event:
-    """One operation: the unit it ran in, bytes of activations alive after it, bytes its kernel needs besides."""
+    """One operation: the unit it ran in, bytes of activations alive after it, bytes its kernel needs besides, and those
+    of the unit's result, which is there from its second micro-batch on."""
 
     unit: str
     live: int
     workspace: int
+    gathered: int = 0
+
+    @property
+    def peak(self) -> int:
+        return self.live + self.workspace + self.gathered
 
 
 @dataclass(kw_only=True)
@@ -181,11 +187,21 @@ def trace(
             try:
                 if inside or not micro_batch:
                     return forward(*args, **kwargs)
-                inside = True
+                inside, begin = True, len(follower.trace.events)
+                first: list[int] = []  # (operations until then, bytes) of the first micro-batch
+
+                def one(*args: Any, **kwargs: Any) -> Any:
+                    part = forward(*args, **kwargs)
+                    first[:] = len(follower.trace.events), nbytes(part)
+                    return part
+
                 try:
-                    result = micro_batched(forward, args, kwargs, micro_batch, only_first=True)
+                    result = micro_batched(one, args, kwargs, micro_batch, only_first=True)
                 finally:
                     inside = False
+                if (whole := nbytes(result)) > first[1]:
+                    for event in follower.trace.events[begin : first[0]]:
+                        event.gathered = whole
                 if unit.name in parked:
                     for tensor in skips(result):
                         follower.forget(tensor)
@@ -214,15 +230,15 @@ def segments(two: Trace, three: Trace) -> list[Line]:
 
     Where a network makes a loop over samples, more of them are more operations: then one line through the peaks.
     """
-    best: dict[tuple[str, int, int], int] = {}
+    best: dict[tuple[str, int, int, int], int] = {}
     for unit, some, more in _stretches(two.events, three.events):
         if len(some) != len(more):
-            some, more = ([max(events, key=lambda event: event.live + event.workspace)] for events in (some, more))
+            some, more = ([max(events, key=lambda event: event.peak)] for events in (some, more))
         for a, b in zip(some, more, strict=True):
             slope, grown = b.live - a.live, b.workspace - a.workspace  # of kernels over the group, between units
-            key = (unit, a.live - 2 * slope, slope + grown)
+            key = (unit, a.live - 2 * slope, slope + grown, b.gathered - a.gathered)
             best[key] = max(best.get(key, 0), a.workspace - 2 * grown)
-    lines = [Line(unit=u, fixed=f, slope=s, workspace=w) for (u, f, s), w in best.items()]
+    lines = [Line(unit=u, fixed=f, slope=s, workspace=w, gathered=g) for (u, f, s, g), w in best.items()]
     kept = []
     for unit in dict.fromkeys(line.unit for line in lines):
         mine = [line for line in lines if line.unit == unit]

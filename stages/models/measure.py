@@ -27,7 +27,7 @@ def whole(component: str, network: nn.Module, call: Callable[[], Any], count: in
     """A small network of no family that is not streamed: ``call()`` makes its meta tensors itself and is one
     of ``count`` passes."""
     weights, found = sum(parameter.nbytes for parameter in network.parameters()), trace(network, [], call, 0)
-    peak = max(event.live + event.workspace for event in found.events)
+    peak = max(event.peak for event in found.events)
     cut = Cut(
         limit=weights,
         order=(component,),
@@ -80,7 +80,7 @@ def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_
                 order=tuple(order),
                 nbytes=nbytes,
                 flops={name: traces[0].flops_of(name, counts[0]) for name in nbytes},
-                lines=tuple(lines if size else (replace(line, slope=0) for line in lines)),
+                lines=tuple(lines if size else (replace(line, slope=0, gathered=0) for line in lines)),
                 kept=tuple(name for name in order if name in blocks.kept),
             )
         )

@@ -43,4 +43,5 @@ def _model(model: ModelProfile) -> ModelProfile:
 
 
 def _line(line: Line) -> Line:
-    return replace(line, fixed=int(line.fixed * SLACK), slope=int(line.slope * SLACK), workspace=0)
+    fixed, slope = (int(size * SLACK) for size in (line.fixed, line.slope))
+    return replace(line, fixed=fixed, slope=slope, workspace=0, gathered=0)  # the slack was measured with results in it
