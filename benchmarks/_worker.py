@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks._gpu_work import Work
 from stages.memory.imports import light_imports
 from stages.memory.monitor import own_peak_rss
+from stages.techniques.base import Technique
 from stages.techniques.dtype import TORCH
 from stages.tiles import Size
 
@@ -41,11 +42,13 @@ def work_of(spec: dict[str, Any]) -> Work:
 
 @contextmanager
 def ours(spec: dict[str, Any]) -> Iterator[Step]:
-    """Our engine: ``plan`` streams ``group`` tiles at a time; {} keeps all weights: a loop over micro-batches."""
+    """Our engine: ``plan`` streams ``group`` tiles at a time; {} keeps all weights: a loop over micro-batches of what
+    torch does by itself."""
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
     from stages.techniques.attention import Attention
+    from stages.techniques.processor import Processor
     from stages.techniques.quantize import Quantize
 
     work = work_of(spec)
@@ -55,7 +58,11 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     group = max(1, micro // work.passes) if plan.resident == "all" else spec["group"]
     options: dict[str, Any] = {"dtype": work.dtype, "blocks": door.blocks(work.component), "micro_batch": micro}
     switch = spec.get("switch")
-    own = () if switch is None else (Attention(switch) if switch == "openvino" else Quantize(switch),)
+    own: tuple[Technique, ...] = (
+        () if switch is None else (Attention(switch) if switch == "openvino" else Quantize(switch),)
+    )
+    if plan.resident != "all" and work.dtype == torch.float32:
+        own = (*own, Processor(convolutions=work.facts.unet))
     techniques = (*work.techniques, *own)
     with open_model(component, plan=plan, techniques=techniques, **options) as streamer:
         yield looped(work, streamer.model, config, group)

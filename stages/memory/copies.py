@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROWS = 1024  # of a gated layer that go through it at a time, at least: MKL's products are the same from there on
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")
 
 
@@ -76,3 +79,30 @@ def as_written(model: nn.Module) -> None:
                 setattr(module, name, 1.0)
         if isinstance(vars(module).get("gelu"), partial):
             del module.gelu
+
+
+def gated_in_rows(model: nn.Module) -> None:
+    """Let ``model``'s gated layers take some rows at a time where there are many: what lies between their products is
+    eight times as wide as a sample, and asking the system for it takes a twentieth of a UNet's time. For processors.
+    """
+    for module in model.modules():
+        block: Any = module
+        if type(block).__name__ == "FeedForward" and type(block.net[0]).__name__ == "GEGLU" and len(block.net) == 3:
+            block.forward = partial(_in_rows, block, block.forward)
+
+
+def _in_rows(block: Any, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    gated, last = block.net[0].proj, block.net[2]
+    parts = inputs.numel() // inputs.shape[-1] // ROWS
+    # where they are units of their own, each is called once
+    own = all(type(layer) is nn.Linear and isinstance(layer.forward, MethodType) for layer in (gated, last))
+    if parts < 2 or not own or gated.bias is None or last.bias is None:
+        return forward(inputs, *args, **kwargs)
+    rows = inputs.reshape(-1, inputs.shape[-1]).tensor_split(parts)
+    wide = inputs.new_empty(len(rows[0]), gated.out_features)
+    gates, result = wide.new_empty(len(wide), last.in_features), inputs.new_empty(*inputs.shape[:-1], last.out_features)
+    for some, target in zip(rows, result.view(-1, last.out_features).tensor_split(parts), strict=True):
+        values, gate = torch.addmm(gated.bias, some, gated.weight.t(), out=wide[: len(some)]).chunk(2, dim=-1)
+        found = torch.ops.aten.gelu.out(gate, out=gates[: len(some)]).mul_(values)
+        torch.addmm(last.bias, found, last.weight.t(), out=target)
+    return result

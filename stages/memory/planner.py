@@ -235,10 +235,12 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
         more = (3 * cut.largest, 4 * cut.largest) if stage.start_seconds else ()
         for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest, *more)):
             for group in _groups(model):
-                rounds = -(-total // group)
+                rounds, rest = divmod(total, group)  # the last round has what is left
                 rates = stage.rate, stage.read_rate, stage.copy_rate
-                seconds = rounds * (pass_seconds(cut, min(group, total), ring, *rates) + stage.start_seconds)
-                cached = rounds * stage.start_seconds + total * again(cut)
+                seconds = rounds * pass_seconds(cut, group, ring, *rates) if rounds else 0.0
+                seconds += pass_seconds(cut, rest, ring, *rates) if rest else 0.0
+                starts = (rounds + bool(rest)) * stage.start_seconds
+                cached = starts + total * again(cut)
                 yield Choice(
                     model=ModelPlan(
                         resident=kept,
@@ -250,7 +252,8 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
                     ),
                     group=group,
                     peak=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
-                    seconds=full * (seconds + total * 2 * cut.parked_bytes / PINNED_RATE) + model.cached * cached,
+                    seconds=full * (seconds + starts + total * 2 * cut.parked_bytes / PINNED_RATE)
+                    + model.cached * cached,
                 )
 
 

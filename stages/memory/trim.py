@@ -75,12 +75,18 @@ def pieces_kept() -> Iterator[None]:
 
 
 @cache
-def _mkl() -> Callable[[], object] | None:
-    """MKL's own, where torch has MKL in it."""
+def torch_library() -> ctypes.CDLL | None:
+    """Torch's own, with MKL and oneDNN in it where it has them; None where it is no file of Linux."""
     import torch
 
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None) if library.is_file() else None
+    return ctypes.CDLL(str(library)) if library.is_file() else None
+
+
+@cache
+def _mkl() -> Callable[[], object] | None:
+    """MKL's own, where torch has MKL in it."""
+    return getattr(torch_library(), "mkl_serv_free_buffers", None)
 
 
 def free_products() -> None:

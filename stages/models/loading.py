@@ -14,6 +14,7 @@ from filelock import FileLock
 from torch import nn
 
 from stages.files import atomic_path, free
+from stages.hashes import fingerprint
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
@@ -192,7 +193,10 @@ def source(
 
 
 def prepared(built: Built, techniques: Sequence[Technique], file: Path) -> Path:
-    """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint."""
+    """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint.
+    Where weights lie in blocks, as this machine wants them, its name says in which."""
+    if built.layout.blocks:
+        file = file.with_suffix(f".{fingerprint(built.layout.blocks)[:8]}.bin")
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(free(file.with_suffix(".lock"))):
         if not file.is_file() or file.stat().st_size != prepared_bytes(built.layout):

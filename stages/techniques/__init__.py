@@ -13,6 +13,7 @@ from stages.techniques.inversion import TextualInversion
 from stages.techniques.linfusion import LinFusion
 from stages.techniques.lora import Lora, TextLora
 from stages.techniques.offload import Offload
+from stages.techniques.processor import Processor
 from stages.techniques.quantize import Quantize
 from stages.techniques.step_cache import StepCache
 from stages.techniques.tf32 import Tf32
@@ -34,7 +35,8 @@ TECHNIQUES: tuple[type[Technique], ...] = (
     VaeTiling,
     Offload,
     Compile,
-    Quantize,  # the last: of the weights that the others give, and of the layers that they leave
+    Quantize,  # of the weights that the others give, and of the layers that they leave
+    Processor,  # the last: of what is left as floats
 )
 
 

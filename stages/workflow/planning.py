@@ -204,7 +204,8 @@ def _without_room(
     for name, plan in plans.items():
         for model in profiles[name].models if name in profiles else ():
             file = plan.model(model.component).prepared
-            if file is None or Path(file).is_file() or COPIES * model.weights <= room(Path(file).parent):
+            there = file is not None and any(Path(file).parent.glob(f"{Path(file).stem}.*bin"))
+            if file is None or there or COPIES * model.weights <= room(Path(file).parent):
                 continue
             read = replace(plan.model(model.component), prepared=None)
             plans[name] = plan = replace(plan, models={**plan.models, model.component: read})

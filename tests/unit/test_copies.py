@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.memory.copies import skip_copies
+from stages.memory.copies import ROWS, gated_in_rows, skip_copies
 
 pytestmark = pytest.mark.torch
 
@@ -24,7 +24,9 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        known = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+        known = {
+            value.untyped_storage()._cdata for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)
+        }
         if isinstance(result, Tensor) and result.untyped_storage()._cdata not in known:
             self.nbytes += result.nbytes
         return result
@@ -58,3 +60,25 @@ def test_the_same_numbers_in_less_memory(kind: Any) -> None:
     activation = found.nbytes
     # two functions over norms, a division; a product over its gate of four times the width, two divisions
     assert most - fewer >= (4 if kind is resnet else 5) * activation
+
+
+@pytest.mark.parametrize("tokens", [ROWS // 2 - 1, ROWS, 3 * ROWS // 2])
+def test_gated_layers_take_rows_at_a_time_where_there_are_many(tokens: int) -> None:
+    """What lies between the products is then as long as some rows; in fewer rows than two parts nothing changes."""
+    torch.manual_seed(0)
+    block = skip_copies(FeedForward(64, activation_fn="geglu").eval().requires_grad_(False))
+    given = torch.randn(2, tokens, 64)
+    expected, most = made(block, given)
+    gated_in_rows(block)
+    found, fewer = made(block, given)
+    assert torch.equal(found, expected)
+    assert fewer == most if tokens < ROWS else fewer < most
+
+
+def test_gated_layers_whose_products_are_units_are_left_alone() -> None:
+    block: Any = FeedForward(64, activation_fn="geglu").eval().requires_grad_(False)
+    gated_in_rows(block)
+    calls, product = [], block.net[2].forward
+    block.net[2].forward = lambda inputs: calls.append(inputs.shape) or product(inputs)
+    block(torch.randn(2, 2 * ROWS, 64))
+    assert calls == [(2, 2 * ROWS, 256)]

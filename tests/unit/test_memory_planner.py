@@ -179,3 +179,10 @@ def test_halves_of_guided_tiles_stay_together() -> None:
     (model,) = one.models
     pairs = dataclasses.replace(one, models=(dataclasses.replace(model, together=2, group=4),))
     assert {choice.group for choice in choices(pairs.models[0], pairs, 0)} == {2, 4}
+
+
+def test_the_last_round_takes_as_long_as_what_is_left() -> None:
+    """Seven samples in groups of three are seven samples, where reading costs nothing."""
+    one = dataclasses.replace(profile([8 * MB] * 4, micro_batches=7), read_rate=1e18, copy_rate=1e18)
+    times = {round(found.seconds, 6) for found in choices(one.models[0], one, 0) if found.model.resident != "all"}
+    assert len(times) == 1

@@ -1,0 +1,163 @@
+"""Convolutions whose weights lie as oneDNN computes with them.
+
+It wants the numbers of some outputs side by side (``Acdb32a``: of 32), and lays a weight out so in every call of
+torch's convolution: up to a tenth of the time of a UNet with two samples, and as many bytes more as the weight has.
+Here they lie so from the file on. The kernels are the same, and so is every bit of what they give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from stages.memory.layout import Slot
+from stages.memory.source import WeightSource
+from stages.memory.trace import count
+from stages.memory.trim import torch_library
+
+_INPUTS, _SIDE = 128, 16  # of a convolution that oneDNN is asked about: what it wants depends on the outputs
+# Where a description has its numbers, of 8 bytes each (``dnnl_memory_desc``): ``_wanted`` holds what is written there
+# against oneDNN's own.
+_DIMS, _PADDED, _STRIDES, _BLOCK, _WORD = 8, 112, 320, 424, 8
+_FLOAT32, _MKLDNN = 6, 3  # torch's numbers of a dtype and a layout
+
+
+class Blocks(NamedTuple):
+    """How a weight lies: numbers of ``outputs`` outputs side by side, and oneDNN's description of all of it."""
+
+    outputs: int
+    described: bytes
+
+
+def lay_out(conv: nn.Conv2d) -> None:
+    """Let ``conv`` take its weight, in float32, as oneDNN wants it on this machine; else it is left alone.
+
+    ``conv.block`` then says how (:class:`stages.memory.layout.Slot`).
+    """
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    if not plain or isinstance(conv.padding, str) or _made() is None:
+        return
+    kernel: tuple[int, ...] = conv.kernel_size
+    inputs = min(conv.in_channels, _INPUTS) if math.prod(kernel) > 1 else conv.in_channels
+    asked = (conv.out_channels, inputs, *kernel)
+    blocks = _wanted(asked, (*conv.padding,), (*conv.stride,))
+    if blocks is None:
+        return
+    shape = (conv.out_channels, conv.in_channels, *kernel)
+    described = _described(blocks, shape)
+
+    def convolved(inputs: Tensor) -> Tensor:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if inputs.is_meta:
+            return _on_meta(conv, inputs)
+        weight = _alias(conv.weight, described)
+        pads = (conv.padding, conv.stride, conv.dilation, 1, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(inputs, weight, conv.bias, *pads)
+
+    conv.block = blocks.outputs  # type: ignore[assignment]
+    conv.forward = convolved  # type: ignore[method-assign]
+
+
+def blocked(weight: Tensor, outputs: int) -> Tensor:
+    """The numbers of a weight ``[O, I, h, w]`` in the order of blocks: ``[O / outputs, h, w, I, outputs]``."""
+    return weight.unflatten(0, (-1, outputs)).permute(0, 3, 4, 2, 1)
+
+
+class BlockedSource:
+    """Weights in blocks, of a source of weights that lie channels-last: some outputs' bytes stay where they are."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    def read(self, slots: Sequence[Slot], start: int, packed: Tensor) -> None:
+        self._source.read(slots, start, packed)
+        for slot in slots:
+            if slot.block:
+                for part in slot.view(packed, start).split(slot.block):
+                    flat = part.permute(0, 2, 3, 1).flatten()
+                    flat.copy_(blocked(part, slot.block).flatten())
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def _on_meta(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Of the result's shape; it needs nothing besides."""
+    assert not isinstance(conv.padding, str)
+    sides = [
+        (side + 2 * pad - kernel) // stride + 1
+        for side, pad, kernel, stride in zip(inputs.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+    ]
+    count(2 * len(inputs) * math.prod(sides) * conv.weight.numel())
+    return inputs.new_empty((len(inputs), *sides, conv.out_channels)).permute(0, 3, 1, 2)
+
+
+@cache
+def _wanted(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]) -> Blocks | None:
+    """How oneDNN wants a weight; None where not in blocks of outputs that hold as many bytes."""
+    outputs, inputs, high, wide = shape
+    numbers = torch.arange(math.prod(shape), dtype=torch.float32)
+    weight = numbers.view(outputs, high, wide, inputs).permute(0, 3, 1, 2)
+    ops, size = torch.ops.mkldnn, [2, inputs, _SIDE, _SIDE]
+    with torch.no_grad():
+        made = ops._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, size)
+    nbytes, described = ops._nbytes(made), bytes(ops._get_mkldnn_serialized_md(made).tolist())
+    block = int.from_bytes(described[_BLOCK : _BLOCK + _WORD], "little")
+    if nbytes != weight.nbytes or not block or outputs % block:
+        return None
+    found = Blocks(block, described)
+    own = ctypes.string_at(ops.data_ptr(made), nbytes) == blocked(weight, block).numpy().tobytes()
+    return found if own and _described(found, shape) == described else None
+
+
+def _described(blocks: Blocks, shape: Sequence[int]) -> bytes:
+    """The description of a weight of another shape that lies in such blocks."""
+    _, inputs, high, wide = shape
+    found, row = bytearray(blocks.described), inputs * blocks.outputs
+    strides = (high * wide * row, blocks.outputs, wide * row, row)
+    for begin, numbers in ((_DIMS, shape), (_PADDED, shape), (_STRIDES, strides)):
+        for index, number in enumerate(numbers):
+            found[begin + _WORD * index : begin + _WORD * (index + 1)] = int(number).to_bytes(_WORD, "little")
+    return bytes(found)
+
+
+@cache
+def _made() -> Callable[..., int] | None:
+    """What makes a tensor of memory and a description, where torch has it and oneDNN."""
+    library = torch_library()
+    if library is None or not torch.backends.mkldnn.is_available():
+        return None
+    found = getattr(library, "aoti_torch_create_tensor_from_blob_v2", None)
+    known = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(torch._C, "_aoti")
+    return found if known else None
+
+
+def _alias(weight: Tensor, described: bytes) -> Tensor:
+    """The memory of ``weight`` as a tensor of oneDNN's; it is valid as long as that is."""
+    make, capsule = _made(), ctypes.pythonapi.PyCapsule_New
+    assert make is not None
+    capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    numbers, made = ctypes.c_int64 * 4, ctypes.c_void_p()
+    code = make(
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_int64(4),
+        numbers(*weight.shape),
+        numbers(*weight.stride()),
+        ctypes.c_int64(0),
+        ctypes.c_int32(_FLOAT32),
+        ctypes.c_int32(0),
+        ctypes.c_int32(0),
+        ctypes.byref(made),
+        ctypes.c_int32(_MKLDNN),
+        described,
+        ctypes.c_int64(len(described)),
+    )
+    if code:
+        raise RuntimeError(f"torch made no tensor of a weight of shape {tuple(weight.shape)} (code {code})")
+    return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(made.value, None, None))
