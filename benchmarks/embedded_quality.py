@@ -38,7 +38,7 @@ from benchmarks._quality_specks import detector_error
 from stages.config import ROOT
 
 FOLDER = RESULTS / "embedded_quality"
-BEFORE = Path(__file__).with_name("embedded_before.json")  # the distances of the model before
+BEFORE = Path(__file__).with_name("embedded_before.json")  # distances of the model before, by networks that stayed
 SHORT = {"samples": 24, "scenes": 8, "questions": 8, "pairs": 13, "pictures": 0, "skies": 2, "known": 3}
 
 
