@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,6 +112,18 @@ def one_by_one(forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwa
     return micro_batched(lambda sample: forward(sample, *args, **kwargs), (inputs,), {}, 1)
 
 
+def gated(layer: Int8Linear, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A GEGLU layer (``forward``) whose product is ``layer``: half of what that gives times GELU of the other half,
+    while a core has both at hand. Where the product is a unit of its own, or in another dtype, as it is."""
+    if inputs.dtype != torch.float32 or not isinstance(layer.forward, MethodType):
+        return forward(inputs, *args, **kwargs)
+    result = inputs.new_empty((*inputs.shape[:-1], layer.out_features // 2))
+    rows = inputs.reshape(len(inputs), -1, layer.in_features)
+    for sample, target in zip(rows, result.view(len(rows), -1, layer.out_features // 2), strict=True):
+        _product(layer, Scaled(sample), target, gates=True)
+    return result
+
+
 class Scaled:
     """Numbers ``[M, K]`` of one sample, and what makes integers of them: ``number / scale + zero``, rounded."""
 
@@ -170,9 +183,10 @@ class Windows(Scaled):
         return given
 
 
-def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1) -> None:
-    """``sample`` times the layer's weights into ``result`` ``[M, O]``, some rows at a time, a multiple of ``whole``."""
-    rows, outputs = result.shape
+def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1, *, gates: bool = False) -> None:
+    """``sample`` times the layer's weights into ``result`` ``[M, O]``, some rows at a time, a multiple of ``whole``;
+    ``gates``: into ``[M, O / 2]``, the first outputs times GELU of the others."""
+    rows, outputs = len(result), len(layer.weight)
     weight = layer.weight.permute(0, 2, 3, 1) if layer.weight.dim() == 4 else layer.weight  # as a window lies
     weight = weight.reshape(outputs, -1).t()
     factor = layer.weight_scale.float() * sample.scale
@@ -184,7 +198,9 @@ def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1) -> Non
         room = sample.room(step)
         integers = torch.empty((step, len(weight)), dtype=torch.int8, device=result.device)
         sums = torch.empty((step, outputs), dtype=torch.int32, device=result.device)
-        floats = torch.empty((step, outputs), device=result.device) if result.dtype != torch.float32 else None
+        apart = gates or result.dtype != torch.float32
+        floats = torch.empty((step, outputs), device=result.device) if apart else None
+        room_of_gates = torch.empty((step, outputs // 2 if gates else 0), device=result.device)
 
         def turn(first: int) -> None:
             last = min(first + step, rows)
@@ -192,7 +208,10 @@ def _product(layer: Int8, sample: Scaled, result: Tensor, whole: int = 1) -> Non
             torch._int_mm(sample.integers(first, last, integers[:count], room), weight, out=sums[:count])
             made = target if floats is None else floats[:count]
             torch.addcmul(offset, made.copy_(sums[:count]), factor, out=made)
-            if floats is not None:
+            if gates:
+                values, gate = made.chunk(2, dim=-1)
+                torch.mul(values, torch.ops.aten.gelu.out(gate, out=room_of_gates[:count]), out=target)
+            elif floats is not None:
                 target.copy_(made)
 
         return turn
@@ -234,6 +253,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     pool, begun = ThreadPoolExecutor(threads, thread_name_prefix="integers"), threading.Barrier(threads + 1)
 
     def begins() -> None:
+        torch.get_num_threads()  # a thread takes the process' number when it first asks: its own holds from then on
         torch.set_num_threads(1)
         begun.wait()
 
@@ -250,7 +270,14 @@ def _range(numbers: Tensor) -> tuple[float, float]:
     not, so that all that comes of them is not either."""
     if numbers.is_meta:
         return 1.0, 0.0
-    least, greatest = (float(end) for end in torch.aminmax(numbers))
+    ends: list[Tensor] = []
+    step = max(1, 4 * NUMBERS // numbers[0].numel())
+    _turns(
+        range(0, len(numbers), step),
+        lambda: lambda first: ends.extend(numbers[first : first + step].aminmax()),
+        numbers,
+    )
+    least, greatest = (float(end) for end in torch.stack(ends).aminmax())
     least, greatest = min(least, 0.0), max(greatest, 0.0)  # zero has to be one of the numbers
     scale = (greatest - least) / LEVELS
     if not math.isfinite(scale):

@@ -84,7 +84,7 @@ class Quantize(Technique):
     def on_model(self, network: nn.Module, component: str) -> None:
         from torch import nn
 
-        from stages.int8 import Int8Conv2d, Int8Linear, exact, one_by_one
+        from stages.int8 import Int8Conv2d, Int8Linear, exact, gated, one_by_one
 
         if component == "vae" or component.startswith("text_encoder"):
             return
@@ -103,6 +103,8 @@ class Quantize(Technique):
         for name, module in network.named_modules():
             if samples and name.endswith(".ff"):  # of UNets, with the widest activations: no larger than a leaf
                 module.forward = partial(one_by_one, module.forward)
+            if samples and type(module).__name__ == "GEGLU" and isinstance(module.proj, Int8Linear):
+                module.forward = partial(gated, module.proj, module.forward)
 
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         return QuantizingSource(source, layout)
