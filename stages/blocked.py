@@ -11,7 +11,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ _INPUTS, _SIDE = 128, 16  # of a convolution that oneDNN is asked about: what it
 # against oneDNN's own.
 _DIMS, _PADDED, _STRIDES, _BLOCK, _WORD = 8, 112, 320, 424, 8
 _FLOAT32, _MKLDNN = 6, 3  # torch's numbers of a dtype and a layout
+_OPS = ("_convolution_pointwise", "_reorder_convolution_weight", "_nbytes", "_get_mkldnn_serialized_md", "data_ptr")
 
 
 class Blocks(NamedTuple):
@@ -44,9 +45,10 @@ def lay_out(conv: nn.Conv2d) -> None:
     if not plain or isinstance(conv.padding, str) or _made() is None:
         return
     kernel: tuple[int, ...] = conv.kernel_size
+    padding: tuple[int, ...] = (*conv.padding,)
     inputs = min(conv.in_channels, _INPUTS) if math.prod(kernel) > 1 else conv.in_channels
     asked = (conv.out_channels, inputs, *kernel)
-    blocks = _wanted(asked, (*conv.padding,), (*conv.stride,))
+    blocks = _wanted(asked, padding, (*conv.stride,))
     if blocks is None:
         return
     shape = (conv.out_channels, conv.in_channels, *kernel)
@@ -56,9 +58,7 @@ def lay_out(conv: nn.Conv2d) -> None:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         if inputs.is_meta:
             return _on_meta(conv, inputs)
-        weight = _alias(conv.weight, described)
-        pads = (conv.padding, conv.stride, conv.dilation, 1, "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise(inputs, weight, conv.bias, *pads)
+        return _convolved(inputs, conv.weight, described, conv.bias, padding, conv.stride)
 
     conv.block = blocks.outputs  # type: ignore[assignment]
     conv.forward = convolved  # type: ignore[method-assign]
@@ -113,7 +113,34 @@ def _wanted(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int,
         return None
     found = Blocks(block, described)
     own = ctypes.string_at(ops.data_ptr(made), nbytes) == blocked(weight, block).numpy().tobytes()
-    return found if own and _described(found, shape) == described else None
+    if not own or _described(found, shape) != described:
+        return None
+    return found if _same_bits(found, weight, padding, stride) else None
+
+
+def _same_bits(blocks: Blocks, weight: Tensor, padding: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether this torch takes such a weight, and gives what it gives of the plain one: what does so is not public."""
+    inputs = torch.linspace(-1, 1, 2 * weight.shape[1] * _SIDE**2).view(2, weight.shape[1], _SIDE, _SIDE)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    laid = torch.empty_like(weight)
+    laid.permute(0, 2, 3, 1).view(-1).copy_(blocked(weight, blocks.outputs).flatten())
+    try:
+        found = _convolved(inputs, laid, blocks.described, None, padding, stride)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(found, nn.functional.conv2d(inputs, weight, None, stride, padding))
+
+
+def _convolved(
+    inputs: Tensor,
+    weight: Tensor,
+    described: bytes,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
+    pads = (padding, stride, (1, 1), 1, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(inputs, _alias(weight, described), bias, *pads)
 
 
 def _described(blocks: Blocks, shape: Sequence[int]) -> bytes:
@@ -134,8 +161,7 @@ def _made() -> Callable[..., int] | None:
     if library is None or not torch.backends.mkldnn.is_available():
         return None
     found = getattr(library, "aoti_torch_create_tensor_from_blob_v2", None)
-    known = hasattr(torch.ops.mkldnn, "_convolution_pointwise") and hasattr(torch._C, "_aoti")
-    return found if known else None
+    return found if all(hasattr(torch.ops.mkldnn, name) for name in _OPS) and hasattr(torch._C, "_aoti") else None
 
 
 def _alias(weight: Tensor, described: bytes) -> Tensor:
@@ -160,4 +186,5 @@ def _alias(weight: Tensor, described: bytes) -> Tensor:
     )
     if code:
         raise RuntimeError(f"torch made no tensor of a weight of shape {tuple(weight.shape)} (code {code})")
-    return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(made.value, None, None))
+    own: Any = torch._C
+    return own._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(made.value, None, None))

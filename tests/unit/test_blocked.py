@@ -115,3 +115,15 @@ def test_where_torch_has_no_such_tensors_nothing_changes(monkeypatch: pytest.Mon
     changed = network()
     Processor(convolutions=True).on_model(changed, "unet")
     assert not any("forward" in vars(one) for one in changed)
+
+
+def test_a_torch_that_takes_none_of_them_computes_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> Tensor:
+        raise RuntimeError("not in this torch")
+
+    monkeypatch.setattr(blocked, "_alias", refused)
+    blocked._wanted.cache_clear()
+    one = nn.Conv2d(64, 64, 3, padding=1)
+    blocked.lay_out(one)
+    blocked._wanted.cache_clear()
+    assert "forward" not in vars(one)
