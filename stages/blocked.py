@@ -55,9 +55,9 @@ def lay_out(conv: nn.Conv2d) -> None:
     described = _described(blocks, shape)
 
     def convolved(inputs: Tensor) -> Tensor:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        if inputs.is_meta:
+        if inputs.is_meta:  # what comes in lies channels-last, though some kernels of that device forget it
             return _on_meta(conv, inputs)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
         return _convolved(inputs, conv.weight, described, conv.bias, padding, conv.stride)
 
     conv.block = blocks.outputs  # type: ignore[assignment]
