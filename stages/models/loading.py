@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from stages.blocked import BlockedSource
 from stages.files import atomic_path, free
 from stages.hashes import fingerprint
 from stages.memory.imports import light_imports
@@ -189,7 +190,7 @@ def source(
     found: WeightSource = CheckpointSource(built.tensors)
     for technique in techniques:
         found = technique.on_source(found, built.layout)
-    return found
+    return BlockedSource(found) if built.layout.blocks else found
 
 
 def prepared(built: Built, techniques: Sequence[Technique], file: Path) -> Path:

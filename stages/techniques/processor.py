@@ -13,9 +13,6 @@ from stages.techniques.base import Technique
 if TYPE_CHECKING:
     from torch import nn
 
-    from stages.memory.layout import Layout
-    from stages.memory.source import WeightSource
-
 
 class Processor(Technique):
     """A denoiser in float32: convolutions that lie channels-last take weights as they compute with them
@@ -48,8 +45,3 @@ class Processor(Technique):
         for module in network.modules() if self.convolutions else ():
             if type(module) is nn.Conv2d:
                 lay_out(module)
-
-    def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
-        from stages.blocked import BlockedSource
-
-        return BlockedSource(source) if layout.blocks else source

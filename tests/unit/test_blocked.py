@@ -58,8 +58,7 @@ def opened(changed: nn.Sequential, given: nn.Module) -> Layout:
     Processor(convolutions=True).on_model(changed, "unet")
     layout = Layout(changed, torch.float32, channels_last=True)
     packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    source = Processor(convolutions=True).on_source(_Given(given), layout)
-    source.read(list(layout.slots.values()), 0, packed)
+    blocked.BlockedSource(_Given(given)).read(list(layout.slots.values()), 0, packed)
     for name, slot in layout.slots.items():
         index, kind = name.split(".")
         setattr(changed[int(index)], kind, nn.Parameter(slot.view(packed, 0), requires_grad=False))
