@@ -87,7 +87,8 @@ def gated_in_rows(model: nn.Module) -> None:
     """
     for module in model.modules():
         block: Any = module
-        if type(block).__name__ == "FeedForward" and type(block.net[0]).__name__ == "GEGLU" and len(block.net) == 3:
+        net: Any = getattr(block, "net", ())  # other networks have layers of that name that are made otherwise
+        if type(block).__name__ == "FeedForward" and len(net) == 3 and type(net[0]).__name__ == "GEGLU":
             block.forward = partial(_in_rows, block, block.forward)
 
 

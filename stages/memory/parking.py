@@ -100,7 +100,7 @@ class Parking(TorchDispatchMode):
 def _storages(values: Sequence[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, torch.Tensor):
-            if value.device.type == "cpu":
+            if value.device.type == "cpu" and not value.is_mkldnn:  # such a one is a weight that a ring has
                 yield value.untyped_storage()
         elif isinstance(value, list | tuple):
             yield from _storages(value)
