@@ -56,7 +56,7 @@ def lay_out(conv: nn.Conv2d) -> None:
 
     def convolved(inputs: Tensor) -> Tensor:
         if inputs.is_meta:  # what comes in lies channels-last, though some kernels of that device forget it
-            return _on_meta(conv, inputs)
+            return _on_meta(conv, inputs, padding)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         return _convolved(inputs, conv.weight, described, conv.bias, padding, conv.stride)
 
@@ -87,12 +87,11 @@ class BlockedSource:
         self._source.close()
 
 
-def _on_meta(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
+def _on_meta(conv: nn.Conv2d, inputs: Tensor, padding: Sequence[int]) -> Tensor:
     """Of the result's shape; it needs nothing besides."""
-    assert not isinstance(conv.padding, str)
     sides = [
         (side + 2 * pad - kernel) // stride + 1
-        for side, pad, kernel, stride in zip(inputs.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+        for side, pad, kernel, stride in zip(inputs.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
     ]
     count(2 * len(inputs) * math.prod(sides) * conv.weight.numel())
     return inputs.new_empty((len(inputs), *sides, conv.out_channels)).permute(0, 3, 1, 2)
@@ -100,7 +99,15 @@ def _on_meta(conv: nn.Conv2d, inputs: Tensor) -> Tensor:
 
 @cache
 def _wanted(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]) -> Blocks | None:
-    """How oneDNN wants a weight; None where not in blocks of outputs that hold as many bytes."""
+    """How oneDNN wants a weight; None where not in blocks of outputs that hold as many bytes, or where this torch does
+    not take such a weight and give the same bits of it: what does so is not public."""
+    try:
+        return _asked(shape, padding, stride)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
+def _asked(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]) -> Blocks | None:
     outputs, inputs, high, wide = shape
     numbers = torch.arange(math.prod(shape), dtype=torch.float32)
     weight = numbers.view(outputs, high, wide, inputs).permute(0, 3, 1, 2)
@@ -119,15 +126,12 @@ def _wanted(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int,
 
 
 def _same_bits(blocks: Blocks, weight: Tensor, padding: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether this torch takes such a weight, and gives what it gives of the plain one: what does so is not public."""
+    """Whether what comes of a weight in blocks is what comes of the plain one."""
     inputs = torch.linspace(-1, 1, 2 * weight.shape[1] * _SIDE**2).view(2, weight.shape[1], _SIDE, _SIDE)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     laid = torch.empty_like(weight)
     laid.permute(0, 2, 3, 1).view(-1).copy_(blocked(weight, blocks.outputs).flatten())
-    try:
-        found = _convolved(inputs, laid, blocks.described, None, padding, stride)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    found = _convolved(inputs, laid, blocks.described, None, padding, stride)
     return torch.equal(found, nn.functional.conv2d(inputs, weight, None, stride, padding))
 
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
+from stages.hashes import fingerprint
+
 Made = TypeVar("Made")
+
+
+def copy_in(file: Path, blocks: Mapping[str, int]) -> Path:
+    """Where a packed copy lies that ``ModelPlan.prepared`` calls ``file``: its name says in which blocks weights lie,
+    for machines want others."""
+    return file.with_suffix(f".{fingerprint(blocks)[:8]}.bin") if blocks else file
+
+
+def is_copied(file: Path) -> bool:
+    """Whether there is such a copy, in whatever blocks."""
+    return any(file.parent.glob(f"{file.stem}.*bin"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch import nn
 
 from stages.config import ConfigError, max_memory, on_gpu
 from stages.context import StageContext
-from stages.families.facts import facts_of
+from stages.families.facts import Facts, facts_of
 from stages.families.looking import Looking
 from stages.families.opening import open_checkpoint
 from stages.families.schedules import make_scheduler
@@ -61,7 +61,8 @@ def profile_run(
         raise ConfigError("device", config.device, "a GPU that torch can use", hint)
     stages = {stage.module: importlib.import_module(f"stages.{stage.module}") for stage in active(config)}
     imports, base, looking = process(config, regions, note)
-    rate = FLOPS if on_gpu(config) else flops_per_second(dtype_of(config, looking.family.facts.denoiser))
+    facts = looking.family.facts
+    rate = FLOPS if on_gpu(config) else flops_per_second(dtype_of(config, facts.denoiser))
     found = {}
     with light_imports("transformers"):  # passes on meta too would import the graph compiler
         for name, module in stages.items():
@@ -72,7 +73,9 @@ def profile_run(
                 continue
             found[name] = StageProfile(
                 name=name,
-                base=base + max(map(staging, look.models)) + max(touched(model, look.code) for model in look.models),
+                base=base
+                + max(map(staging, look.models))
+                + max(touched(model, facts, look.code) for model in look.models),
                 imports=max(imports, base + look.before),
                 extra=look.extra,
                 models=tuple(over_gpus(looking, name, model) for model in look.models),
@@ -141,12 +144,12 @@ def flops_per_second(dtype: torch.dtype) -> float:
     return best * 0.6  # a whole model's share of its best layer
 
 
-def touched(model: ModelProfile, code: int = 0) -> int:
+def touched(model: ModelProfile, facts: Facts, code: int = 0) -> int:
     """Bytes that a process grows by when a model has run once in all its shapes; ``code``: of its kernels and their
     primitives, where a stage knows better."""
     size = min(1.0, model.weights / FULL_SIZE)
     pieces = 0 if model.component == "vae" else int(PIECES * size)
-    own = UNET_CODE if model.component == "unet" else CODE
+    own = UNET_CODE if facts.unet and model.component == facts.denoiser else CODE
     return (code or own + int(PRIMITIVES * size)) + pieces
 
 

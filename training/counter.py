@@ -2,7 +2,7 @@
 
 ``count(image, "boat")`` and ``materials(image)`` are the public face.
 
-    python -m training.counter --fresh --device cuda --groups 1000 --seconds 150    # 16,000 scenes of 1000 specs
+    python -m training.counter --fresh --device cuda --groups 900 --seconds 140    # 14,400 scenes of 900 specs
     python -m training.counter --pool FILE --groups 60 --seconds 0      # on a CPU: renders 240 scenes, more each time
     python -m training.counter --pool FILE --groups 0 --seconds 200     # and goes on with those
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from stages.blocked import BlockedSource
 from stages.files import atomic_path, free
-from stages.hashes import fingerprint
 from stages.memory.imports import light_imports
 from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
@@ -29,7 +28,7 @@ from stages.memory.units import Blocks, split_units
 from stages.models.component import Component
 from stages.models.large import without_large
 from stages.models.locate import CheckpointError
-from stages.plans import ModelPlan
+from stages.plans import ModelPlan, copy_in
 from stages.techniques.base import Technique
 
 
@@ -195,9 +194,8 @@ def source(
 
 def prepared(built: Built, techniques: Sequence[Technique], file: Path) -> Path:
     """The packed copy of a component's weights at ``file``, made now if it is not there: one read of the checkpoint.
-    Where weights lie in blocks, as this machine wants them, its name says in which."""
-    if built.layout.blocks:
-        file = file.with_suffix(f".{fingerprint(built.layout.blocks)[:8]}.bin")
+    Returns where it lies (:func:`stages.plans.copy_in`)."""
+    file = copy_in(file, built.layout.blocks)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(free(file.with_suffix(".lock"))):
         if not file.is_file() or file.stat().st_size != prepared_bytes(built.layout):

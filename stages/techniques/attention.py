@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError, close_match, on_gpu
 from stages.families.facts import facts_of
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Attention(Technique):
         return {KEY: self.kind}
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     def planned(self, model: ModelProfile) -> ModelProfile:
         """With the library and the code of its kernels; what they keep of tokens is in the look."""

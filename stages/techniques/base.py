@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from stages.memory.source import WeightSource
     from stages.tiles import Size
 
+SAMPLING = ("lowres", "denoise", "profile")  # stages in which a denoiser runs, and the one that looks at it
+
+
+def denoises(component: str) -> bool:
+    """Whether it is the denoiser or steers it (a ControlNet): neither a VAE nor a text encoder."""
+    return component != "vae" and not component.startswith("text_encoder")
+
 
 class Technique(ABC):
     """One switch. A subclass overrides what it acts on; what it leaves alone stays stock."""

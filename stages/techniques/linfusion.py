@@ -18,7 +18,7 @@ from stages.families.facts import facts_of
 from stages.files import read_json
 from stages.hashes import file_hash, fingerprint
 from stages.memory.raw import read_entries
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +116,7 @@ class LinFusion(Technique):
         return {PATH: fingerprint(hashes), SCOPE: self.scope}
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     def on_model(self, network: nn.Module, component: str) -> None:
         import torch

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from stages.config import dtype_of_component, on_gpu
 from stages.families.facts import facts_of
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique, denoises
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,15 +23,16 @@ class Processor(Technique):
 
     @classmethod
     def of(cls, config: DictConfig) -> Processor | None:
+        if on_gpu(config) or config.technique.compile != "none":
+            return None
         single = dtype_of_component(config, facts_of(config).denoiser) == "fp32"
-        plain = on_gpu(config) or config.technique.compile != "none"
-        return cls(convolutions=config.technique.channels_last) if single and not plain else None
+        return cls(convolutions=config.technique.channels_last) if single else None
 
     def __init__(self, *, convolutions: bool) -> None:
         self.convolutions = convolutions
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     def on_model(self, network: nn.Module, component: str) -> None:
         from torch import nn
@@ -39,7 +40,7 @@ class Processor(Technique):
         from stages.blocked import lay_out
         from stages.memory.copies import gated_in_rows
 
-        if component == "vae" or component.startswith("text_encoder"):
+        if not denoises(component):
             return
         gated_in_rows(network)
         for module in network.modules() if self.convolutions else ():

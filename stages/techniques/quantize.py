@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError, close_match, on_gpu
 from stages.memory.planner import Line
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique, denoises
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Quantize(Technique):
         return {KEY: self.way}
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     def planned(self, model: ModelProfile) -> ModelProfile:
         """With what it takes to make integers of the largest layer, and of samples."""
@@ -86,7 +86,7 @@ class Quantize(Technique):
 
         from stages.int8 import Int8Conv2d, Int8Linear, exact, gated, one_by_one
 
-        if component == "vae" or component.startswith("text_encoder"):
+        if not denoises(component):
             return
         samples = self.way == "int8"
         if samples and not exact():

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError, on_gpu
 from stages.families.facts import facts_of
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ class StepCache(Technique):
         return {INTERVAL: self.period, DEPTH: self.depth}
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     # -- the network --------------------------------------------------------------------------------------------
 

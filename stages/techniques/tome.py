@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError
 from stages.families.facts import facts_of
-from stages.techniques.base import Technique
+from stages.techniques.base import SAMPLING, Technique
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,7 +55,7 @@ class ToMe(Technique):
         return {KEY: self.ratio}
 
     def touches(self, stage: str) -> bool:
-        return stage in ("lowres", "denoise", "profile")
+        return stage in SAMPLING
 
     def on_model(self, network: nn.Module, component: str) -> None:
         level = _finest(network)

@@ -20,7 +20,7 @@ from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
 from stages.memory.planner import Chosen, ModelProfile, OverBudget, StageProfile, plan_run
-from stages.plans import StagePlan
+from stages.plans import StagePlan, is_copied
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
 from stages.workflow import device, launch
@@ -204,8 +204,7 @@ def _without_room(
     for name, plan in plans.items():
         for model in profiles[name].models if name in profiles else ():
             file = plan.model(model.component).prepared
-            there = file is not None and any(Path(file).parent.glob(f"{Path(file).stem}.*bin"))
-            if file is None or there or COPIES * model.weights <= room(Path(file).parent):
+            if file is None or is_copied(Path(file)) or COPIES * model.weights <= room(Path(file).parent):
                 continue
             read = replace(plan.model(model.component), prepared=None)
             plans[name] = plan = replace(plan, models={**plan.models, model.component: read})
