@@ -84,7 +84,7 @@ def compare(name: str, model: str, runs: int) -> dict[str, object]:
             }
             bits = hashlib.sha256(one.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
             rows.append({"kind": kind[0], **seconds(ways, runs), "errors": errors, "bits": bits})
-    return {"rows": rows, "took": took, "planned": OPENVINO + POOL * largest, "threads": torch.get_num_threads()}
+    return {"rows": rows, "took": took, "planned": OPENVINO + POOL[dtype] * largest, "threads": torch.get_num_threads()}
 
 
 def main() -> int:

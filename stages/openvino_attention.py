@@ -6,6 +6,7 @@ the dtype. Else it writes products and softmax out, in memory quadratic in token
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -20,7 +21,9 @@ from stages.memory.trim import drop_clean_pages
 
 # Float32 tensors of one sample's keys that a kernel keeps, measured (``python -m benchmarks attention``): scaled
 # queries, transposed and packed keys, packed values.
-POOL = 5
+POOL = {torch.float32: 5, torch.bfloat16: 1}
+# Converts models and reports over the network that it was imported, from a copy of the process: RES twice for a moment.
+_LEFT_OUT = "openvino.tools.ovc"
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -82,7 +85,7 @@ class Attending(TorchFunctionMode):
         if not query.is_meta:
             return self._kernels(query, key, value)
         self._kernels.request(query.shape[1], query.shape[-1], query.dtype)  # what cannot be is refused by a look
-        pool = key.new_empty((POOL, *key.shape[1:]), dtype=torch.float32)  # which bf16 may be computed in
+        pool = key.new_empty((POOL[key.dtype], *key.shape[1:]), dtype=torch.float32)
         result = func(*args, **kwargs)
         del pool
         return result
@@ -135,5 +138,12 @@ def _shared(tensor: Tensor) -> Any:
 
 
 def _openvino() -> Any:
-    """The library, which only those that attend import."""
-    return import_module("openvino")
+    """The library, which only those that attend import, without what converts models."""
+    if "openvino" not in sys.modules:
+        modules: dict[str, Any] = sys.modules
+        modules[_LEFT_OUT] = None  # as if it were not installed
+        try:
+            return import_module("openvino")
+        finally:
+            del modules[_LEFT_OUT]
+    return sys.modules["openvino"]

@@ -21,6 +21,7 @@ class Facts:
     row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
     (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
     family gets first. ``module``: its file in ``stages/families``. ``own_length``: its texts are not padded.
+    ``attends``: a side of latents over one of its UNet's largest self-attention; 0 where that is no UNet.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Facts:
     embeds: tuple[str, ...]
     overflows: tuple[str, ...] = ()
     own_length: bool = False
+    attends: int = 0
 
     @property
     def unet(self) -> bool:
@@ -73,6 +75,7 @@ FACTS: Mapping[str, Facts] = {
         vae_scale_factor=8,
         guidance="cfg",
         embeds=("prompt_embeds", "negative_prompt_embeds"),
+        attends=1,
     ),
     "sdxl": Facts(
         module="sdxl",
@@ -89,6 +92,7 @@ FACTS: Mapping[str, Facts] = {
         guidance="cfg",
         embeds=POOLED,
         overflows=("vae",),
+        attends=2,
     ),
     "sd3": Facts(
         module="sd3",

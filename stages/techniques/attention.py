@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stages.config import ConfigError, close_match, on_gpu
+from stages.config import ConfigError, close_match, cpu_field, dtype_of_component, on_gpu
 from stages.families.facts import facts_of
 from stages.techniques.base import SAMPLING, Technique
 
@@ -22,7 +22,26 @@ if TYPE_CHECKING:
 KEY = "technique.attention"
 STOCK = ("auto", "sdpa")  # what diffusers takes where nothing is said: torch's scaled_dot_product_attention
 NAMES = (*STOCK, "math", "sliced", "xformers", "openvino")
-OPENVINO = 80_000_000  # bytes of RES: the library and its kernels' code (``python -m benchmarks attention``)
+# ``auto`` takes OpenVINO's kernels from so many tokens on: with fewer, loading the library takes what they save
+TOKENS = 2048
+OPENVINO = 68_000_000  # bytes of RES: the library and its kernels' code (``python -m benchmarks attention``)
+
+
+def chosen(config: DictConfig) -> str:
+    """What ``technique.attention`` is, ``auto`` resolved where OpenVINO's kernels pay: by machine and model, never by
+    the budget, as they round otherwise.
+
+    They do for UNets in bf16, on processors with products of bf16 vectors and not of matrices (AMX): torch's attention
+    makes no use of the former (0.5x of its time; ``python -m benchmarks attention``).
+    """
+    kind, facts, flags = config.technique.attention, facts_of(config), cpu_field("flags").split()
+    if kind != "auto" or on_gpu(config) or not facts.attends or config.technique.compile != "none":
+        return kind
+    if config.technique.linfusion.path is not None or dtype_of_component(config, facts.denoiser) != "bf16":
+        return kind
+    vectors = "avx512_bf16" in flags and "amx_bf16" not in flags
+    tokens = (config.denoise.tile_size // config.model.vae_scale_factor // facts.attends) ** 2
+    return "openvino" if vectors and tokens >= TOKENS and find_spec("openvino") is not None else kind
 
 
 class Attention(Technique):

@@ -16,7 +16,7 @@ from stages.paths import anchored, is_hub_id, is_safetensors
 from stages.regions.document import read_document
 from stages.regions.files import overrides
 from stages.schema import Config, SchedulerConfig
-from stages.techniques import controls
+from stages.techniques import attention, controls
 from stages.workflow import loras, model, prompts
 from stages.workflow.grammar import parse as parse_override
 from stages.workflow.keys import CONF
@@ -57,6 +57,7 @@ def complete(config: DictConfig, said: Iterable[str] = ()) -> Job:
     model.recognise(config, keys)
     check_sizes(config)
     config = resolve(config)
+    config.technique.attention = attention.chosen(config)
     validate(config)
     job = Job.of(config)  # boxes off the canvas, parts that no region covers
     loras.refuse_elsewhere(job.regions)

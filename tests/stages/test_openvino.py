@@ -17,7 +17,8 @@ from stages.config import ROOT, ConfigError
 from stages.memory.planner import Line
 from stages.openvino_attention import POOL, Attending, Kernels, attend_by
 from stages.techniques import attention
-from stages.techniques.attention import OPENVINO, Attention
+from stages.techniques.attention import OPENVINO, Attention, chosen
+from stages.workflow.complete import complete
 
 ON = {**TILES, "technique.attention": "openvino"}
 there = pytest.mark.skipif(attention.find_spec("openvino") is None, reason="pip install -e '.[openvino]'")
@@ -109,6 +110,47 @@ def test_what_cannot_act_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch)
     refused(work, compiled, "technique.compile: got 'trace', expected none with technique.attention=openvino")
 
 
+PAYS = {"denoise.tile_size": 512, "technique.dtype": "bf16"}
+VECTORS, MATRICES = "fpu avx512f avx512_bf16", "fpu avx512f avx512_bf16 amx_bf16"
+ELSEWHERE: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "few tokens": ({"denoise.tile_size": 256}, VECTORS, True),
+    "half of the side": ({"model.family": "sdxl"}, VECTORS, True),
+    "a transformer": ({"model.family": "flux"}, VECTORS, True),
+    "float32": ({"technique.dtype": "fp32"}, VECTORS, True),
+    "another one is said": ({"technique.attention": "sdpa"}, VECTORS, True),
+    "a GPU": ({"device": "cuda"}, VECTORS, True),
+    "compiled": ({"technique.compile": "trace"}, VECTORS, True),
+    "linear attention": ({"technique.linfusion.path": "anywhere"}, VECTORS, True),
+    "products of matrices": ({}, MATRICES, True),
+    "no bf16": ({}, "fpu avx512f", True),
+    "not installed": ({}, VECTORS, False),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_auto_takes_it_where_it_pays(case: str, make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, flags, installed = ELSEWHERE[case]
+    given: list[tuple[dict[str, Any], str, bool]] = [({}, VECTORS, True), (values, flags, installed)]
+    found = []
+    for more, has, there in given:
+        monkeypatch.setattr(attention, "cpu_field", lambda *_, has=has: has)
+        monkeypatch.setattr(attention, "find_spec", lambda _, there=there: there or None)
+        found.append(chosen(make_config({**PAYS, **more})))
+    assert found == ["openvino", values.get("technique.attention", "auto")]
+    sdxl = make_config({**PAYS, "model.family": "sdxl", "denoise.tile_size": 1024})
+    monkeypatch.setattr(attention, "cpu_field", lambda *_: VECTORS)
+    monkeypatch.setattr(attention, "find_spec", lambda _: True)
+    assert chosen(sdxl) == "openvino"
+
+
+def test_a_run_says_which_it_takes(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "cpu_field", lambda *_: VECTORS)
+    monkeypatch.setattr(attention, "find_spec", lambda _: True)
+    config = complete(make_config(PAYS, derive=False)).config
+    assert config.technique.attention == "openvino"
+    assert complete(make_config({**PAYS, "memory.budget": "8GB"}, derive=False)).config.technique == config.technique
+
+
 def test_the_library_is_planned_for() -> None:
     line = Line(unit="mid.a", fixed=3, slope=2, workspace=1)
     model = replace(MODEL, cuts=(replace(MODEL.cuts[0], lines=(line,)),))
@@ -124,7 +166,7 @@ def test_what_kernels_keep_is_in_the_look(work: Work) -> None:
         return peak(found, lambda unet: unet(sample, torch.empty((), device="meta"), encoder_hidden_states=text), 2)
 
     stock = activations("auto")
-    assert stock <= activations("openvino") <= stock + POOL * 64**2 * 32 * 4
+    assert stock <= activations("openvino") <= stock + POOL[torch.float32] * 64**2 * 32 * 4
 
 
 @there
@@ -147,7 +189,8 @@ Path("/proc/self/clear_refs").write_text("5")
 before = usage(os.getpid()).rss
 found = Kernels()(tokens, tokens, tokens)
 took = own_peak_rss() - before - found.nbytes
-print(took, OPENVINO + POOL * tokens[0].nbytes)
+assert not [name for name in sys.modules if "telemetry" in name]
+print(took, OPENVINO + POOL[tokens.dtype] * tokens[0].nbytes)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     took, planned = map(int, done.stdout.split())
