@@ -61,8 +61,8 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     own: tuple[Technique, ...] = (
         () if switch is None else (Attention(switch) if switch == "openvino" else Quantize(switch),)
     )
-    if plan.resident != "all" and work.dtype == torch.float32:
-        own = (*own, Processor(convolutions=work.facts.unet))
+    if plan.resident != "all":
+        own = (*own, Processor(spec["dtype"], convolutions=work.facts.unet))
     techniques = (*work.techniques, *own)
     with open_model(component, plan=plan, techniques=techniques, **options) as streamer:
         yield looped(work, streamer.model, config, group)

@@ -1,8 +1,9 @@
 """Convolutions whose weights lie as oneDNN computes with them.
 
-It wants the numbers of some outputs side by side (``Acdb32a``: of 32), and lays a weight out so in every call of
-torch's convolution: up to a tenth of the time of a UNet with two samples, and as many bytes more as the weight has.
-Here they lie so from the file on. The kernels are the same, and so is every bit of what they give.
+It wants the numbers of some outputs side by side (``Acdb32a``: of 32; in bf16 ``Acdb32a2b``: of pairs of inputs), and
+lays a weight out so in every call of torch's convolution: up to a tenth of the time of a UNet with two samples, and as
+many bytes more as the weight has. Here they lie so from the file on. The kernels are the same, and so is every bit of
+what they give.
 """
 
 from __future__ import annotations
@@ -24,32 +25,34 @@ from stages.memory.trim import torch_library
 _INPUTS, _SIDE = 128, 16  # of a convolution that oneDNN is asked about: what it wants depends on the outputs
 # Where a description has its numbers, of 8 bytes each (``dnnl_memory_desc``): ``_wanted`` holds what is written there
 # against oneDNN's own.
-_DIMS, _PADDED, _STRIDES, _BLOCK, _WORD = 8, 112, 320, 424, 8
-_FLOAT32, _MKLDNN = 6, 3  # torch's numbers of a dtype and a layout
+_DIMS, _PADDED, _STRIDES, _DEPTH, _BLOCK, _WHICH, _WORD = 8, 112, 320, 416, 424, 520, 8
+_TYPES, _MKLDNN = {torch.float32: 6, torch.bfloat16: 15}, 3  # torch's numbers of dtypes and a layout
 _OPS = ("_convolution_pointwise", "_reorder_convolution_weight", "_nbytes", "_get_mkldnn_serialized_md", "data_ptr")
 
 
 class Blocks(NamedTuple):
-    """How a weight lies: numbers of ``outputs`` outputs side by side, and oneDNN's description of all of it."""
+    """How a weight lies: numbers of ``outputs`` outputs side by side, of ``inputs`` inputs each, and oneDNN's
+    description of all of it."""
 
     outputs: int
+    inputs: int
     described: bytes
 
 
-def lay_out(conv: nn.Conv2d) -> None:
-    """Let ``conv`` take its weight, in float32, as oneDNN wants it on this machine; else it is left alone.
+def lay_out(conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
+    """Let ``conv`` take its weight, in ``dtype``, as oneDNN wants it on this machine; else it is left alone.
 
     ``conv.block`` then says how (:class:`stages.memory.layout.Slot`).
     """
     plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    if not plain or isinstance(conv.padding, str) or _made() is None:
+    if not plain or isinstance(conv.padding, str) or dtype not in _TYPES or _made() is None:
         return
     kernel: tuple[int, ...] = conv.kernel_size
     padding: tuple[int, ...] = (*conv.padding,)
     inputs = min(conv.in_channels, _INPUTS) if math.prod(kernel) > 1 else conv.in_channels
     asked = (conv.out_channels, inputs, *kernel)
-    blocks = _wanted(asked, padding, (*conv.stride,))
-    if blocks is None:
+    blocks = _wanted(asked, padding, (*conv.stride,), dtype)
+    if blocks is None or conv.in_channels % blocks.inputs:
         return
     shape = (conv.out_channels, conv.in_channels, *kernel)
     described = _described(blocks, shape)
@@ -60,13 +63,14 @@ def lay_out(conv: nn.Conv2d) -> None:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         return _convolved(inputs, conv.weight, described, conv.bias, padding, conv.stride)
 
-    conv.block = blocks.outputs  # type: ignore[assignment]
+    conv.block = blocks.outputs, blocks.inputs  # type: ignore[assignment]
     conv.forward = convolved  # type: ignore[method-assign]
 
 
-def blocked(weight: Tensor, outputs: int) -> Tensor:
-    """The numbers of a weight ``[O, I, h, w]`` in the order of blocks: ``[O / outputs, h, w, I, outputs]``."""
-    return weight.unflatten(0, (-1, outputs)).permute(0, 3, 4, 2, 1)
+def blocked(weight: Tensor, outputs: int, inputs: int = 1) -> Tensor:
+    """The numbers of a weight ``[O, I, h, w]`` in the order of blocks: ``[O / outputs, h, w, I / inputs, outputs,
+    inputs]``."""
+    return weight.unflatten(1, (-1, inputs)).unflatten(0, (-1, outputs)).permute(0, 4, 5, 2, 1, 3)
 
 
 class BlockedSource:
@@ -79,9 +83,9 @@ class BlockedSource:
         self._source.read(slots, start, packed)
         for slot in slots:
             if slot.block:
-                for part in slot.view(packed, start).split(slot.block):
+                for part in slot.view(packed, start).split(slot.block[0]):
                     flat = part.permute(0, 2, 3, 1).flatten()
-                    flat.copy_(blocked(part, slot.block).flatten())
+                    flat.copy_(blocked(part, *slot.block).flatten())
 
     def close(self) -> None:
         self._source.close()
@@ -98,39 +102,56 @@ def _on_meta(conv: nn.Conv2d, inputs: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 @cache
-def _wanted(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]) -> Blocks | None:
-    """How oneDNN wants a weight; None where not in blocks of outputs that hold as many bytes, or where this torch does
-    not take such a weight and give the same bits of it: what does so is not public."""
+def _wanted(
+    shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Blocks | None:
+    """How oneDNN wants a weight; None where not in blocks that hold as many bytes, or where this torch does not take
+    such a weight and give the same bits of it: what does so is not public."""
     try:
-        return _asked(shape, padding, stride)
+        return _asked(shape, padding, stride, dtype)
     except (AttributeError, RuntimeError, TypeError):
         return None
 
 
-def _asked(shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...]) -> Blocks | None:
+def _asked(
+    shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+) -> Blocks | None:
     outputs, inputs, high, wide = shape
-    numbers = torch.arange(math.prod(shape), dtype=torch.float32)
+    numbers = _different(math.prod(shape), dtype)
     weight = numbers.view(outputs, high, wide, inputs).permute(0, 3, 1, 2)
     ops, size = torch.ops.mkldnn, [2, inputs, _SIDE, _SIDE]
     with torch.no_grad():
         made = ops._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, size)
     nbytes, described = ops._nbytes(made), bytes(ops._get_mkldnn_serialized_md(made).tolist())
-    block = int.from_bytes(described[_BLOCK : _BLOCK + _WORD], "little")
-    if nbytes != weight.nbytes or not block or outputs % block:
+    block, inner = (int.from_bytes(described[at : at + _WORD], "little") for at in (_BLOCK, _BLOCK + _WORD))
+    depth, which = (int.from_bytes(described[at : at + 4], "little") for at in (_DEPTH, _WHICH + _WORD))
+    pairs = depth == 2 and which == 1  # of inputs, inside of blocks of outputs
+    inner = inner if pairs else 1
+    if nbytes != weight.nbytes or depth > 1 + pairs or not block or outputs % block or inputs % inner:
         return None
-    found = Blocks(block, described)
-    own = ctypes.string_at(ops.data_ptr(made), nbytes) == blocked(weight, block).numpy().tobytes()
+    found = Blocks(block, inner, described)
+    laid = blocked(weight, block, inner).flatten().view(torch.uint8)
+    own = ctypes.string_at(ops.data_ptr(made), nbytes) == laid.numpy().tobytes()
     if not own or _described(found, shape) != described:
         return None
-    return found if _same_bits(found, weight, padding, stride) else None
+    usual = torch.linspace(-1, 1, numbers.numel()).to(dtype).view_as(weight)
+    return found if _same_bits(found, usual, padding, stride) else None
+
+
+def _different(count: int, dtype: torch.dtype) -> Tensor:
+    """Finite numbers of which neighbours differ."""
+    if dtype == torch.float32:
+        return torch.arange(count, dtype=dtype)
+    return (torch.arange(count) % torch.tensor(math.inf, dtype=dtype).view(torch.int16)).to(torch.int16).view(dtype)
 
 
 def _same_bits(blocks: Blocks, weight: Tensor, padding: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether what comes of a weight in blocks is what comes of the plain one."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
     inputs = torch.linspace(-1, 1, 2 * weight.shape[1] * _SIDE**2).view(2, weight.shape[1], _SIDE, _SIDE)
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    inputs = inputs.to(weight.dtype).contiguous(memory_format=torch.channels_last)
     laid = torch.empty_like(weight)
-    laid.permute(0, 2, 3, 1).view(-1).copy_(blocked(weight, blocks.outputs).flatten())
+    laid.permute(0, 2, 3, 1).view(-1).copy_(blocked(weight, blocks.outputs, blocks.inputs).flatten())
     found = _convolved(inputs, laid, blocks.described, None, padding, stride)
     return torch.equal(found, nn.functional.conv2d(inputs, weight, None, stride, padding))
 
@@ -151,7 +172,7 @@ def _described(blocks: Blocks, shape: Sequence[int]) -> bytes:
     """The description of a weight of another shape that lies in such blocks."""
     _, inputs, high, wide = shape
     found, row = bytearray(blocks.described), inputs * blocks.outputs
-    strides = (high * wide * row, blocks.outputs, wide * row, row)
+    strides = (high * wide * row, blocks.outputs * blocks.inputs, wide * row, row)
     for begin, numbers in ((_DIMS, shape), (_PADDED, shape), (_STRIDES, strides)):
         for index, number in enumerate(numbers):
             found[begin + _WORD * index : begin + _WORD * (index + 1)] = int(number).to_bytes(_WORD, "little")
@@ -180,7 +201,7 @@ def _alias(weight: Tensor, described: bytes) -> Tensor:
         numbers(*weight.shape),
         numbers(*weight.stride()),
         ctypes.c_int64(0),
-        ctypes.c_int32(_FLOAT32),
+        ctypes.c_int32(_TYPES[weight.dtype]),
         ctypes.c_int32(0),
         ctypes.c_int32(0),
         ctypes.byref(made),

@@ -12,7 +12,7 @@ from stages.hashes import fingerprint
 Made = TypeVar("Made")
 
 
-def copy_in(file: Path, blocks: Mapping[str, int]) -> Path:
+def copy_in(file: Path, blocks: Mapping[str, tuple[int, int]]) -> Path:
     """Where a packed copy lies that ``ModelPlan.prepared`` calls ``file``: its name says in which blocks weights lie,
     for machines want others."""
     return file.with_suffix(f".{fingerprint(blocks)[:8]}.bin") if blocks else file

@@ -18,15 +18,15 @@ ALIGNMENT = 64  # bytes: a cache line, and what oneDNN and the CUDA copy engine 
 
 
 class Slot(NamedTuple):
-    """Where one parameter lies in the packed bytes; ``block``: of so many outputs, side by side, where not 0
-    (:mod:`stages.blocked`), in the place of those outputs' own bytes."""
+    """Where one parameter lies in the packed bytes; ``block``: of so many outputs, side by side, and of so many inputs
+    of each, where there is one (:mod:`stages.blocked`), in the place of those outputs' own bytes."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
     channels_last: bool
     dtype: torch.dtype
-    block: int = 0
+    block: tuple[int, int] | None = None
 
     @property
     def integers(self) -> bool:
@@ -64,15 +64,15 @@ class Layout:
         for name, parameter in model.named_parameters():
             whole = not parameter.is_floating_point()
             last = (channels_last or whole) and parameter.dim() == 4
-            block = getattr(owner(model, name)[0], "block", 0) if last else 0
+            block = getattr(owner(model, name)[0], "block", None) if last else None
             slot = Slot(name, end, tuple(parameter.shape), last, parameter.dtype if whole else dtype, block)
             self.slots[name] = slot
             end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = end
 
     @property
-    def blocks(self) -> dict[str, int]:
-        """Of the parameters that lie in blocks: outputs of one."""
+    def blocks(self) -> dict[str, tuple[int, int]]:
+        """Of the parameters that lie in blocks: outputs and inputs of one."""
         return {name: slot.block for name, slot in self.slots.items() if slot.block}
 
     def range_of(self, names: Iterable[str]) -> tuple[int, int]:

@@ -9,14 +9,16 @@ from omegaconf import DictConfig
 from stages.config import dtype_of_component, on_gpu
 from stages.families.facts import facts_of
 from stages.techniques.base import SAMPLING, Technique, denoises
+from stages.techniques.dtype import TORCH
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 class Processor(Technique):
-    """A denoiser in float32: convolutions that lie channels-last take weights as they compute with them
-    (:mod:`stages.blocked`), gated layers some rows at a time. No graph of torch's compilers holds either."""
+    """A denoiser in float32 or bf16: convolutions that lie channels-last take weights as they compute with them
+    (:mod:`stages.blocked`); in float32 gated layers take some rows at a time. No graph of torch's compilers holds
+    either."""
 
     name = "processor"
     decides = False
@@ -25,16 +27,17 @@ class Processor(Technique):
     def of(cls, config: DictConfig) -> Processor | None:
         if on_gpu(config) or config.technique.compile != "none":
             return None
-        single = dtype_of_component(config, facts_of(config).denoiser) == "fp32"
-        return cls(convolutions=config.technique.channels_last) if single else None
+        name = dtype_of_component(config, facts_of(config).denoiser)
+        return cls(name, convolutions=config.technique.channels_last) if name in ("fp32", "bf16") else None
 
-    def __init__(self, *, convolutions: bool) -> None:
-        self.convolutions = convolutions
+    def __init__(self, dtype: str = "fp32", *, convolutions: bool) -> None:
+        self.dtype, self.convolutions = dtype, convolutions
 
     def touches(self, stage: str) -> bool:
         return stage in SAMPLING
 
     def on_model(self, network: nn.Module, component: str) -> None:
+        import torch
         from torch import nn
 
         from stages.blocked import lay_out
@@ -42,7 +45,9 @@ class Processor(Technique):
 
         if not denoises(component):
             return
-        gated_in_rows(network)
+        if self.dtype == "fp32":
+            gated_in_rows(network)
+        dtype = getattr(torch, TORCH[self.dtype])
         for module in network.modules() if self.convolutions else ():
             if type(module) is nn.Conv2d:
-                lay_out(module)
+                lay_out(module, dtype)

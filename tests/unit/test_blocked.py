@@ -30,7 +30,7 @@ class _Given:
         self._weights = {}
 
 
-def network() -> nn.Sequential:
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     convolutions = [
         nn.Conv2d(8, 64, 3, padding=1),
         nn.Conv2d(64, 64, 1),
@@ -42,21 +42,28 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     for one in convolutions:
         one.requires_grad_(False)
-    return nn.Sequential(*convolutions).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return nn.Sequential(*convolutions).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def wants(dtype: torch.dtype) -> bool:
+    """Whether oneDNN wants blocks here; elsewhere nothing may change."""
+    one = nn.Conv2d(64, 64, 3, padding=1)
+    blocked.lay_out(one, dtype)
+    return hasattr(one, "block")
 
 
 @pytest.fixture(scope="module")
 def blocks() -> bool:
-    """Whether oneDNN wants blocks here; elsewhere nothing may change."""
-    one = nn.Conv2d(64, 64, 3, padding=1)
-    blocked.lay_out(one)
-    return hasattr(one, "block")
+    return wants(torch.float32)
 
 
-def opened(changed: nn.Sequential, given: nn.Module) -> Layout:
+def opened(changed: nn.Sequential, given: nn.Module, name: str) -> Layout:
     """``changed`` with the weights of ``given``, as its layout packs them."""
-    Processor(convolutions=True).on_model(changed, "unet")
-    layout = Layout(changed, torch.float32, channels_last=True)
+    Processor(name, convolutions=True).on_model(changed, "unet")
+    layout = Layout(changed, DTYPES[name], channels_last=True)
     packed = torch.zeros(layout.nbytes, dtype=torch.uint8)
     blocked.BlockedSource(_Given(given)).read(list(layout.slots.values()), 0, packed)
     for name, slot in layout.slots.items():
@@ -65,11 +72,12 @@ def opened(changed: nn.Sequential, given: nn.Module) -> Layout:
     return layout
 
 
-def test_the_same_bits(blocks: bool) -> None:
-    stock, changed = network(), network()
-    layout = opened(changed, stock)
-    assert set(layout.blocks) == ({f"{index}.weight" for index in range(4)} if blocks else set())
-    image = torch.randn(2, 8, 32, 24)
+@pytest.mark.parametrize("name", DTYPES)
+def test_the_same_bits(name: str) -> None:
+    stock, changed = network(DTYPES[name]), network(DTYPES[name])
+    layout = opened(changed, stock, name)
+    assert set(layout.blocks) == ({f"{index}.weight" for index in range(4)} if wants(DTYPES[name]) else set())
+    image = torch.randn(2, 8, 32, 24, dtype=DTYPES[name])
     for given in (image.contiguous(memory_format=torch.channels_last), image, image[:1]):
         found, expected = changed(given), stock(given)
         assert torch.equal(found, expected) and found.stride() == expected.stride()
@@ -88,8 +96,8 @@ def test_a_block_is_where_its_outputs_were() -> None:
     """So that any slots can be read by themselves."""
     weight = torch.arange(4 * 3 * 2 * 2.0).view(4, 3, 2, 2)
     found = blocked.blocked(weight, 2)
-    assert found.shape == (2, 2, 2, 3, 2)
-    assert torch.equal(found[1, 0, 1, 2], weight[2:, 2, 0, 1])
+    assert found.shape == (2, 2, 2, 3, 2, 1)
+    assert torch.equal(found[1, 0, 1, 2, :, 0], weight[2:, 2, 0, 1])
     assert set(found[0].flatten().tolist()) == set(weight[:2].flatten().tolist())
 
 
@@ -99,10 +107,10 @@ def test_a_machine_that_wants_other_blocks_has_a_copy_of_its_own(tmp_path, monke
     given = network()
     monkeypatch.setattr(loading, "source", lambda built, techniques: _Given(given))
     names = set()
-    for block in (0, 16, 32):
+    for block in (None, (16, 1), (32, 1)):
         layout = Layout(given, torch.float32, channels_last=True)
         layout.slots = {
-            name: slot._replace(block=block if slot.channels_last else 0) for name, slot in layout.slots.items()
+            name: slot._replace(block=block if slot.channels_last else None) for name, slot in layout.slots.items()
         }
         built = loading.Built(given, layout, {}, None)  # type: ignore[arg-type]
         names.add(prepared(built, (), tmp_path / "copy.bin").name)
