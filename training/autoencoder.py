@@ -8,14 +8,21 @@ from .clock import Clock, Phase
 from .losses import laplacian, lattice_loss, reconstruction_loss, texture_loss
 from .optim import Trainee
 from .source import Ring, Source
+from .widen import DETAIL, scale_channels
 
 KL_WEIGHT = 1e-4
 TEXTURE_FROM = 0.4  # share of the phase at which the weight of the texture term is reached: shapes come first
 LATTICE_WEIGHT = 0.05
+ANCHOR_WEIGHT = 0.03
 
 
-def _loss(vae: Any, images: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a batch, and its part that asks for the scenes' texture, whose weight is given."""
+def _loss(
+    vae: Any, images: torch.Tensor, weight: torch.Tensor, anchor: Any | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a batch, and its part that asks for the scenes' texture, whose weight is given.
+
+    anchor: an autoencoder of fewer channels, whose latents the first channels are to keep.
+    """
     dtype = vae.quant_conv.weight.dtype
     moments = vae.quant_conv(vae.encoder(images.to(dtype))).float()
     mean, logvar = moments.chunk(2, 1)
@@ -25,7 +32,12 @@ def _loss(vae: Any, images: torch.Tensor, weight: torch.Tensor) -> tuple[torch.T
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     texture = texture_loss(got, images)
     loss = reconstruction_loss(got, images) + weight * texture + LATTICE_WEIGHT * lattice_loss(got, images)
-    return loss + KL_WEIGHT * kl, texture
+    loss = loss + KL_WEIGHT * kl
+    if anchor is not None:
+        with torch.no_grad():
+            kept = anchor.quant_conv(anchor.encoder(images.to(dtype))).float().chunk(2, 1)[0]
+        loss = loss + ANCHOR_WEIGHT * (mean[:, : kept.shape[1]] - kept).square().mean()
+    return loss, texture
 
 
 def train_autoencoder(
@@ -41,11 +53,12 @@ def train_autoencoder(
     render_every: int,
     finish: bool,
     compiled: bool,
+    anchor: Any | None = None,
 ) -> None:
     """Train until the phase's budget is used: 128-pixel patches first, whole pictures for the last quarter.
 
     fill: groups rendered before the first step; then one more every ``render_every`` steps, the newest ``pool``
-    pictures are kept. texture: weight of the term that asks for it.
+    pictures are kept. texture: weight of the term that asks for it. anchor: see ``_loss``.
     """
     vae: Any = trainee.modules["vae"].train()
     first = source.draw(crops=False)
@@ -63,18 +76,31 @@ def train_autoencoder(
 
     if compiled:
         for whole in (False, True):
-            loss_of(vae, images_for(whole), torch.zeros((), device=trainee.device))[0].backward()
+            loss_of(vae, images_for(whole), torch.zeros((), device=trainee.device), anchor)[0].backward()
         trainee.forget()
     phase = Phase(clock, "vae", finish=finish)
     while phase.go():
         if phase.steps % render_every == 0:
             ring.add(images=pack(source.draw().images))
         images = images_for(phase.share > 0.75)
-        weight = torch.full((), texture * min(1.0, phase.share / TEXTURE_FROM), device=trainee.device)
-        loss, grain = loss_of(vae, images, weight)
+        ripe = 1.0 if anchor is not None else min(1.0, phase.share / TEXTURE_FROM)
+        weight = torch.full((), texture * ripe, device=trainee.device)
+        loss, grain = loss_of(vae, images, weight, anchor)
         trainee.step(loss, phase.lr(peak_lr, warmup=200))
         phase.tick(len(images), loss=loss.detach(), texture=grain.detach())
     vae.eval()
+
+
+@torch.no_grad()
+def settle(vae: Any, anchor: Any, source: Source, rounds: int = 8) -> float:
+    """Give the channels that ``anchor`` does not have their share of the latents' spread (``DETAIL``); returns the
+    factor by which latents are scaled, which is the anchor's."""
+    few, scale = anchor.config.latent_channels, anchor.config.scaling_factor
+    found = torch.cat([vae.encode(source.draw(crops=False).images).latent_dist.mode() for _ in range(rounds)])
+    factors = torch.ones(found.shape[1], device=found.device)
+    factors[few:] = DETAIL / scale / found.std((0, 2, 3))[few:]
+    scale_channels(vae, factors)
+    return scale
 
 
 def pack(images: torch.Tensor) -> torch.Tensor:

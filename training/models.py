@@ -11,12 +11,12 @@ from .vocabulary import END, MAX_LENGTH, START, build
 
 NATIVE_SIZE = 256
 TEXT_WIDTH = 160
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
 SHARD = "28MB"  # no file of the package is larger than 30 MB
 
 
-def make_vae(scaling_factor: float = 1.0, *, tiny: bool = False) -> AutoencoderKL:
-    """The autoencoder: 4.6 M parameters, factor 8, 8 channels. tiny: a toy of the same topology for smoke runs."""
+def make_vae(scaling_factor: float = 1.0, *, tiny: bool = False, channels: int = LATENT_CHANNELS) -> AutoencoderKL:
+    """The autoencoder: 4.6 M parameters, factor 8, 16 channels. tiny: a toy of the same topology for smoke runs."""
     make: Any = AutoencoderKL  # its tuples are annotated with one element
     vae = make(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -24,12 +24,12 @@ def make_vae(scaling_factor: float = 1.0, *, tiny: bool = False) -> AutoencoderK
         block_out_channels=(16, 16, 32, 32) if tiny else (32, 48, 96, 160),
         layers_per_block=1,
         norm_num_groups=16,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=channels,
         sample_size=NATIVE_SIZE,
         scaling_factor=scaling_factor,
     )
     with torch.no_grad():  # begin almost without posterior noise: training settles much sooner
-        vae.quant_conv.bias[LATENT_CHANNELS:] = -5.0
+        vae.quant_conv.bias[channels:] = -5.0
     return vae
 
 
@@ -53,13 +53,13 @@ def make_text_encoder() -> CLIPTextModel:
     )
 
 
-def make_unet(*, tiny: bool = False) -> UNet2DConditionModel:
+def make_unet(*, tiny: bool = False, channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
     """The denoiser: 16.6 M parameters, 2.2 GMAC a pass at 32x32. tiny: a toy for smoke runs."""
     make: Any = UNet2DConditionModel  # its tuples are annotated with one element
     return make(
         sample_size=NATIVE_SIZE // 8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(32, 32, 48) if tiny else (64, 128, 256),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

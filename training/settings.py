@@ -14,8 +14,8 @@ class Settings:
     """Seconds of each phase in all; stop_after: seconds of this command; reserve: kept of it for figures and files.
 
     phase: the one to train, or ``all``. finish: its budget ends with this command. parts: folder that gets the files
-    of the phases that ran. text: diffusers folder of a text encoder to begin with. Batches, pools and groups are those
-    of one process.
+    of the phases that ran. text: diffusers folder of a text encoder to begin with. anchor: one of an autoencoder of
+    fewer channels, whose latents the first channels keep. Batches, pools and groups are those of one process.
     """
 
     out: Path
@@ -26,6 +26,7 @@ class Settings:
     compile: bool = False
     parts: Path | None = None
     text: Path | None = None
+    anchor: Path | None = None
     seed: int = 0
     vae_seconds: float = 450.0
     denoiser_seconds: float = 960.0
@@ -90,6 +91,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Sett
     parser.add_argument("--compile", action="store_true", help="torch.compile: minutes, unless its cache is warm")
     parser.add_argument("--parts", type=Path, help="copy the files of the phases that ran there")
     parser.add_argument("--text", type=Path, help="diffusers folder whose text encoder to begin with")
+    parser.add_argument(
+        "--anchor", type=Path, help="diffusers folder of an autoencoder of fewer channels: training.widen"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()), help="one a GPU")
     parser.add_argument("--minutes", type=float, default=default.stop_after / 60, help="length of this command")

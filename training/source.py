@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .library import Library, detail_row
+from .library import Library, detail_row, without_body
 from .scenes import Spec, View, render
 
 MAX_ZOOM = 8.0
@@ -68,6 +68,8 @@ class Source:
         view = self.view(count, crops)
         images, ids = render(spec, seeds, self.library.colours[group * count : (group + 1) * count], view)
         detail = detail_row(ids, spec.time, self.generator)
+        if spec.body != "none" and not crops:  # a crop is told of the whole scene
+            row = row + without_body(ids) * len(self.library.colours)
         return Batch(images=images, ids=ids, row=row, detail=detail, crop=view.zoom > CROP_ZOOM, spec=spec)
 
 

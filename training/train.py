@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .autoencoder import measure_autoencoder, train_autoencoder
+from .autoencoder import measure_autoencoder, settle, train_autoencoder
 from .captions import caption
 from .classifier import Classifier, classify
 from .clock import Clock
@@ -113,6 +113,14 @@ class Training:
         """A copy of it in the dtype that training computes in."""
         return copy.deepcopy(self.vae).to(self.trainees["vae"].dtype)
 
+    def _anchor(self) -> Any | None:
+        """The autoencoder of fewer channels that was named, in the dtype that training computes in."""
+        if self.options.anchor is None:
+            return None
+        kind, dtype = type(self.vae), self.trainees["vae"].dtype
+        anchor = kind.from_pretrained(self.options.anchor, torch_dtype=dtype).eval().requires_grad_(False)
+        return anchor.to(self.device, memory_format=torch.channels_last)
+
     def _due(self, phase: str, *before: str) -> bool:
         """Whether this command trains ``phase``: it is asked for, has budget left, and those ``before`` are done."""
         asked, done = self.options.phase, self.clock.done
@@ -133,10 +141,15 @@ class Training:
         common = {"fill": o.fill, "finish": o.finish, "render_every": o.render_every, "compiled": o.compile}
         if self._due("vae"):
             own = {"batch": o.vae_batch, "peak_lr": o.vae_lr, "pool": o.pictures, "texture": o.texture}
-            train_autoencoder(clock, self.trainees["vae"], source, **own, **common)
+            anchor = self._anchor()
+            train_autoencoder(clock, self.trainees["vae"], source, anchor=anchor, **own, **common)
             scenes = self._held_out(held)
+            scale = None
+            if anchor is not None:
+                scale = settle(self.vae, anchor, scenes)
+                self.trainees["vae"].load_weights({"vae": self.vae.state_dict()})
             measured = measure_autoencoder(self.vae, scenes, o.held_groups)
-            (scale,) = agree(1.0 / measured["latent_std"])
+            (scale,) = agree(scale or 1.0 / measured["latent_std"])
             self.figures |= measured | {"scaling_factor": scale}
             self.save()
             self._reconstructions(scenes)
