@@ -43,6 +43,7 @@ from stages.workflow.graph import active
 # unit computes (``memory/trim.py``; a VAE's rolling passes keep none). The latter two grow with the model up to about
 # that of Stable Diffusion's VAE.
 CODE, UNET_CODE, PRIMITIVES, PIECES, FULL_SIZE = 30_000_000, 40_000_000, 10_000_000, 8_000_000, 80_000_000
+BF16_CODE = 6_000_000  # a UNet's more in bf16, which asks oneDNN for kernels of its own (``stages/blocked.py``)
 STAGE_SECONDS = 2.5  # to start a process and import
 
 
@@ -75,7 +76,7 @@ def profile_run(
                 name=name,
                 base=base
                 + max(map(staging, look.models))
-                + max(touched(model, facts, look.code) for model in look.models),
+                + max(touched(model, facts, dtype_of(config, model.component), look.code) for model in look.models),
                 imports=max(imports, base + look.before),
                 extra=look.extra,
                 models=tuple(over_gpus(looking, name, model) for model in look.models),
@@ -144,12 +145,13 @@ def flops_per_second(dtype: torch.dtype) -> float:
     return best * 0.6  # a whole model's share of its best layer
 
 
-def touched(model: ModelProfile, facts: Facts, code: int = 0) -> int:
-    """Bytes that a process grows by when a model has run once in all its shapes; ``code``: of its kernels and their
-    primitives, where a stage knows better."""
+def touched(model: ModelProfile, facts: Facts, dtype: torch.dtype, code: int = 0) -> int:
+    """Bytes that a process grows by when a model has run once in all its shapes in ``dtype``; ``code``: of its kernels
+    and their primitives, where a stage knows better."""
     size = min(1.0, model.weights / FULL_SIZE)
     pieces = 0 if model.component == "vae" else int(PIECES * size)
-    own = UNET_CODE if facts.unet and model.component == facts.denoiser else CODE
+    unet = facts.unet and model.component == facts.denoiser
+    own = (UNET_CODE + BF16_CODE * (dtype == torch.bfloat16)) if unet else CODE
     return (code or own + int(PRIMITIVES * size)) + pieces
 
 
