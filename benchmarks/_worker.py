@@ -57,10 +57,9 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     micro = door.micro_batch(config, work.tile, "cpu")
     group = max(1, micro // work.passes) if plan.resident == "all" else spec["group"]
     options: dict[str, Any] = {"dtype": work.dtype, "blocks": door.blocks(work.component), "micro_batch": micro}
-    switch = spec.get("switch")
-    own: tuple[Technique, ...] = (
-        () if switch is None else (Attention(switch) if switch == "openvino" else Quantize(switch),)
-    )
+    switch: dict[str, str] = spec.get("switch", {})
+    own: tuple[Technique, ...] = (Attention(switch["attention"]),) if "attention" in switch else ()
+    own = (*own, Quantize(switch["quantize"])) if "quantize" in switch else own
     if plan.resident != "all":
         own = (*own, Processor(spec["dtype"], convolutions=work.facts.unet))
     techniques = (*work.techniques, *own)
@@ -139,6 +138,7 @@ WAYS = {
     "streamed int8": ours,
     "streamed int8_weights": ours,
     "streamed openvino": ours,
+    "streamed int8 openvino": ours,
     "diffusers fp32": diffusers_fp32,
     "accelerate disk": accelerate_disk,
     "group offload": group_offload,

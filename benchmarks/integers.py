@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks._measure import finish, mb, parser, table
 from stages.config import ROOT
-from stages.int8 import FASTER, Int8, Int8Conv2d, Int8Linear, exact, quantised
+from stages.int8 import Int8, Int8Conv2d, Int8Linear, exact, quantised
+from stages.int8_blocks import FASTER
 from stages.memory.monitor import own_peak_rss, usage
 
 # shape of the samples, outputs, kernel (0: a linear layer)

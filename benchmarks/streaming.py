@@ -41,7 +41,12 @@ from stages.workflow.cgroup import Cgroup, Unavailable
 from stages.workflow.launch.local import environment
 
 # what a way streams with, and how much of the resident step it may take
-SWITCHES = {"int8": ("quantize", 0.60), "int8_weights": ("quantize", 1.10), "openvino": ("attention", 0.88)}
+SWITCHES = {
+    "int8": ({"quantize": "int8"}, 0.60),
+    "int8_weights": ({"quantize": "int8_weights"}, 1.10),
+    "openvino": ({"attention": "openvino"}, 0.88),
+    "int8 openvino": ({"quantize": "int8", "attention": "openvino"}, 0.60),
+}
 RUNNER = 42_000_000  # bytes that runner.py takes of the budget
 
 
@@ -92,7 +97,7 @@ def planned(folder: Path, given: Namespace, **switch: str) -> tuple[StagePlan, d
     need more than a small budget."""
     output = RESULTS / "runs" / "streaming"
     chosen = [f"model.path={folder}", f"memory.budget={given.budget}", f"technique.dtype={given.dtype}"]
-    techniques = {"quantize": "none", "attention": "auto", **switch}  # all are said: a run that is there has its own
+    techniques = {"quantize": "none", "attention": "sdpa", **switch}  # all are said: a run that is there has its own
     chosen += [f"technique.{name}={value}" for name, value in techniques.items()]
     chosen += ["guide.mode=none", "decode.tile_size=256"]
     size = [f"width={given.size}", f"height={given.size}", "guide.phases=[]"]
@@ -153,10 +158,14 @@ def run(given: Namespace, folder: Path) -> int:
         how: dict[str, Any] = {"plan": {}}
         switch = way.removeprefix("streamed ")
         if switch in SWITCHES:
-            other, _ = planned(folder, given, **{SWITCHES[switch][0]: switch})
+            other, _ = planned(folder, given, **SWITCHES[switch][0])
             (own,) = map(asdict, other.models.values())
-            copy = str(scratch / f"{switch}.bin") if own["prepared"] else None
-            how = {"plan": {**own, "prepared": copy}, "group": max(1, other.group_size // passes), "switch": switch}
+            copy = str(scratch / f"{switch.replace(' ', '-')}.bin") if own["prepared"] else None
+            how = {
+                "plan": {**own, "prepared": copy},
+                "group": max(1, other.group_size // passes),
+                "switch": SWITCHES[switch][0],
+            }
         elif way.startswith("streamed"):
             # a copy of its own: whose group read or wrote a file first is charged for its page cache
             copy = str(scratch / f"{way.replace(' ', '-')}.bin") if plan["prepared"] else None

@@ -22,11 +22,13 @@ from stages.memory.source import WeightSource
 from stages.memory.trace import count
 from stages.memory.trim import torch_library
 
+_PRIME = 251  # different integers of 8 bits
 _INPUTS, _SIDE = 128, 16  # of a convolution that oneDNN is asked about: what it wants depends on the outputs
+_WIDE = 34  # the same for integers, which are padded before: they are wanted otherwise where there are few
 # Where a description has its numbers, of 8 bytes each (``dnnl_memory_desc``): ``_wanted`` holds what is written there
 # against oneDNN's own.
 _DIMS, _PADDED, _STRIDES, _DEPTH, _BLOCK, _WHICH, _WORD = 8, 112, 320, 416, 424, 520, 8
-_TYPES, _MKLDNN = {torch.float32: 6, torch.bfloat16: 15}, 3  # torch's numbers of dtypes and a layout
+_TYPES, _MKLDNN = {torch.float32: 6, torch.bfloat16: 15, torch.int8: 1}, 3  # torch's numbers of dtypes and a layout
 _OPS = ("_convolution_pointwise", "_reorder_convolution_weight", "_nbytes", "_get_mkldnn_serialized_md", "data_ptr")
 
 
@@ -51,7 +53,7 @@ def lay_out(conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
     padding: tuple[int, ...] = (*conv.padding,)
     inputs = min(conv.in_channels, _INPUTS) if math.prod(kernel) > 1 else conv.in_channels
     asked = (conv.out_channels, inputs, *kernel)
-    blocks = _wanted(asked, padding, (*conv.stride,), dtype)
+    blocks = wanted(asked, padding, (*conv.stride,), dtype)
     if blocks is None or conv.in_channels % blocks.inputs:
         return
     shape = (conv.out_channels, conv.in_channels, *kernel)
@@ -83,8 +85,9 @@ class BlockedSource:
         self._source.read(slots, start, packed)
         for slot in slots:
             if slot.block:
-                for part in slot.view(packed, start).split(slot.block[0]):
-                    flat = part.permute(0, 2, 3, 1).flatten()
+                weight = slot.view(packed, start)
+                for part in (weight if weight.dim() == 4 else weight[..., None, None]).split(slot.block[0]):
+                    flat = part.permute(0, 2, 3, 1).view(-1)
                     flat.copy_(blocked(part, *slot.block).flatten())
 
     def close(self) -> None:
@@ -102,7 +105,7 @@ def _on_meta(conv: nn.Conv2d, inputs: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 @cache
-def _wanted(
+def wanted(
     shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
 ) -> Blocks | None:
     """How oneDNN wants a weight; None where not in blocks that hold as many bytes, or where this torch does not take
@@ -119,9 +122,13 @@ def _asked(
     outputs, inputs, high, wide = shape
     numbers = _different(math.prod(shape), dtype)
     weight = numbers.view(outputs, high, wide, inputs).permute(0, 3, 1, 2)
-    ops, size = torch.ops.mkldnn, [2, inputs, _SIDE, _SIDE]
+    ops, size, once = torch.ops.mkldnn, [2, inputs, _SIDE, _SIDE], ([1, 1], 1)
+    wide = [1, inputs, _WIDE, _WIDE]
     with torch.no_grad():
-        made = ops._reorder_convolution_weight(weight, padding, stride, [1, 1], 1, size)
+        if dtype == torch.int8:
+            made = torch.ops.onednn.qconv_prepack(weight, torch.ones(outputs), 1.0, 0, stride, padding, *once, wide)
+        else:
+            made = ops._reorder_convolution_weight(weight, padding, stride, *once, size)
     nbytes, described = ops._nbytes(made), bytes(ops._get_mkldnn_serialized_md(made).tolist())
     block, inner = (int.from_bytes(described[at : at + _WORD], "little") for at in (_BLOCK, _BLOCK + _WORD))
     depth, which = (int.from_bytes(described[at : at + 4], "little") for at in (_DEPTH, _WHICH + _WORD))
@@ -134,6 +141,8 @@ def _asked(
     own = ctypes.string_at(ops.data_ptr(made), nbytes) == laid.numpy().tobytes()
     if not own or _described(found, shape) != described:
         return None
+    if dtype == torch.int8:
+        return found if _same_sums(found, weight, padding, stride) else None
     usual = torch.linspace(-1, 1, numbers.numel()).to(dtype).view_as(weight)
     return found if _same_bits(found, usual, padding, stride) else None
 
@@ -142,7 +151,22 @@ def _different(count: int, dtype: torch.dtype) -> Tensor:
     """Finite numbers of which neighbours differ."""
     if dtype == torch.float32:
         return torch.arange(count, dtype=dtype)
+    if dtype == torch.int8:
+        return (torch.arange(count) % _PRIME - _PRIME // 2).to(dtype)
     return (torch.arange(count) % torch.tensor(math.inf, dtype=dtype).view(torch.int16)).to(torch.int16).view(dtype)
+
+
+def _same_sums(blocks: Blocks, weight: Tensor, padding: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether sums of products with integers in blocks are exact."""
+    shape = (1, weight.shape[1], _WIDE, _WIDE)
+    inputs = (torch.arange(math.prod(shape)) % (_PRIME + 1)).to(torch.uint8).view(shape)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    laid = blocked(weight, blocks.outputs, blocks.inputs).contiguous().view(weight.shape)
+    how = (stride, padding, (1, 1), 1, 1.0, 0, torch.float32, "none", [], "")
+    given = (alias(laid, blocks, weight.shape), scales, zeros, None)
+    found = torch.ops.onednn.qconv2d_pointwise(inputs, 1.0, 0, *given, *how)
+    return torch.equal(found, nn.functional.conv2d(inputs.double(), weight.double(), None, stride, padding).float())
 
 
 def _same_bits(blocks: Blocks, weight: Tensor, padding: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -168,6 +192,11 @@ def _convolved(
     return torch.ops.mkldnn._convolution_pointwise(inputs, _alias(weight, described), bias, *pads)
 
 
+def alias(weight: Tensor, blocks: Blocks, shape: Sequence[int]) -> Tensor:
+    """The memory of a weight that lies in ``blocks`` as oneDNN's tensor of ``shape``; valid as long as that is."""
+    return _alias(weight, _described(blocks, shape), shape)
+
+
 def _described(blocks: Blocks, shape: Sequence[int]) -> bytes:
     """The description of a weight of another shape that lies in such blocks."""
     _, inputs, high, wide = shape
@@ -189,8 +218,10 @@ def _made() -> Callable[..., int] | None:
     return found if all(hasattr(torch.ops.mkldnn, name) for name in _OPS) and hasattr(torch._C, "_aoti") else None
 
 
-def _alias(weight: Tensor, described: bytes) -> Tensor:
+def _alias(weight: Tensor, described: bytes, shape: Sequence[int] | None = None) -> Tensor:
     """The memory of ``weight`` as a tensor of oneDNN's; it is valid as long as that is."""
+    shape = weight.shape if shape is None else shape
+    strides = torch.empty(shape, device="meta").stride()
     make, capsule = _made(), ctypes.pythonapi.PyCapsule_New
     assert make is not None
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -198,8 +229,8 @@ def _alias(weight: Tensor, described: bytes) -> Tensor:
     code = make(
         ctypes.c_void_p(weight.data_ptr()),
         ctypes.c_int64(4),
-        numbers(*weight.shape),
-        numbers(*weight.stride()),
+        numbers(*shape),
+        numbers(*strides),
         ctypes.c_int64(0),
         ctypes.c_int32(_TYPES[weight.dtype]),
         ctypes.c_int32(0),

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages import int8_blocks
+from stages.int8_blocks import FASTER
 from stages.memory.micro import micro_batched
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
 NUMBERS = 1 << 17  # that a core makes at a time: what its cache holds
 ROWS = 128  # of a product, at least: fewer would read its weights too often
-FASTER = 2.0  # than products in float32, measured with what stands around them (``python -m benchmarks integers``)
 
 
 class Int8(nn.Module):
@@ -39,11 +40,15 @@ class Int8(nn.Module):
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_sum: nn.Parameter
+    stride: tuple[int, ...] = (1, 1)
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, samples: bool) -> None:
         super().__init__()
         outputs = len(layer.weight)
         self.samples = samples
+        stride: tuple[int, ...] = (1, 1) if isinstance(layer, nn.Linear) else layer.stride
+        self.blocks = int8_blocks.blocks_of(layer.weight.shape, stride) if samples else None
+        self.block = self.blocks and (self.blocks.outputs, self.blocks.inputs)  # for the layout
         self.weight = _parameter(torch.empty(layer.weight.shape, dtype=torch.int8, device="meta"))
         self.weight_scale = _parameter(torch.empty(outputs, device="meta"))
         self.weight_sum = _parameter(torch.empty(outputs, dtype=torch.int32, device="meta"))
@@ -68,7 +73,7 @@ class Int8Linear(Int8):
         result = inputs.new_empty((*inputs.shape[:-1], self.out_features))
         rows = inputs.reshape(len(inputs), -1, self.in_features)
         for sample, target in zip(rows, result.view(len(rows), -1, self.out_features), strict=True):
-            _product(self, Scaled(sample), target)
+            (int8_blocks.multiply if self.blocks else _product)(self, Scaled(sample), target)
         return result
 
 
@@ -100,7 +105,9 @@ class Int8Conv2d(Int8):
         ]
         result = inputs.new_empty((len(inputs), *size, self.out_channels))
         for sample, target in zip(inputs.permute(0, 2, 3, 1), result, strict=True):
-            if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+            if self.blocks:
+                int8_blocks.convolve(self, Scaled(sample), sample.shape, self.padding, target)
+            elif self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
                 _product(self, Scaled(sample.reshape(-1, self.in_channels)), target.view(-1, self.out_channels))
             else:
                 _product(self, Windows(sample, self), target.view(-1, self.out_channels), size[1])
@@ -115,12 +122,14 @@ def one_by_one(forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwa
 def gated(layer: Int8Linear, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A GEGLU layer (``forward``) whose product is ``layer``: half of what that gives times GELU of the other half,
     while a core has both at hand. Where the product is a unit of its own, or in another dtype, as it is."""
-    if inputs.dtype != torch.float32 or not isinstance(layer.forward, MethodType):
+    halves = layer.blocks is None or layer.out_features // 2 % layer.blocks.outputs == 0
+    whole = halves and (layer.blocks is not None or inputs.dtype == torch.float32)
+    if not whole or not isinstance(layer.forward, MethodType):
         return forward(inputs, *args, **kwargs)
     result = inputs.new_empty((*inputs.shape[:-1], layer.out_features // 2))
     rows = inputs.reshape(len(inputs), -1, layer.in_features)
     for sample, target in zip(rows, result.view(len(rows), -1, layer.out_features // 2), strict=True):
-        _product(layer, Scaled(sample), target, gates=True)
+        (int8_blocks.multiply if layer.blocks else _product)(layer, Scaled(sample), target, gates=True)
     return result
 
 
@@ -139,12 +148,27 @@ class Scaled:
         """Rows ``first`` to ``last``, ``[last - first, K]``, in ``given``."""
         return self.rounded(first, last, given, room)
 
-    def rounded(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
-        """Of ``numbers``, whatever a row of them is."""
+    def rounded(self, first: int, last: int, given: Tensor, room: Tensor, more: int = 0) -> Tensor:
+        """Of ``numbers``, whatever a row of them is; ``more`` is added to each."""
         floats, part = room[: last - first], self.numbers[first:last]
         part = floats.copy_(part) if part.dtype != floats.dtype else part
         torch.mul(part, 1 / self.scale, out=floats)
-        return given.copy_(floats.add_(self.zero).round_())
+        return given.copy_(floats.add_(self.zero + more).round_())
+
+    def rounds(self, given: Tensor, more: int = 0) -> None:
+        """All of ``numbers``, and ``more`` to each, into ``given`` of their shape, by all cores."""
+        step = min(len(self.numbers), max(1, NUMBERS // self.numbers[0].numel()))
+
+        def worker() -> Callable[[int], None]:
+            room = Scaled.room(self, step)
+
+            def turn(first: int) -> None:
+                last = min(first + step, len(self.numbers))
+                Scaled.rounded(self, first, last, given[first:last], room, more)
+
+            return turn
+
+        _turns(range(0, len(self.numbers), step), worker, self.numbers)
 
 
 class Windows(Scaled):
@@ -157,16 +181,7 @@ class Windows(Scaled):
         size = (height + 2 * up, width + 2 * left, channels)
         padded = torch.full(size, int(self.zero), dtype=torch.int8, device=sample.device)
         inner = padded[up : up + height, left : left + width]
-        step = min(height, max(1, NUMBERS // (width * channels)))
-
-        def rounds(room: Tensor) -> Callable[[int], None]:
-            def turn(top: int) -> None:
-                bottom = min(top + step, height)
-                self.rounded(top, bottom, inner[top:bottom], room)
-
-            return turn
-
-        _turns(range(0, height, step), lambda: rounds(super(Windows, self).room(step)), sample)
+        self.rounds(inner)
         down, across = layer.stride
         rows, columns = (len(padded) - high) // down + 1, (padded.shape[1] - wide) // across + 1
         row, column, _ = padded.stride()

@@ -64,7 +64,7 @@ class Layout:
         for name, parameter in model.named_parameters():
             whole = not parameter.is_floating_point()
             last = (channels_last or whole) and parameter.dim() == 4
-            block = getattr(owner(model, name)[0], "block", None) if last else None
+            block = getattr(owner(model, name)[0], "block", None) if last or (whole and parameter.dim() == 2) else None
             slot = Slot(name, end, tuple(parameter.shape), last, parameter.dtype if whole else dtype, block)
             self.slots[name] = slot
             end += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT

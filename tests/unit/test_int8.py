@@ -7,7 +7,8 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, exact, quantised
+from stages.blocked import blocked
+from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, exact, gated, quantised
 from stages.techniques.quantize import Quantize
 
 pytestmark = pytest.mark.skipif(not exact(), reason="no 8-bit dot products")
@@ -27,8 +28,17 @@ def filled(layer: nn.Module, *, samples: bool = True) -> Int8Linear | Int8Conv2d
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     made = (Int8Linear if isinstance(layer, nn.Linear) else Int8Conv2d)(layer, samples=samples)  # type: ignore[arg-type]
     for name, values in quantised(layer.weight.detach(), layer.weight.dtype).items():
-        setattr(made, name, nn.Parameter(values, requires_grad=False))
+        laid = lying(values, made.block) if name == "weight" and made.block else values
+        setattr(made, name, nn.Parameter(laid, requires_grad=False))
     return made
+
+
+def lying(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """A weight in blocks, in the bytes of the plain one."""
+    image = weight if weight.dim() == 4 else weight[..., None, None]
+    found = torch.empty_like(image, memory_format=torch.channels_last)
+    found.permute(0, 2, 3, 1).view(-1).copy_(blocked(image, *block).flatten())
+    return found.view(weight.shape) if weight.dim() == 2 else found
 
 
 def reference(layer: nn.Module, made: Int8Linear | Int8Conv2d, sample: Tensor) -> Tensor:
@@ -101,6 +111,53 @@ def test_other_precisions() -> None:
     assert half.dtype is torch.bfloat16
     expected = layer.float()(sample)
     assert (half.float() - expected).norm() < 0.02 * expected.norm()
+
+
+IN_BLOCKS = {
+    "3x3": (nn.Conv2d(128, 64, 3, padding=1), (3, 128, 20, 12)),
+    "down": (nn.Conv2d(128, 64, 3, stride=2, padding=1, bias=False), (3, 128, 20, 12)),
+    "1x1": (nn.Conv2d(640, 64, 1), (3, 640, 8, 9)),
+    "linear": (nn.Linear(640, 128), (3, 700, 640)),
+}
+
+
+@pytest.mark.parametrize("kind", IN_BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_weights_in_blocks_give_what_plain_ones_do(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, shape = IN_BLOCKS[kind]
+    samples = torch.randn(shape) * torch.tensor([1.0, 30.0, 0.1]).view(3, *[1] * (len(shape) - 1))
+    samples = (samples.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else samples).to(dtype)
+    made, plain, threads = filled(layer), filled(layer), torch.get_num_threads()
+    if made.blocks is None:
+        pytest.skip("oneDNN wants no blocks here")
+    plain.blocks, plain.weight = (
+        None,
+        nn.Parameter(quantised(layer.weight, torch.float32)["weight"], requires_grad=False),
+    )
+    found = made(samples)
+    assert found.dtype is dtype and found.stride() == plain(samples).stride()
+    for one, other in zip(found, plain(samples), strict=True):
+        assert (one - other).norm() < 3e-4 * other.norm()  # half of a level may be rounded otherwise
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(torch.cat([made(one) for one in samples.split(1)]), found)
+    finally:
+        torch.set_num_threads(threads)
+    samples[1][0, 5] = torch.nan
+    broken = made(samples)
+    assert torch.equal(broken[0], found[0]) and not broken[1].isfinite().any()
+
+
+@torch.inference_mode()
+def test_a_gated_layer_in_blocks() -> None:
+    torch.manual_seed(0)
+    proj, inputs = nn.Linear(640, 512), torch.randn(2, 530, 640)
+    made = filled(proj)
+    values, gate = made(inputs).chunk(2, dim=-1)
+    found = gated(made, lambda given: torch.zeros(()), inputs)  # type: ignore[arg-type]
+    assert torch.allclose(found, values * nn.functional.gelu(gate), atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
