@@ -89,6 +89,7 @@ class Worker:
         last, later = self.steps[-1], self.steps[1:] or self.steps
         times = {f"step_{name}": median(step[name] for step in later) for name in ("seconds", "cpu_seconds")}
         found = {"way": self.way, **times, "steps": [step["seconds"] for step in self.steps]}
+        found["quietest_seconds"] = min(step["seconds"] for step in later)
         return {**found, "life_seconds": self.life, "peak": last["peak"], "digest": last["digest"]}
 
 
@@ -193,6 +194,7 @@ def judge(kind: str, found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
             one["way"],
             f"{one['step_seconds']:.2f} s",
             f"{one['step_seconds'] / resident['step_seconds']:.3f}" if resident else "-",
+            f"{one['quietest_seconds'] / resident['quietest_seconds']:.3f}" if resident else "-",
             f"{one['step_cpu_seconds']:.2f} s",
             f"{one['step_cpu_seconds'] / resident['step_cpu_seconds']:.3f}" if resident else "-",
             f"{one['life_seconds']:.1f} s",
@@ -200,8 +202,8 @@ def judge(kind: str, found: list[dict[str, Any]], plan: dict[str, Any]) -> int:
         )
         for one in found
     ]
-    header = ("way", "step", "of resident", "its processor time", "of resident", "life", "peak RES of the process")
-    table(header, rows)
+    header = ("way", "step", "of resident", "quietest of resident's", "its processor time", "of resident", "life")
+    table((*header, "peak RES of the process"), rows)
     checks: dict[str, bool] = {}
     if streamed and resident:
         ratio = streamed["step_seconds"] / resident["step_seconds"]
