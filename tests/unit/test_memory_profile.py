@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.families.unet import UNET
 from stages.memory.layout import Layout
-from stages.memory.planner import StageProfile, plan_run
+from stages.memory.planner import ModelProfile, StageProfile, plan_run
 from stages.memory.shapes import Shapes
 from stages.memory.trace import Trace, segments, trace
 from stages.memory.units import Unit, split_units
 from stages.models.checkpoint import Checkpoint
+from stages.profile import FULL_SIZE, LEFT, left
 from stages.vae.exact_size import STRIP_BYTES
 
 
@@ -193,6 +194,17 @@ def test_a_profile_of_every_stage_that_opens_a_model(small: Callable[[str], Path
         assert stage.rate > 1e8
     chosen = plan_run(list(map(known, found.values())), 4 * 10**9, 40_000_000)
     assert all(one.peak < 2 * 10**9 for one in chosen.values())
+
+
+def test_an_encoder_is_planned_with_what_those_before_it_left(
+    small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ModelProfile(component="one", weights=FULL_SIZE, micro_batch=1, micro_batches=1, steps=1, cuts=())
+    half = replace(first, weights=FULL_SIZE // 2)
+    assert [left(models) for models in ((first,), (first, half), (half, first))] == [0, LEFT, LEFT // 2]
+    monkeypatch.setattr("stages.profile.left", lambda models: 10**9 * (len(models) - 1))
+    config = small_config(small("sdxl"), tmp_path, {"model.family": "sdxl"})
+    assert look(config, "text_encode")["text_encode"].base > 10**9  # of two encoders
 
 
 @pytest.mark.slow
