@@ -26,6 +26,7 @@ WAYS = ("none", "int8", "int8_weights")
 LEAST = 32  # numbers that a row of weights has: fewer (latents) are not worth it
 MAKING = 48 << 20  # bytes: of a part of the copy, of what is read at a time
 ROOMS = 24_000_000  # bytes that are kept between products, while a unit computes (``python -m benchmarks streaming``)
+PRODUCTS = 2  # raised where whole numbers are multiplied or rounded otherwise, so that stored results are not mixed
 FLOATS = 5  # bytes of a number while it becomes an integer
 _OUTSIDE = (
     "emb",
@@ -67,7 +68,7 @@ class Quantize(Technique):
             raise ConfigError("technique.compile", config.technique.compile, f"none with {KEY}=int8", hint)
 
     def fingerprint(self, cache: Path) -> Mapping[str, Any]:
-        return {KEY: self.way}
+        return {KEY: self.way} | ({f"{KEY}.products": PRODUCTS} if self.way == "int8" else {})
 
     def touches(self, stage: str) -> bool:
         return stage in SAMPLING
