@@ -57,8 +57,7 @@ $(PY):
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing (a few minutes the first time) ..."
-	@$(INSTALL) -e .
-	@$(INSTALL) -e ".[openvino]" || echo "OpenVINO has no wheel for this machine: attention will be torch's."
+	@$(INSTALL) -e ".[openvino]" || { echo "Without OpenVINO, for which this machine may have no wheel ..."; $(INSTALL) -e .; }
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(PY)

@@ -123,10 +123,10 @@ def _asked(
     numbers = _different(math.prod(shape), dtype)
     weight = numbers.view(outputs, high, wide, inputs).permute(0, 3, 1, 2)
     ops, size, once = torch.ops.mkldnn, [2, inputs, _SIDE, _SIDE], ([1, 1], 1)
-    wide = [1, inputs, _WIDE, _WIDE]
+    padded = [1, inputs, _WIDE, _WIDE]
     with torch.no_grad():
         if dtype == torch.int8:
-            made = torch.ops.onednn.qconv_prepack(weight, torch.ones(outputs), 1.0, 0, stride, padding, *once, wide)
+            made = torch.ops.onednn.qconv_prepack(weight, torch.ones(outputs), 1.0, 0, stride, padding, *once, padded)
         else:
             made = ops._reorder_convolution_weight(weight, padding, stride, *once, size)
     nbytes, described = ops._nbytes(made), bytes(ops._get_mkldnn_serialized_md(made).tolist())

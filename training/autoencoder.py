@@ -8,7 +8,6 @@ from .clock import Clock, Phase
 from .losses import laplacian, lattice_loss, reconstruction_loss, texture_loss
 from .optim import Trainee
 from .source import Ring, Source
-from .widen import DETAIL, scale_channels
 
 KL_WEIGHT = 1e-4
 TEXTURE_FROM = 0.4  # share of the phase at which the weight of the texture term is reached: shapes come first
@@ -89,18 +88,6 @@ def train_autoencoder(
         trainee.step(loss, phase.lr(peak_lr, warmup=200))
         phase.tick(len(images), loss=loss.detach(), texture=grain.detach())
     vae.eval()
-
-
-@torch.no_grad()
-def settle(vae: Any, anchor: Any, source: Source, rounds: int = 8) -> float:
-    """Give the channels that ``anchor`` does not have their share of the latents' spread (``DETAIL``); returns the
-    factor by which latents are scaled, which is the anchor's."""
-    few, scale = anchor.config.latent_channels, anchor.config.scaling_factor
-    found = torch.cat([vae.encode(source.draw(crops=False).images).latent_dist.mode() for _ in range(rounds)])
-    factors = torch.ones(found.shape[1], device=found.device)
-    factors[few:] = DETAIL / scale / found.std((0, 2, 3))[few:]
-    scale_channels(vae, factors)
-    return scale
 
 
 def pack(images: torch.Tensor) -> torch.Tensor:

@@ -25,12 +25,10 @@ from stages.techniques.linfusion import WEIGHTS, Part
 from .clock import Clock, Phase
 from .denoiser import LatentSource, choose_timesteps, choose_tokens
 from .library import Library
-from .models import make_scheduler
+from .models import MODEL, make_scheduler
 from .optim import Trainee
 from .source import Source
 from .train import HELD_OUT
-
-MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
 
 
 class Pupil(nn.Module):

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .vocabulary import END, MAX_LENGTH, START, build
 
+MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"  # what ships
 NATIVE_SIZE = 256
 TEXT_WIDTH = 160
 LATENT_CHANNELS = 16

@@ -22,11 +22,11 @@ from .autoencoder import measure_autoencoder, pack, unpack
 from .clock import Clock, Phase
 from .library import Library
 from .losses import FACTOR, colour_loss, lattice_loss, reconstruction_loss, steepness, texture_loss
+from .models import MODEL
 from .optim import Trainee
 from .source import Ring, Source
 from .train import HELD_OUT
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
 CANVAS_GROUP = 16  # scenes of a group of canvases
 LATENT_NOISE = 0.15  # at most, in standard deviations of a latent: what a denoiser leaves
 

@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 
 from .classifier import ATTRIBUTES, INPUT_SIZE, WEIGHTS, Classifier, load_classifier
 from .library import labels
-from .models import NATIVE_SIZE
+from .models import MODEL, NATIVE_SIZE
 from .scenes import Spec, View, render
 from .specs import COLOURS, SUBJECTS, sample_spec
 from .train import HELD_OUT
 
 PER_SPEC = 2
 SHARE_DECODED = 0.25
-MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
 
 
 def spec_of(rng: random.Random, subject: str) -> Spec:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from .library import Library
+from .models import MODEL
 from .source import Source
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "embedded"
 CROPS = 4  # one group in as many is of crops
 RIDGE = 1e-6  # of the mean of what stands on the diagonal
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .autoencoder import measure_autoencoder, settle, train_autoencoder
+from .autoencoder import measure_autoencoder, train_autoencoder
 from .captions import caption
 from .classifier import Classifier, classify
 from .clock import Clock
@@ -34,6 +34,7 @@ from .settings import Settings, parse
 from .source import Source
 from .specs import SETTINGS, SUBJECTS, TIMES, sample_spec
 from .vocabulary import encode
+from .widen import settle
 
 HELD_OUT = 1 << 40  # seeds of held-out scenes start here; training stays below
 SHEET_PROMPTS = (

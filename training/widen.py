@@ -15,6 +15,7 @@ import torch
 
 from .export import write_flat
 from .models import LATENT_CHANNELS, make_unet, make_vae, parameter_count
+from .source import Source
 
 DETAIL = 0.6  # standard deviation of the new channels over that of the first: what is fine drowns in noise earlier
 
@@ -72,6 +73,18 @@ def scale_channels(vae: Any, factors: torch.Tensor) -> None:
     vae.quant_conv.weight[: len(factors)] *= factors[:, None, None, None]
     vae.quant_conv.bias.copy_(torch.cat([mean * factors, spread + 2 * factors.log()]))
     vae.post_quant_conv.weight /= factors[None, :, None, None]
+
+
+@torch.no_grad()
+def settle(vae: Any, anchor: Any, source: Source, rounds: int = 8) -> float:
+    """Give the channels that ``anchor`` does not have their share of the latents' spread (``DETAIL``); returns the
+    factor by which latents are scaled, which is the anchor's."""
+    few, scale = anchor.config.latent_channels, anchor.config.scaling_factor
+    found = torch.cat([vae.encode(source.draw(crops=False).images).latent_dist.mode() for _ in range(rounds)])
+    factors = torch.ones(found.shape[1], device=found.device)
+    factors[few:] = DETAIL / scale / found.std((0, 2, 3))[few:]
+    scale_channels(vae, factors)
+    return scale
 
 
 def main() -> None:

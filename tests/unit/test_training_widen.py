@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from training.autoencoder import _loss, settle
+from training.autoencoder import _loss
 from training.export import read_flat
 from training.library import Library, without_body
 from training.models import LATENT_CHANNELS, make_unet, make_vae
@@ -17,7 +17,7 @@ from training.scenes import MATERIALS
 from training.source import Source
 from training.specs import Spec
 from training.vocabulary import encode
-from training.widen import DETAIL, scale_channels, widen_unet, widen_vae
+from training.widen import DETAIL, scale_channels, settle, widen_unet, widen_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = 4
