@@ -35,7 +35,9 @@ def micro_batched(
         stop = min(start + size, count)
 
         def cut(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
-            return value[start:stop].to(device or value.device, non_blocking=True) if len(value) == count else value
+            if len(value) != count:
+                return value
+            return _alone(value[start:stop]).to(device or value.device, non_blocking=True)
 
         part = forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
         if result is None:
@@ -83,6 +85,15 @@ def mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any, known: 
     if id(value) not in known:
         known[id(value)] = function(value)
     return known[id(value)]
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    """A sample of a sequence that was permuted, ``[1, S, D]``, with the strides that it has in a batch of its own:
+    products of matrices choose their kernel by them."""
+    if len(part) > 1 or part.dim() != 3 or part.is_contiguous():
+        return part
+    strides = part.stride()
+    return part.as_strided(part.shape, (part.shape[1] * strides[1], *strides[1:]))
 
 
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:

@@ -377,3 +377,21 @@ def test_micro_batches_slice_what_has_the_batch_and_pass_on_the_rest() -> None:
     product, total = micro_batched(forward, (x, scale, True), {"row": row}, 2)
     assert seen == [(2, 3), (2, 3), (1, 3)]
     assert torch.equal(product, x * scale[:, None]) and torch.equal(total, x + row)
+
+
+def test_a_permuted_sample_of_a_group_lies_as_one_that_is_alone() -> None:
+    """A layer that is a unit of its own gets it out of a group, one inside a larger unit gets it alone: the same
+    kernel, or the picture hangs on where the budget cuts (SDXL's ``proj_in``)."""
+    seen: list[tuple[int, ...]] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.stride())
+        return x + 1
+
+    def sequence(pictures: Tensor) -> Tensor:  # as transformers in UNets make it
+        return pictures.permute(0, 2, 3, 1).reshape(len(pictures), -1, pictures.shape[1])
+
+    pictures = seeded(2, 6, 4, 4)
+    gathered = micro_batched(forward, (sequence(pictures),), {}, 1)
+    assert torch.equal(gathered, torch.cat([forward(sequence(one)) for one in pictures.split(1)]))
+    assert len(set(seen)) == 1 and len(seen) == 4, seen
