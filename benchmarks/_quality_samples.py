@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from benchmarks._quality_scenes import batches
+from benchmarks._quality_scenes import TOGETHER, batches
 from stages import PIPELINE, text_encode
 from stages.canvas.mixture import View
 from stages.canvas.weights import grid_weights
@@ -34,6 +34,7 @@ from stages.sampling import Canvas, sample
 from stages.tiles import Size, Tile, whole
 from stages.vae.tiled import decode_tile, to_uint8
 
+ON_GPU = 64  # pictures that a GPU makes at a time
 MADE_OF = "made of"  # the key of the PNG's text
 
 
@@ -71,7 +72,7 @@ def samples(model: Path, folder: Path, prompts: Sequence[str], *overrides: str, 
     ]
     missing = [one for one in asked if _made_of(one[0]) != one[3]]
     job = job_of(model, *overrides) if missing else None
-    for some in batches(missing):
+    for some in batches(missing, TOGETHER if job is None or job.config.device == "cpu" else ON_GPU):
         assert job is not None
         begin = time.monotonic()
         pixels = _made(job, [prompt for _, prompt, _, _ in some], [seed for _, _, seed, _ in some], folder)

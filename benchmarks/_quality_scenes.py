@@ -60,10 +60,10 @@ def pictures(scenes: Iterable[Scene]) -> Iterator[Tensor]:
         yield torch.cat([scene.render()[0] for scene in some])
 
 
-def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """``TOGETHER`` of them at a time."""
-    for first in range(0, len(items), TOGETHER):
-        yield items[first : first + TOGETHER]
+def batches(items: Sequence[Any], together: int = TOGETHER) -> Iterator[Sequence[Any]]:
+    """So many of them at a time."""
+    for first in range(0, len(items), together):
+        yield items[first : first + together]
 
 
 @torch.inference_mode()

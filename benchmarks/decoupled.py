@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint, cap = _measure.checkpoint(options.checkpoint, options.model), parse_bytes(options.cap)
     results: list[dict[str, Any]] = []
     _measure.RESULTS.mkdir(parents=True, exist_ok=True)
+    _measure.RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_measure.RESULTS) as scratch:
         folder, run = Path(scratch), "decoupled"
         common = [f"run={run}", "prompt=a lighthouse on a cliff", f"model.path={checkpoint}", "guide.mode=none"]

@@ -5,6 +5,7 @@
     python -m benchmarks embedded_quality --only counting     # or vae, samples, pairs, attributes, large
     python -m benchmarks embedded_quality --only large --run NAME    # judges outputs/NAME (or the folder of a run)
     python -m benchmarks embedded_quality --samples 200 --pictures 3
+    python -m benchmarks embedded_quality --device cuda       # the pictures by a GPU: minutes
 
 ``samples``: the Fréchet distance between samples and as many held-out scenes, against that between two such sets of
 scenes, and the energy of samples over that of scenes in each octave. ``pairs``: words never seen together.
@@ -83,7 +84,7 @@ def judge_vae(given: argparse.Namespace) -> Found:
 def judge_samples(given: argparse.Namespace) -> Found:
     """Distances and sharpness of one set of samples; of the scenes those of its captions, and as many others."""
     scenes, count = held_out(2 * given.samples), given.samples
-    paths = samples(given.model, given.folder / "samples", [scene.prompt for scene in scenes[:count]])
+    paths = samples(given.model, given.folder / "samples", [scene.prompt for scene in scenes[:count]], *given.overrides)
     contact_sheet(paths[:64], given.folder / "samples.png")
     networks_, energy, features = networks(), dict[str, Any](), dict[str, Any]()
     sets = {"samples": read_all(paths), "scenes": pictures(scenes[:count]), "others": pictures(scenes[count:])}
@@ -125,7 +126,7 @@ def judge_counting(given: argparse.Namespace) -> Found:
 
     vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32).eval()
     questions = counts.questions(given.questions)
-    paths = samples(given.model, given.folder / "counting", [one.prompt for one in questions])
+    paths = samples(given.model, given.folder / "counting", [one.prompt for one in questions], *given.overrides)
     contact_sheet(paths, given.folder / "counting.png", columns=25)
     found = counts.judge_counts(paths, questions)
     own = counts.counter_error(given.known, {"scenes": lambda image: image, "through the VAE": partial(returned, vae)})
@@ -144,7 +145,7 @@ def judge_counting(given: argparse.Namespace) -> Found:
 
 def judge_pairs(given: argparse.Namespace) -> Found:
     scenes = counts.pair_scenes(given.pairs)
-    paths = samples(given.model, given.folder / "pairs", [scene.prompt for scene in scenes])
+    paths = samples(given.model, given.folder / "pairs", [scene.prompt for scene in scenes], *given.overrides)
     contact_sheet(paths, given.folder / "pairs.png", columns=13)
     found = counts.judge_pairs([next(read_all([path])) for path in paths], scenes)
     own = counts.judge_pairs([scene.render()[0] for scene in scenes], scenes)
@@ -157,7 +158,7 @@ def judge_pairs(given: argparse.Namespace) -> Found:
 
 def judge_attributes(given: argparse.Namespace) -> Found:
     prompts = asked()
-    paths = samples(given.model, given.folder / "attributes", [one.prompt for one in prompts])
+    paths = samples(given.model, given.folder / "attributes", [one.prompt for one in prompts], *given.overrides)
     contact_sheet(paths, given.folder / "attributes.png")
     found, own = judge_pictures(paths, prompts), judge_accuracy(held_out(2 * given.scenes))
     for miss in found["misses"]:
@@ -200,6 +201,7 @@ def parse() -> argparse.Namespace:
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options.add_argument("--short", action="store_true", help="a few of everything, no 2048x2048 pictures")
     options.add_argument("--model", type=Path, default=ROOT / "models" / "embedded")
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="that makes pictures of 256x256")
     options.add_argument("--run", help="large: name of a finished run, or its folder, to be judged alone")
     numbers = {
         "samples": (1000, "and twice as many scenes"),
@@ -222,6 +224,7 @@ def parse() -> argparse.Namespace:
             sys.exit(f"--run: got {given.run!r}, expected a finished run. Make it: python runner.py run={run.name} ...")
         given.run = run
     given.folder = FOLDER
+    given.overrides = () if given.device == "cpu" else (f"device={given.device}",)
     return given
 
 

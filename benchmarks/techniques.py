@@ -43,13 +43,14 @@ COLUMNS = ("allocated_mb", "reserved_mb", "smi_mb", "host_mb")
 
 
 class Card:
-    """The memory that ``nvidia-smi`` shows of the first GPU, at most (MB)."""
+    """The memory that ``nvidia-smi`` shows of the first GPU that this process sees, at most (MB)."""
 
     def __init__(self, device: str) -> None:
         self.highest, self._process = 0, None
         if device != "cuda":
             return
-        command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
+        command = ["nvidia-smi", f"--id={_card()}", *query]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -262,9 +263,14 @@ def machine(device: str) -> str:
     versions = f"torch {torch.__version__}, diffusers {_version('diffusers')}, accelerate {_version('accelerate')}"
     if device != "cuda":
         return f"CPU, {torch.get_num_threads()} threads, {versions}."
-    query = ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--id={_card()}", "--query-gpu=name,driver_version,memory.used", "--format=csv,noheader"]
     name, driver, used = subprocess.run(query, capture_output=True, text=True).stdout.strip().split(", ")
     return f"{name}, driver {driver}, {used} in use before; {versions}."
+
+
+def _card() -> str:
+    """``nvidia-smi``'s number of the first GPU that this process sees."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
 
 
 def _version(name: str) -> str:

@@ -14,7 +14,7 @@ from stages.plans import ModelPlan
 
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
-PINNED_RATE = 4.0e10  # bytes a second between a GPU and pinned memory
+PINNED_RATE = 5.2e10  # bytes a second between a GPU and pinned memory (an H200)
 # Of activations on a GPU: copies that kernels make for themselves, holes that fit nothing (measured: 1.2 to 1.5).
 SLACK = 1.55
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute

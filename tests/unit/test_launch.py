@@ -335,6 +335,18 @@ def test_environment_of_a_stage(make_config, monkeypatch):
     assert str(ROOT) in given["PYTHONPATH"].split(os.pathsep)
 
 
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(32, 1, "8"), (32, 2, "8"), (8, 2, "4"), (2, 4, "1")])
+def test_processes_on_gpus_share_the_cores(make_config, monkeypatch, cores, ranks, threads):
+    """Rows of a canvas are little work: as many threads as cores, of each rank, took a tenth of a second a step."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert environment(make_config({"device": "cuda", "launch.nproc": ranks}))["OMP_NUM_THREADS"] == threads
+    assert environment(make_config({"device": "cuda", "launch.threads": 3}))["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in environment(make_config({"launch.nproc": ranks}))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environment(make_config({"device": "cuda"}))["OMP_NUM_THREADS"] == "5"
+
+
 def test_monitor_sees_the_tree_and_its_module():
     code = "import subprocess, sys, time; x = bytearray(60_000_000); "
     inner = "x = bytearray(90_000_000); import time; time.sleep(1.5)"

@@ -51,7 +51,7 @@ def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
     if stage == "text_encode":
         wanted["MKL_DISABLE_FAST_MM"] = "1"
     if on_gpu(config):
-        wanted |= device.ENVIRONMENT
+        wanted |= device.ENVIRONMENT | device.threads(config.launch.get("nproc") or 1)
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
     for name in NAMES:  # of whoever started the runner
         given.pop(name, None)
