@@ -101,7 +101,7 @@ def count_parts(probability: torch.Tensor, share: float = 0.0) -> int:
     """
     from scipy import ndimage
 
-    found = probability.numpy()
+    found = probability.cpu().numpy()
     reached = ndimage.binary_dilation(found > FAINT)
     labelled: Any = ndimage.label(reached, structure=np.ones((3, 3)))
     parts, number = labelled
