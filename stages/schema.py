@@ -115,7 +115,7 @@ class TechniqueConfig:
 class LaunchConfig:
     """How stage processes are started and watched."""
 
-    threads: int | None = None  # torch threads; None: all cores
+    threads: int | None = None  # torch threads; None: all cores, on a GPU 8 at most
     sample_seconds: float = 0.02  # memory sampling period
     total_budget: str | None = None  # of all runs at once on this machine, with the same output_dir: one waits for room
     nproc: int = 1  # ranks of a stage that share its tiles, each with a GPU of its own and memory.budget for itself
