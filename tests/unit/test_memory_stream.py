@@ -85,6 +85,22 @@ def test_unet(folder: Path, cut: str, dtype: torch.dtype) -> None:
                 assert torch.equal(predict(streamer.model, samples, embeds, group), expected), (ring, group)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_one_by_one_at_every_cut(small: Callable[[str], Path], dtype: torch.dtype) -> None:
+    """As of large tiles, whose two halves go one after the other; transformers that begin with a linear layer."""
+    component = Checkpoint.open(str(small("sd21"))).component("unet")
+    samples, embeds = seeded(4, 4, 16, 16), seeded(4, 77, 32, seed=1)
+    with opened(component, dtype, {}, 1) as streamer:
+        expected = predict(streamer.model, samples, embeds, 1)
+        assert torch.equal(predict(streamer.model, samples, embeds, 4), expected)
+    for cut in ("block", "leaf"):
+        limit, nbytes = sizes(component, dtype, cut, "pair")
+        plan = {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}
+        with opened(component, dtype, plan, 1) as streamer:
+            for group in (4, 2, 1):
+                assert torch.equal(predict(streamer.model, samples, embeds, group), expected), (cut, group)
+
+
 @pytest.mark.parametrize("side", [8, 12])
 def test_groups_down_to_feature_maps_of_one_pixel(folder: Path, side: int) -> None:
     """There a tensor has two equal layouts, and kernels round by the one that it says it has."""
