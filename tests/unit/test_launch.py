@@ -337,7 +337,7 @@ def test_environment_of_a_stage(make_config, monkeypatch):
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(32, 1, "8"), (32, 2, "8"), (8, 2, "4"), (2, 4, "1")])
 def test_processes_on_gpus_share_the_cores(make_config, monkeypatch, cores, ranks, threads):
-    """Rows of a canvas are little work: as many threads as cores, of each rank, took a tenth of a second a step."""
+    """Rows of a canvas are little work, and threads of several ranks would wait for one another's cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     assert environment(make_config({"device": "cuda", "launch.nproc": ranks}))["OMP_NUM_THREADS"] == threads
