@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,6 +117,12 @@ def runner(output_dir: Path, *overrides: str, **options: Any) -> Measured:
     """``python runner.py progress=false output_dir=... overrides`` measured from outside."""
     command = [sys.executable, "runner.py", f"output_dir={output_dir}", *overrides]
     return measure(command, **options)
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder beside the results that goes with what is in it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=RESULTS)
 
 
 def checkpoint(given: Path | None, kind: str = "sd15", *, small: bool = False) -> Path:

@@ -71,9 +71,10 @@ def samples(model: Path, folder: Path, prompts: Sequence[str], *overrides: str, 
         for number, (path, prompt) in enumerate(zip(paths, prompts, strict=True))
     ]
     missing = [one for one in asked if _made_of(one[0]) != one[3]]
-    job = job_of(model, *overrides) if missing else None
-    for some in batches(missing, TOGETHER if job is None or job.config.device == "cpu" else ON_GPU):
-        assert job is not None
+    if not missing:
+        return paths
+    job = job_of(model, *overrides)
+    for some in batches(missing, TOGETHER if job.config.device == "cpu" else ON_GPU):
         begin = time.monotonic()
         pixels = _made(job, [prompt for _, prompt, _, _ in some], [seed for _, _, seed, _ in some], folder)
         for (path, _, _, text), picture in zip(some, pixels, strict=True):

@@ -9,7 +9,6 @@ each GPU reserved at most, which has to be within the cap.
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     checkpoint, cap = _measure.checkpoint(options.checkpoint, options.model), parse_bytes(options.cap)
     results: list[dict[str, Any]] = []
-    _measure.RESULTS.mkdir(parents=True, exist_ok=True)
-    _measure.RESULTS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_measure.RESULTS) as scratch:
+    with _measure.scratch() as scratch:
         folder, run = Path(scratch), "decoupled"
         common = [f"run={run}", "prompt=a lighthouse on a cliff", f"model.path={checkpoint}", "guide.mode=none"]
         common += [f"width={options.width}", f"height={options.height}", f"technique.dtype={options.dtype}"]

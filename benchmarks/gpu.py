@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -128,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     micro = work.micro(component_of(checkpoint, work).config)
     results: list[dict[str, Any]] = []
 
-    with tempfile.TemporaryDirectory(dir=_measure.RESULTS.mkdir(parents=True, exist_ok=True) or _measure.RESULTS) as f:
+    with _measure.scratch() as f:
         folder = Path(f)
         common = {"checkpoint": checkpoint, "folder": str(folder), "count": options.count, "work": options.work}
 

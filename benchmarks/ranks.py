@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -81,9 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work here, and go on from what lies there")
     options = parser.parse_args(arguments)
     checkpoint = _measure.checkpoint(options.checkpoint, options.model, small=options.small)
-    _measure.RESULTS.mkdir(parents=True, exist_ok=True)
     numbers, rows, results = [int(number) for number in options.nproc.split(",")], [], []
-    with tempfile.TemporaryDirectory(dir=_measure.RESULTS) as scratch:
+    with _measure.scratch() as scratch:
         folder = (options.keep or Path(scratch)).resolve()
         run_dir = folder / RUN
         common = [f"run={RUN}", "prompt=a lighthouse", f"model={options.model}", f"model.path={checkpoint}"]

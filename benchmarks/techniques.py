@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr, slug
+from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr, scratch, slug
 from benchmarks._techniques_rows import ROWS, WORKS, Row
 from benchmarks._techniques_ways import PROMPT
 from stages.config import ROOT
@@ -304,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(said, flush=True)
     name = f"techniques_{options.device}"
     kept = Kept(RESULTS / name, options.go_on)
-    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
+    with scratch() as folder:
         bench = Bench(Path(folder), kept.folder, model, options.device, options.steps)
         todo = [row for row in rows if not kept.done(row, bench.steps(row))]
         with ThreadPoolExecutor(RUNS if options.device == "cuda" else 1) as pool:

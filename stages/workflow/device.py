@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from stages.memory.planner import PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
+from stages.workflow.machine import processors
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 4.2e14  # a second, of an H200 with a transformer in bf16; only ranks plans, as the rates do
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 def threads(ranks: int) -> dict[str, str]:
     """Of a process on a GPU, one of so many on this machine. What is left to the processor are rows of the canvas: a
     thread for each of many cores, of several ranks, costs more than the work (``launch.threads`` asks for others)."""
-    return {"OMP_NUM_THREADS": str(max(1, min(THREADS, (os.cpu_count() or 1) // ranks)))}
+    return {"OMP_NUM_THREADS": str(max(1, min(THREADS, processors() // ranks)))}
 
 
 def for_device(stage: StageProfile, host: str) -> StageProfile:

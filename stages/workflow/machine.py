@@ -24,7 +24,7 @@ def machine(config: DictConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": cpu_field("model name", "cpu part") or platform.processor() or platform.machine(),
         "flags": [flag for flag in _FLAGS if flag in flags],
-        "threads": config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or _processors(),
+        "threads": config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or processors(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         # as ``memory.imports`` reads it, which the runner does not import: what libraries take hangs on it
         "light_imports": os.environ.get("HIGHRES_LIGHT_IMPORTS", "1") != "0",
@@ -41,7 +41,8 @@ def gpus() -> list[str]:
     return [value.strip() for name, _, value in fields if name == "Model"]
 
 
-def _processors() -> int:
+def processors() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

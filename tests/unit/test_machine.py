@@ -25,14 +25,14 @@ CHANGES: dict[str, tuple[str, Any]] = {
     "another processor": ("cpu_field", cpu(name="Xeon")),
     "flags that matter": ("cpu_field", cpu(flags="fpu avx2 avx512f avx512_bf16")),
     "another version": ("version", lambda library: "9.9" if library == "diffusers" else "1.0"),
-    "fewer processors": ("_processors", lambda: 1),
+    "fewer processors": ("processors", lambda: 1),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_machine_or_version_has_another_fingerprint(look, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in {"cpu_field": cpu(), "version": lambda library: "1.0", "_processors": lambda: 2}.items():
+    for name, value in {"cpu_field": cpu(), "version": lambda library: "1.0", "processors": lambda: 2}.items():
         monkeypatch.setattr(machine, name, value)
     before = look()
     assert look().fingerprint == before.fingerprint
