@@ -63,7 +63,7 @@ ROWS = (
     Row(
         name="sequential", options={**HALF, "offload": "sequential"}, published="< 3 GB (slicing alone 3.2)", share=0.4
     ),
-    _ours("offload=stream, least memory", budget="least", decode__tile_size=256),
+    _ours("offload=stream, least memory", budget="least", decode__tile_size=128),
     _ours("offload=stream, 800 MB", budget="800MB"),
     Row(name="4K, tiled VAE", work="4k", options={**HALF, "vae_tiling": True}, published="8 GB"),
     _ours("4K, offload=stream, 1.5 GB", **LARGE),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stages.memory.planner import PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
-from stages.workflow.machine import processors
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 4.2e14  # a second, of an H200 with a transformer in bf16; only ranks plans, as the rates do
 READ_RATES = {"pinned": PINNED_RATE, "disk": 8e9}  # bytes a second to the device
-THREADS = 8
 START_SECONDS = 2e-3  # to begin a pass
 KEEP = 1_000_000  # bytes: smaller units stay on the device
 
@@ -21,12 +19,6 @@ ENVIRONMENT = {
     "CUBLASLT_WORKSPACE_SIZE": "8192",
     "CUDNN_CONV_WSCAP_DBG": "64",  # MiB: the choice of a kernel must not depend on what happens to be free
 }
-
-
-def threads(ranks: int) -> dict[str, str]:
-    """Of a process on a GPU, one of so many on this machine. What is left to the processor are rows of the canvas: a
-    thread for each of many cores, of several ranks, costs more than the work (``launch.threads`` asks for others)."""
-    return {"OMP_NUM_THREADS": str(max(1, min(THREADS, processors() // ranks)))}
 
 
 def for_device(stage: StageProfile, host: str) -> StageProfile:

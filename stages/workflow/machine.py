@@ -15,6 +15,7 @@ from stages.config import cpu_field, on_gpu
 LIBRARIES = ("torch", "diffusers", "transformers")
 # what decides which kernels run
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+GPU_THREADS = 8  # of a process on a GPU, at most
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -24,7 +25,7 @@ def machine(config: DictConfig) -> dict[str, Any]:
     found: dict[str, Any] = {
         "cpu": cpu_field("model name", "cpu part") or platform.processor() or platform.machine(),
         "flags": [flag for flag in _FLAGS if flag in flags],
-        "threads": config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or processors(),
+        "threads": threads(config),
         "libraries": {name: _version(name) for name in LIBRARIES},
         # as ``memory.imports`` reads it, which the runner does not import: what libraries take hangs on it
         "light_imports": os.environ.get("HIGHRES_LIGHT_IMPORTS", "1") != "0",
@@ -32,6 +33,16 @@ def machine(config: DictConfig) -> dict[str, Any]:
     if on_gpu(config):
         found["gpu"] = gpus()
     return found
+
+
+def threads(config: DictConfig) -> int:
+    """Of a stage's process: ``launch.threads``, what the environment says, or one for each processor. On a GPU what is
+    left to the processor are rows of the canvas: a thread for each of many cores, of several ranks, costs more than the
+    work."""
+    asked = config.launch.threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    if asked or not on_gpu(config):
+        return asked or processors()
+    return max(1, min(GPU_THREADS, processors() // (config.launch.get("nproc") or 1)))
 
 
 def gpus() -> list[str]:

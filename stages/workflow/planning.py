@@ -74,7 +74,9 @@ def plan(
         launch.run_stage(profile if looks else rehearsal, enough, run_dir, pipeline=pipeline)
     if looks and rehearses:
         _rehearsed(rehearsal)
-    found = read_json(profile.entry.path / "profile.json") or {}
+    found = read_json(profile.entry.path / "profile.json")
+    if found is None:  # another process made another key of the same run
+        raise launch.StageFailed(f"profile: no result in {profile.entry.path}. Nothing can be planned without it.")
     running = [state for state in states if state.status in ("run", "resume", "reuse")]
     profiles = {
         state.name: _of_stage(StageProfile.of(found[state.stage.module]), state.stage, job)

@@ -339,7 +339,7 @@ def test_environment_of_a_stage(make_config, monkeypatch):
 def test_processes_on_gpus_share_the_cores(make_config, monkeypatch, cores, ranks, threads):
     """Rows of a canvas are little work, and threads of several ranks would wait for one another's cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("stages.workflow.device.processors", lambda: cores)
+    monkeypatch.setattr("stages.workflow.machine.processors", lambda: cores)
     assert environment(make_config({"device": "cuda", "launch.nproc": ranks}))["OMP_NUM_THREADS"] == threads
     assert environment(make_config({"device": "cuda", "launch.threads": 3}))["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in environment(make_config({"launch.nproc": ranks}))

@@ -9,6 +9,7 @@ from stages import PIPELINE, PROFILE, config
 from stages.job import Job
 from stages.workflow import machine
 from stages.workflow.graph import differences, state_of
+from stages.workflow.launch.local import environment
 from stages.workflow.store import Store
 
 
@@ -73,3 +74,17 @@ def test_libraries_imported_whole_take_more(look, monkeypatch: pytest.MonkeyPatc
     before = look()
     monkeypatch.setenv("HIGHRES_LIGHT_IMPORTS", "0")
     assert look().fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"device": "cuda"}, {"device": "cuda", "launch.nproc": 2}, {"launch.threads": 3}]
+)
+def test_a_stage_finds_the_look_where_the_runner_expects_it(
+    look, make_config, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "processors", lambda: 64)
+    expected = look(values)
+    given = environment(Job.of(make_config(values)).config)
+    monkeypatch.setenv("OMP_NUM_THREADS", given.get("OMP_NUM_THREADS", ""))
+    assert look(values).fingerprint == expected.fingerprint

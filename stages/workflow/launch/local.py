@@ -25,6 +25,7 @@ from stages.memory.monitor import Monitor, Sample, usage
 from stages.workflow import device, enforce
 from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
+from stages.workflow.machine import threads
 from stages.workflow.spread import spread
 
 _PATIENCE = 5.0  # seconds between asking a stage to end and killing it
@@ -51,7 +52,7 @@ def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
     if stage == "text_encode":
         wanted["MKL_DISABLE_FAST_MM"] = "1"
     if on_gpu(config):
-        wanted |= device.ENVIRONMENT | device.threads(config.launch.get("nproc") or 1)
+        wanted |= device.ENVIRONMENT | {"OMP_NUM_THREADS": str(threads(config))}
     given = {**wanted, **os.environ, "PYTHONUNBUFFERED": "1"}
     for name in NAMES:  # of whoever started the runner
         given.pop(name, None)
