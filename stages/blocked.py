@@ -242,5 +242,6 @@ def _alias(weight: Tensor, described: bytes, shape: Sequence[int] | None = None)
     )
     if code:
         raise RuntimeError(f"torch made no tensor of a weight of shape {tuple(weight.shape)} (code {code})")
-    own: Any = torch._C
-    return own._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(made.value, None, None))
+    own: Any = torch._C  # what takes a single tensor copies it, and its original is never freed (torch 2.13)
+    (found,) = own._aoti.alloc_tensors_by_stealing_from_void_ptrs([capsule(made.value, None, None)])
+    return found

@@ -27,7 +27,7 @@ from stages.techniques.dtype import dtype_of
 from stages.tiles import Size
 from stages.workflow.store import CHECKPOINT
 
-STANDING = 550_000  # bytes of a micro-batch that stands still, without its activations (measured with 232 of them)
+STANDING = 150_000  # bytes of a micro-batch that stands still, without its activations: what its holes in the heap cost
 
 
 class Canvas(NamedTuple):

@@ -22,6 +22,7 @@ from stages.canvas.step_noise import StepNoise
 from stages.distributed import ALONE, Ranks
 from stages.memory.finite import refuse_not_finite
 from stages.memory.rows import Rows, bands
+from stages.memory.trim import return_freed
 
 
 class Schedule(Protocol):
@@ -209,6 +210,7 @@ class Sampler:
                 if step < len(self.timesteps):  # while its history is at hand
                     latents = self._guided(band, stepped, self.timesteps[step], step)
                     self._scaled.write(top, self.schedule.scaled(latents, self.timesteps[step]))
+                return_freed()  # a pass leaves a heap full of holes, and each band would fill others of them
         self._scaled_step = step
 
     def _load(self, band: int) -> Tensor:

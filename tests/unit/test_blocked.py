@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -81,6 +82,25 @@ def test_the_same_bits(name: str) -> None:
     for given in (image.contiguous(memory_format=torch.channels_last), image, image[:1]):
         found, expected = changed(given), stock(given)
         assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+def test_nothing_is_left_of_a_call(blocks: bool) -> None:
+    """Torch's way to one such tensor keeps it for ever: a kilobyte a call, in the midst of what the call used."""
+    if not blocks:
+        pytest.skip("oneDNN wants no blocks here")
+    changed = network()
+    opened(changed, network(), "fp32")
+    image = torch.randn(1, 8, 32, 24)
+
+    def left() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), Tensor) for one in gc.get_objects())
+
+    changed(image)
+    before = left()
+    for _ in range(5):
+        changed(image)
+    assert left() == before
 
 
 def test_on_meta_it_has_the_shape_and_needs_nothing_besides(blocks: bool) -> None:
