@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.linear_attention import LinearAttention
@@ -112,8 +112,10 @@ def distil(unet: Any, stock: Any, work: Work, given: argparse.Namespace) -> dict
     trainee = Trainee(
         {name: one.linear for name, one in found.items()}, device=work.alphas.device, decay=0.998, dtype=torch.float32
     )
-    seconds = 60 * given.minutes
-    clock = Clock({"layers": 0.5 * seconds, "network": 0.5 * seconds}, {}, seconds)
+    seconds, share = 60 * given.minutes, 0.0 if given.resume else 0.5
+    if given.resume:
+        trainee.load_weights(read(given.resume, found))
+    clock = Clock({"layers": share * seconds, "network": (1 - share) * seconds}, {}, seconds)
     phase = Phase(clock, "layers")
     while phase.go():
         with torch.no_grad():
@@ -136,14 +138,28 @@ def distil(unet: Any, stock: Any, work: Work, given: argparse.Namespace) -> dict
     return found
 
 
+def read(folder: Path, found: dict[str, Pupil]) -> dict[str, dict[str, Tensor]]:
+    """Weights that ``write`` wrote, of every pupil, in float32."""
+    tensors = load_file(folder / WEIGHTS)
+    return {
+        name: {here: tensors[f"{index}.{there}"].float() for here, there, _ in _part(name, one).shapes()}
+        for index, (name, one) in enumerate(found.items())
+    }
+
+
+def _part(name: str, one: Pupil) -> Part:
+    width = one.attention.to_q.in_features
+    return Part(name, width, one.attention.heads, width)
+
+
 def write(folder: Path, found: dict[str, Pupil]) -> float:
     """The published layout, in fp16; its MB."""
     listed: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, (name, one) in enumerate(found.items()):
-        width, heads, state = one.attention.to_q.in_features, one.attention.heads, one.linear.state_dict()
-        listed.append({"module_name": name, "dim_n": width, "heads": heads, "projection_mid_dim": None})
-        for here, there, _ in Part(name, width, heads, width).shapes():
+        part, state = _part(name, one), one.linear.state_dict()
+        listed.append({"module_name": name, "dim_n": part.width, "heads": part.heads, "projection_mid_dim": None})
+        for here, there, _ in part.shapes():
             tensors[f"{index}.{there}"] = state[here].detach().to("cpu", torch.float16).contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS)
@@ -161,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="diffusers folder of the model")
     parser.add_argument("--out", type=Path, default=MODEL / "linfusion", help="folder for config.json and weights")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="begin with the linear attention that lies there")
     parser.add_argument("--minutes", type=float, default=0.85, help="of training; scenes are rendered before")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=64)

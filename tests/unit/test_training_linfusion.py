@@ -50,7 +50,7 @@ def test_pupils_learn_and_nothing_else_changes(tmp_path: Any, monkeypatch: pytes
     stock = make_unet(tiny=True).eval().requires_grad_(False)
     unet, before = copy.deepcopy(stock), {name: value.clone() for name, value in stock.state_dict().items()}
     work: Any = Inputs()
-    found = distil(unet, stock, work, argparse.Namespace(minutes=0.05, batch=4, lr=2e-3))
+    found = distil(unet, stock, work, argparse.Namespace(minutes=0.05, batch=4, lr=2e-3, resume=None))
     assert all(torch.equal(before[name], value) for name, value in stock.state_dict().items())
     kept = {name: value for name, value in unet.state_dict().items() if "attn1" not in name}
     assert kept and all(torch.equal(before[name], value) for name, value in kept.items())
@@ -60,6 +60,9 @@ def test_pupils_learn_and_nothing_else_changes(tmp_path: Any, monkeypatch: pytes
     mounted(tmp_path)(again)
     assert error(again, stock, work, 2) == pytest.approx(after, rel=0.3)
     assert [part.name for part, _ in published(tmp_path)] == list(found)
+    gone_on = copy.deepcopy(stock)
+    distil(gone_on, stock, work, argparse.Namespace(minutes=0.0, batch=4, lr=2e-3, resume=tmp_path))
+    assert error(gone_on, stock, work, 2) == pytest.approx(after, rel=0.3)  # and no step was taken
 
 
 @pytest.mark.slow
