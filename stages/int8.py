@@ -25,7 +25,7 @@ from stages.int8_blocks import FASTER
 from stages.memory.micro import micro_batched
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
-NUMBERS = 1 << 17  # that a core makes at a time: what its cache holds
+NUMBERS = 1 << 18  # that a core makes at a time: what its cache holds
 ROWS = 128  # of a product, at least: fewer would read its weights too often
 
 
@@ -65,16 +65,26 @@ class Int8Linear(Int8):
     def __init__(self, layer: nn.Linear, *, samples: bool) -> None:
         super().__init__(layer, samples=samples)
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.shared: int8_blocks.Shared | None = None
+
+    def products(self, inputs: Tensor, result: Tensor, *, gates: bool = False) -> Tensor:
+        """Of ``[N, ..., in_features]`` into ``result``; ``gates``: the first outputs times GELU of the others."""
+        rows = inputs.reshape(len(inputs), -1, self.in_features)
+        targets = result.view(len(rows), -1, result.shape[-1])
+        if self.blocks is None:
+            for sample, target in zip(rows, targets, strict=True):
+                _product(self, Scaled(sample), target, gates=gates)
+            return result
+        integers = (int8_blocks.rows_of(Scaled(sample)) for sample in rows)
+        made = self.shared(self, inputs, lambda: list(integers)) if self.shared else integers
+        int8_blocks.multiply(self, made, targets, gates=gates)
+        return result
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., out_features]`` of ``[N, ..., in_features]``: N samples."""
         if not self.samples:
             return F.linear(inputs, self.floats(inputs.dtype), self.bias)
-        result = inputs.new_empty((*inputs.shape[:-1], self.out_features))
-        rows = inputs.reshape(len(inputs), -1, self.in_features)
-        for sample, target in zip(rows, result.view(len(rows), -1, self.out_features), strict=True):
-            (int8_blocks.multiply if self.blocks else _product)(self, Scaled(sample), target)
-        return result
+        return self.products(inputs, inputs.new_empty((*inputs.shape[:-1], self.out_features)))
 
 
 class Int8Conv2d(Int8):
@@ -104,10 +114,12 @@ class Int8Conv2d(Int8):
             )
         ]
         result = inputs.new_empty((len(inputs), *size, self.out_channels))
-        for sample, target in zip(inputs.permute(0, 2, 3, 1), result, strict=True):
-            if self.blocks:
-                int8_blocks.convolve(self, Scaled(sample), sample.shape, self.padding, target)
-            elif self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+        samples = inputs.permute(0, 2, 3, 1)
+        if self.blocks:
+            int8_blocks.convolve(self, (int8_blocks.image_of(Scaled(one), self.padding) for one in samples), result)
+            return result.permute(0, 3, 1, 2)
+        for sample, target in zip(samples, result, strict=True):
+            if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
                 _product(self, Scaled(sample.reshape(-1, self.in_channels)), target.view(-1, self.out_channels))
             else:
                 _product(self, Windows(sample, self), target.view(-1, self.out_channels), size[1])
@@ -126,11 +138,16 @@ def gated(layer: Int8Linear, forward: Callable[..., Tensor], inputs: Tensor, *ar
     whole = halves and (layer.blocks is not None or inputs.dtype == torch.float32)
     if not whole or not isinstance(layer.forward, MethodType):
         return forward(inputs, *args, **kwargs)
-    result = inputs.new_empty((*inputs.shape[:-1], layer.out_features // 2))
-    rows = inputs.reshape(len(inputs), -1, layer.in_features)
-    for sample, target in zip(rows, result.view(len(rows), -1, layer.out_features // 2), strict=True):
-        (int8_blocks.multiply if layer.blocks else _product)(layer, Scaled(sample), target, gates=True)
-    return result
+    return layer.products(inputs, inputs.new_empty((*inputs.shape[:-1], layer.out_features // 2)), gates=True)
+
+
+def share(attention: nn.Module) -> None:
+    """Have the projections of an attention, called one after the other, make integers of what they share once."""
+    layers = [getattr(attention, name, None) for name in ("to_q", "to_k", "to_v")]
+    if all(isinstance(layer, Int8Linear) and layer.blocks for layer in layers):
+        shared = int8_blocks.Shared(layers[-1])  # type: ignore[arg-type]
+        for layer in layers:
+            layer.shared = shared  # type: ignore[union-attr]
 
 
 class Scaled:
@@ -148,23 +165,32 @@ class Scaled:
         """Rows ``first`` to ``last``, ``[last - first, K]``, in ``given``."""
         return self.rounded(first, last, given, room)
 
-    def rounded(self, first: int, last: int, given: Tensor, room: Tensor, more: int = 0) -> Tensor:
-        """Of ``numbers``, whatever a row of them is; ``more`` is added to each."""
+    def rounded(self, first: int, last: int, given: Tensor, room: Tensor) -> Tensor:
+        """Of ``numbers``, whatever a row of them is."""
         floats, part = room[: last - first], self.numbers[first:last]
         part = floats.copy_(part) if part.dtype != floats.dtype else part
         torch.mul(part, 1 / self.scale, out=floats)
-        return given.copy_(floats.add_(self.zero + more).round_())
+        return given.copy_(floats.add_(self.zero).round_())
 
-    def rounds(self, given: Tensor, more: int = 0) -> None:
-        """All of ``numbers``, and ``more`` to each, into ``given`` of their shape, by all cores."""
-        step = min(len(self.numbers), max(1, NUMBERS // self.numbers[0].numel()))
+    def rounds(self, given: Tensor) -> None:
+        """All of ``numbers`` into ``given`` of their shape, int8, by all cores; or uint8, with ``UNSIGNED`` added.
+
+        Torch makes signed integers of floats in a ninth of the time that unsigned ones take.
+        """
+        cores = torch.get_num_threads()
+        turns = math.ceil(self.numbers.numel() / NUMBERS)
+        turns = math.ceil(turns / cores) * cores if turns > 1 else 1  # as many for each core
+        step = math.ceil(len(self.numbers) / turns)
+        signed, unsigned = given.view(torch.int8), given.dtype == torch.uint8
 
         def worker() -> Callable[[int], None]:
             room = Scaled.room(self, step)
 
             def turn(first: int) -> None:
                 last = min(first + step, len(self.numbers))
-                Scaled.rounded(self, first, last, given[first:last], room, more)
+                Scaled.rounded(self, first, last, signed[first:last], room)
+                if unsigned:
+                    given[first:last].bitwise_xor_(int8_blocks.UNSIGNED)
 
             return turn
 
@@ -285,13 +311,8 @@ def _range(numbers: Tensor) -> tuple[float, float]:
     not, so that all that comes of them is not either."""
     if numbers.is_meta:
         return 1.0, 0.0
-    ends: list[Tensor] = []
-    step = max(1, 4 * NUMBERS // numbers[0].numel())
-    _turns(
-        range(0, len(numbers), step),
-        lambda: lambda first: ends.extend(numbers[first : first + step].aminmax()),
-        numbers,
-    )
+    step = len(numbers) if numbers.is_contiguous() else max(1, 4 * NUMBERS // numbers[0].numel())  # else it is copied
+    ends = [end for part in numbers.split(step) for end in part.aminmax()]
     least, greatest = (float(end) for end in torch.stack(ends).aminmax())
     least, greatest = min(least, 0.0), max(greatest, 0.0)  # zero has to be one of the numbers
     scale = (greatest - least) / LEVELS

@@ -9,19 +9,21 @@ it, and its part of a sum is taken off with the bias.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.blocked import Blocks, alias, wanted
 from stages.memory.trace import count
 
 FASTER = 2.0  # than products in float32, measured with what stands around them (``python -m benchmarks integers``)
-LEAST = 640  # numbers of a window or row: with fewer, what stands around a product takes what it gains
-ROWS = 512  # of a linear layer at a time: with more, kernels of some widths are nine times as slow
+LEAST = 320  # numbers of a window or row: with fewer, what stands around a product takes what it gains
+ROWS = 512  # of a linear layer at a time, at least: with more, kernels of wide layers are nine times as slow
+RESULTS = 1 << 19  # numbers of a part's result at a time, where more rows than ``ROWS`` make no more of them
 UNSIGNED = 128  # what is added to an integer of a sample
 _OUTPUTS, _INPUTS = 1280, 640  # of a layer that oneDNN is asked about, at most
 _WIDE = 32  # rows of a linear layer that are one row of the image
@@ -38,63 +40,102 @@ def blocks_of(shape: Sequence[int], stride: Sequence[int]) -> Blocks | None:
     return wanted((*asked, *kernel), (0, 0), tuple(stride), torch.int8)
 
 
-def convolve(layer: Any, sample: Any, size: Sequence[int], padding: Sequence[int], result: Tensor) -> None:
-    """A sample's numbers ``[H, W, C]`` with the layer's weight into ``result`` ``[h, w, O]``."""
-    (up, left), (height, width, channels) = padding, size
-    shape, inner = (height + 2 * up, width + 2 * left, channels), slice(up, up + height)
-    padded = sample.numbers.new_full(shape, _zero(sample), dtype=torch.uint8) if up or left else None
-    whole = sample.numbers.new_empty(shape, dtype=torch.uint8) if padded is None else padded
-    sample.rounds(whole[inner, left : left + width], UNSIGNED)
-    part = _Part(layer, sample, 0, len(layer.weight))
-    result.copy_(part(whole, result.shape[:2], result.dtype))
+class Integers(NamedTuple):
+    """Of one sample: ``numbers`` uint8, and what a number is: ``(integer - zero) * scale``."""
+
+    numbers: Tensor
+    scale: float
+    zero: int
 
 
-def multiply(layer: Any, sample: Any, result: Tensor, *, gates: bool = False) -> None:
-    """A sample's rows ``[M, K]`` times the layer's weight into ``result`` ``[M, O]``; ``gates``: into ``[M, O / 2]``,
-    the first outputs times GELU of the others."""
-    rows, outputs = len(result), len(layer.weight)
-    integers = sample.numbers.new_empty(sample.numbers.shape, dtype=torch.uint8)
-    sample.rounds(integers, UNSIGNED)
+def rows_of(sample: Any) -> Integers:
+    """Of a sample ``[M, K]``."""
+    numbers = sample.numbers.new_empty(sample.numbers.shape, dtype=torch.uint8)
+    sample.rounds(numbers)
+    return Integers(numbers, sample.scale, int(sample.zero) + UNSIGNED)
+
+
+def image_of(sample: Any, padding: Sequence[int]) -> Integers:
+    """Of a sample ``[H, W, C]``, with a border of zeros."""
+    (up, left), (height, width, channels) = padding, sample.numbers.shape
+    shape, zero = (height + 2 * up, width + 2 * left, channels), int(sample.zero) + UNSIGNED
+    numbers = sample.numbers.new_empty(shape, dtype=torch.uint8)
+    for border in (numbers[:up], numbers[up + height :], numbers[:, :left], numbers[:, left + width :]):
+        border.fill_(zero)
+    sample.rounds(numbers[up : up + height, left : left + width])
+    return Integers(numbers, sample.scale, zero)
+
+
+class Shared:
+    """Integers that several layers make of one tensor: the first one that is handed it makes them, ``last`` forgets
+    them. The tensor must not change in between."""
+
+    def __init__(self, last: nn.Module) -> None:
+        self._last = weakref.ref(last)  # which has this: no circle
+        self._of: Callable[[], Tensor | None] = lambda: None
+        self._made: list[Integers] = []
+
+    def __call__(self, layer: nn.Module, inputs: Tensor, make: Callable[[], list[Integers]]) -> list[Integers]:
+        made = self._made if self._of() is inputs else make()
+        last = layer is self._last()
+        self._of, self._made = (lambda: None, []) if last else (weakref.ref(inputs), made)
+        return made
+
+
+def convolve(layer: Any, images: Iterable[Integers], results: Tensor) -> None:
+    """Each image with the layer's weight into its one of ``results`` ``[N, h, w, O]``."""
+    part = _Part(layer, 0, len(layer.weight))
+    for image, result in zip(images, results, strict=True):
+        result.copy_(part(image.numbers, part.bias(image), image.scale, result.shape[:2], result.dtype))
+
+
+def multiply(layer: Any, samples: Iterable[Integers], results: Tensor, *, gates: bool = False) -> None:
+    """Each sample's rows ``[M, K]`` times the layer's weight into its one of ``results`` ``[N, M, O]``; ``gates``: into
+    ``[N, M, O / 2]``, the first outputs times GELU of the others."""
+    outputs = len(layer.weight)
     ends = (0, outputs // 2, outputs) if gates else (0, outputs)
-    parts = [_Part(layer, sample, first, last) for first, last in pairwise(ends)]
-    for first in range(0, rows, ROWS):
-        some, target = integers[first : first + ROWS], result[first : first + ROWS]
-        wide = _WIDE if len(some) % _WIDE == 0 else 1
-        image = some.view(-1, wide, some.shape[-1])
-        made = [part(image, image.shape[:2], result.dtype).reshape(len(some), -1) for part in parts]
-        if gates:
-            torch.mul(made[0], torch.ops.aten.gelu.out(made[1], out=made[1]), out=target)
-        else:
-            target.copy_(made[0])
+    parts = [_Part(layer, first, last) for first, last in pairwise(ends)]
+    step = max(1, RESULTS // ends[1] // ROWS) * ROWS
+    for sample, result in zip(samples, results, strict=True):
+        biases = [part.bias(sample) for part in parts]
+        for first in range(0, len(result), step):
+            some, target = sample.numbers[first : first + step], result[first : first + step]
+            wide = _WIDE if len(some) % _WIDE == 0 else 1
+            image = some.view(-1, wide, some.shape[-1])
+            how = sample.scale, image.shape[:2], result.dtype
+            made = [part(image, bias, *how).reshape(len(some), -1) for part, bias in zip(parts, biases, strict=True)]
+            if gates:
+                torch.mul(made[0], torch.ops.aten.gelu.out(made[1], out=made[1]), out=target)
+            else:
+                target.copy_(made[0])
 
 
 class _Part:
-    """Some outputs of a layer, of one sample."""
+    """Some outputs of a layer."""
 
-    def __init__(self, layer: Any, sample: Any, first: int, last: int) -> None:
+    def __init__(self, layer: Any, first: int, last: int) -> None:
         blocks, weight = layer.blocks, layer.weight[first:last]
         assert blocks is not None
         self._numbers = weight.numel()
         self._stride, self._kernel = layer.stride, tuple(weight.shape[2:]) or (1, 1)
-        self._scale = sample.scale
         self._scales = layer.weight_scale[first:last].float()
-        self._bias = self._scales * layer.weight_sum[first:last] * (-sample.scale * _zero(sample))
-        if layer.bias is not None:
-            self._bias += layer.bias[first:last]
+        self._sums = self._scales * layer.weight_sum[first:last]
+        self._bias = None if layer.bias is None else layer.bias[first:last]
         self._zeros = layer.weight_sum.new_zeros(last - first)
         if not weight.is_meta:
             self._weight = alias(weight, blocks, (*weight.shape[:2], *self._kernel))
 
-    def __call__(self, image: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def bias(self, sample: Integers) -> Tensor:
+        """What is added to a sample's products: the layer's own, less what its zero comes to."""
+        found = self._sums * (-sample.scale * sample.zero)
+        return found if self._bias is None else found.add_(self._bias)
+
+    def __call__(self, image: Tensor, bias: Tensor, scale: float, size: Sequence[int], dtype: torch.dtype) -> Tensor:
         """``[h, w, O]`` of integers ``[H, W, C]``."""
         if image.is_meta:
             count(int(2 * size[0] * size[1] * self._numbers / FASTER))
             return image.new_empty((*size, len(self._zeros)), dtype=dtype)
         convolution: Callable[..., Tensor] = torch.ops.onednn.qconv2d_pointwise
-        given, weights = image.permute(2, 0, 1)[None], (self._weight, self._scales, self._zeros, self._bias)
+        given, weights = image.permute(2, 0, 1)[None], (self._weight, self._scales, self._zeros, bias)
         how = (self._stride, (0, 0), (1, 1), 1, 1.0, 0, dtype, "none", [], "")
-        return convolution(given, self._scale, 0, *weights, *how)[0].permute(1, 2, 0)
-
-
-def _zero(sample: Any) -> int:
-    return int(sample.zero) + UNSIGNED
+        return convolution(given, scale, 0, *weights, *how)[0].permute(1, 2, 0)

@@ -26,7 +26,7 @@ WAYS = ("none", "int8", "int8_weights")
 LEAST = 32  # numbers that a row of weights has: fewer (latents) are not worth it
 MAKING = 48 << 20  # bytes: of a part of the copy, of what is read at a time
 ROOMS = 24_000_000  # bytes that are kept between products, while a unit computes (``python -m benchmarks streaming``)
-PRODUCTS = 2  # raised where whole numbers are multiplied or rounded otherwise, so that stored results are not mixed
+PRODUCTS = 3  # raised where whole numbers are multiplied or rounded otherwise, so that stored results are not mixed
 FLOATS = 5  # bytes of a number while it becomes an integer
 _OUTSIDE = (
     "emb",
@@ -85,7 +85,7 @@ class Quantize(Technique):
     def on_model(self, network: nn.Module, component: str) -> None:
         from torch import nn
 
-        from stages.int8 import Int8Conv2d, Int8Linear, exact, gated, one_by_one
+        from stages.int8 import Int8Conv2d, Int8Linear, exact, gated, one_by_one, share
 
         if not denoises(component):
             return
@@ -106,6 +106,8 @@ class Quantize(Technique):
                 module.forward = partial(one_by_one, module.forward)
             if samples and type(module).__name__ == "GEGLU" and isinstance(module.proj, Int8Linear):
                 module.forward = partial(gated, module.proj, module.forward)
+            if samples:
+                share(module)
 
     def on_source(self, source: WeightSource, layout: Layout) -> WeightSource:
         return QuantizingSource(source, layout)

@@ -8,7 +8,8 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from stages.blocked import blocked
-from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, exact, gated, quantised
+from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, Scaled, exact, gated, quantised, share
+from stages.int8_blocks import UNSIGNED
 from stages.techniques.quantize import Quantize
 
 pytestmark = pytest.mark.skipif(not exact(), reason="no 8-bit dot products")
@@ -158,6 +159,53 @@ def test_a_gated_layer_in_blocks() -> None:
     values, gate = made(inputs).chunk(2, dim=-1)
     found = gated(made, lambda given: torch.zeros(()), inputs)  # type: ignore[arg-type]
     assert torch.allclose(found, values * nn.functional.gelu(gate), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 900])
+@torch.inference_mode()
+def test_unsigned_integers_are_the_signed_ones_moved(rows: int) -> None:
+    torch.manual_seed(0)
+    numbers = torch.randn(rows, 640).bfloat16() + 0.3
+    sample = Scaled(numbers)
+    signed, unsigned = (torch.empty(numbers.shape, dtype=dtype) for dtype in (torch.int8, torch.uint8))
+    sample.rounds(signed)
+    sample.rounds(unsigned)
+    assert torch.equal(signed.int() + UNSIGNED, unsigned.int())
+    assert torch.equal(signed.float(), (numbers.float() * (1 / sample.scale) + sample.zero).round())
+    assert signed.int().min() == -127 and signed.int().max() >= 125
+
+
+@torch.inference_mode()
+def test_a_range_is_of_numbers_however_they_lie() -> None:
+    torch.manual_seed(0)
+    plain = torch.randn(64, 96, 40)
+    plain[63, 95, 39], plain[0, 1, 2] = 9, -7
+    for numbers in (plain, plain.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([plain, plain], -1)[..., :40]):
+        found = Scaled(numbers)
+        assert (found.scale, found.zero) == (16 / LEVELS, round(-127 + 7 * LEVELS / 16))
+
+
+@torch.inference_mode()
+def test_projections_make_integers_of_their_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention = nn.Module()
+    layers = {name: filled(nn.Linear(640, 128)) for name in ("to_q", "to_k", "to_v")}
+    if any(layer.blocks is None for layer in layers.values()):
+        pytest.skip("oneDNN wants no blocks here")
+    for name, layer in layers.items():
+        setattr(attention, name, layer)
+    inputs, text, made = torch.randn(2, 70, 640), torch.randn(2, 7, 640), []
+    given = {"to_q": (inputs, inputs), "to_k": (inputs, text), "to_v": (inputs, text)}
+    expected = [[layer(given[name][call]) for name, layer in layers.items()] for call in (0, 1)]
+    rounds = Scaled.rounds
+    monkeypatch.setattr(Scaled, "rounds", lambda self, given: made.append(1) or rounds(self, given))
+    share(attention)
+    for call, many in ((0, 2), (1, 4), (0, 2)):  # of two samples: an input of three, one of its own and one of two
+        found = [layer(given[name][call]) for name, layer in layers.items()]
+        assert all(map(torch.equal, found, expected[call])) and len(made) == many
+        made.clear()
+    inputs.mul_(2)  # what the last one had is forgotten
+    assert not torch.equal(layers["to_q"](inputs), expected[0][0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
