@@ -81,6 +81,10 @@ def resolve(config: DictConfig) -> DictConfig:
         size = lowres_size(c["width"], c["height"], native, c["model"]["size_multiple"], bool(c["regions"]))
         lowres["width"], lowres["height"] = lowres["width"] or size[0], lowres["height"] or size[1]
     guided = guide["mode"] != "none"
+    if lowres["num_inference_steps"] is None:
+        lowres["num_inference_steps"] = c["model"]["num_inference_steps"]
+    if denoise["num_inference_steps"] is None:
+        denoise["num_inference_steps"] = c["model"]["tile_num_inference_steps"]
     if lowres["guidance_scale"] is None:
         lowres["guidance_scale"] = c["model"]["guidance_scale"]
     if denoise["guidance_scale"] is None:

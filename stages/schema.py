@@ -36,6 +36,8 @@ class ModelConfig:
     guidance_scale: float = 7.5  # default of lowres.guidance_scale
     tile_guidance_scale: float = 7.5  # default of denoise.guidance_scale with a guide
     strength: float = 0.4  # default of denoise.strength
+    num_inference_steps: int = 25  # default of lowres.num_inference_steps
+    tile_num_inference_steps: int = 20  # default of denoise.num_inference_steps
 
 
 @dataclass(kw_only=True)
@@ -137,7 +139,7 @@ class TextEncodeConfig:
 class LowresConfig:
     """The low-resolution picture that guides the canvas."""
 
-    num_inference_steps: int = 25
+    num_inference_steps: int | None = None  # derived: model.num_inference_steps
     guidance_scale: float | None = None  # derived: model.guidance_scale
     width: int | None = None  # derived: the canvas' shape at the native area
     height: int | None = None
@@ -172,7 +174,7 @@ class DilatedConfig:
 class DenoiseConfig:
     """Mixture of Diffusers over the canvas."""
 
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = None  # derived: model.tile_num_inference_steps
     guidance_scale: float | None = None  # derived: model.tile_guidance_scale; without a guide model.guidance_scale
     strength: float | None = None  # derived: model.strength
     tile_size: int | None = None  # pixels; derived: native size

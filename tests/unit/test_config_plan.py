@@ -374,3 +374,11 @@ def test_decoded_tiles_are_smaller_where_numbers_are_wider(make_config):
     assert (
         make_config({"technique.dtype": "bf16", "technique.component_dtype": {"vae": "fp32"}}).decode.tile_size == 224
     )
+
+
+def test_a_model_says_how_many_steps_it_takes(make_config) -> None:
+    plain, own = make_config(), make_config({"model.num_inference_steps": 9, "model.tile_num_inference_steps": 4})
+    assert (plain.lowres.num_inference_steps, plain.denoise.num_inference_steps) == (25, 20)
+    assert (own.lowres.num_inference_steps, own.denoise.num_inference_steps) == (9, 4)
+    asked = {"model.tile_num_inference_steps": 4, "denoise.num_inference_steps": 30}
+    assert make_config(asked).denoise.num_inference_steps == 30
