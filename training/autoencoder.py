@@ -20,7 +20,7 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of a batch, and its part that asks for the scenes' texture, whose weight is given.
 
-    anchor: an autoencoder of fewer channels, whose latents the first channels are to keep.
+    anchor: an autoencoder of fewer channels or as many, whose latents the first channels are to keep.
     """
     dtype = vae.quant_conv.weight.dtype
     moments = vae.quant_conv(vae.encoder(images.to(dtype))).float()

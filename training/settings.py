@@ -15,7 +15,7 @@ class Settings:
 
     phase: the one to train, or ``all``. finish: its budget ends with this command. parts: folder that gets the files
     of the phases that ran. text: diffusers folder of a text encoder to begin with. anchor: one of an autoencoder of
-    fewer channels, whose latents the first channels keep. Batches, pools and groups are those of one process.
+    fewer channels or as many, whose latents the first channels keep. Batches, pools and groups: those of one process.
     """
 
     out: Path
@@ -92,7 +92,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Sett
     parser.add_argument("--parts", type=Path, help="copy the files of the phases that ran there")
     parser.add_argument("--text", type=Path, help="diffusers folder whose text encoder to begin with")
     parser.add_argument(
-        "--anchor", type=Path, help="diffusers folder of an autoencoder of fewer channels: training.widen"
+        "--anchor", type=Path, help="diffusers folder of an autoencoder whose latents the first channels keep"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=max(1, torch.cuda.device_count()), help="one a GPU")

@@ -115,7 +115,7 @@ class Training:
         return copy.deepcopy(self.vae).to(self.trainees["vae"].dtype)
 
     def _anchor(self) -> Any | None:
-        """The autoencoder of fewer channels that was named, in the dtype that training computes in."""
+        """The autoencoder that was named, in the dtype that training computes in."""
         if self.options.anchor is None:
             return None
         kind, dtype = type(self.vae), self.trainees["vae"].dtype

@@ -1,6 +1,7 @@
 """More latent channels for a trained model: ``python -m training.widen FOLDER DIR`` writes flat files to go on from.
 
-FOLDER is a diffusers folder whose autoencoder has fewer channels than ``models.LATENT_CHANNELS``. The wider networks
+FOLDER is a diffusers folder whose autoencoder has fewer channels than ``models.LATENT_CHANNELS``; one of as many is
+written as it is, to go on from. The wider networks
 begin as the ones that were trained: the first channels mean what they meant, the denoiser sees and says nothing of the
 new ones. ``training.train --anchor FOLDER/vae`` then keeps the first channels there while the others learn.
 """
@@ -102,8 +103,8 @@ def main() -> None:
         for name, kind in kinds.items()
     }
     few = had["vae"].config.latent_channels
-    if few >= LATENT_CHANNELS:
-        sys.exit(f"{given.folder}: its autoencoder has {few} channels, expected fewer than {LATENT_CHANNELS}")
+    if few > LATENT_CHANNELS:
+        sys.exit(f"{given.folder}: its autoencoder has {few} channels, expected {LATENT_CHANNELS} or fewer")
     torch.manual_seed(0)
     vae, unet = make_vae(), make_unet()
     widen_vae(vae, had["vae"])
