@@ -89,6 +89,8 @@ def resolve(config: DictConfig) -> DictConfig:
         lowres["guidance_scale"] = c["model"]["guidance_scale"]
     if denoise["guidance_scale"] is None:
         denoise["guidance_scale"] = c["model"]["tile_guidance_scale" if guided else "guidance_scale"]
+    if denoise["blend"] is None:
+        denoise["blend"] = c["model"]["blend"]
     if denoise["strength"] is None:
         denoise["strength"] = c["model"]["strength"]
     if guide["phases"] is None:

@@ -38,6 +38,7 @@ class ModelConfig:
     strength: float = 0.4  # default of denoise.strength
     num_inference_steps: int = 25  # default of lowres.num_inference_steps
     tile_num_inference_steps: int = 20  # default of denoise.num_inference_steps
+    blend: str = "gaussian"  # default of denoise.blend
 
 
 @dataclass(kw_only=True)
@@ -179,7 +180,7 @@ class DenoiseConfig:
     strength: float | None = None  # derived: model.strength
     tile_size: int | None = None  # pixels; derived: native size
     overlap: int | None = None  # pixels; derived: a quarter of the tile
-    blend: str = "gaussian"
+    blend: str | None = None  # derived: model.blend
     dilated: DilatedConfig = field(default_factory=DilatedConfig)
 
 

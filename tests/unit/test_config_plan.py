@@ -376,6 +376,12 @@ def test_decoded_tiles_are_smaller_where_numbers_are_wider(make_config):
     )
 
 
+def test_a_model_says_how_tiles_are_blended(make_config) -> None:
+    assert make_config().denoise.blend == "gaussian"
+    assert make_config({"model.blend": "cosine"}).denoise.blend == "cosine"
+    assert make_config({"model.blend": "cosine", "denoise.blend": "quartic"}).denoise.blend == "quartic"
+
+
 def test_a_model_says_how_many_steps_it_takes(make_config) -> None:
     plain, own = make_config(), make_config({"model.num_inference_steps": 9, "model.tile_num_inference_steps": 4})
     assert (plain.lowres.num_inference_steps, plain.denoise.num_inference_steps) == (25, 20)
