@@ -202,3 +202,8 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def processors() -> int:
+    """That this process may use, and share with other ranks."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from stages.distributed import LOST
+from stages.distributed import LOST, processors
 from stages.events import Error, to_line
 from stages.workflow import signals
 from stages.workflow.errors import ended
@@ -27,9 +27,8 @@ _PERIOD = 0.05
 def environment(local: int, size: int, endpoint: str, nodes: int = 1, node: int = 0) -> dict[str, str]:
     """Of rank ``local`` of ``size`` on host ``node`` of ``nodes``, which meet at ``endpoint`` (HOST:PORT). A value that
     the user set stays."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usual = {
-        "OMP_NUM_THREADS": str(max(1, cores // size)),
+        "OMP_NUM_THREADS": str(max(1, processors() // size)),
         "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink is not to be had everywhere
         "NCCL_MAX_NCHANNELS": "2",  # buffers of the exchange lie on the device: a tile is small
     }

@@ -1,9 +1,9 @@
 """More latent channels for a trained model: ``python -m training.widen FOLDER DIR`` writes flat files to go on from.
 
 FOLDER is a diffusers folder whose autoencoder has fewer channels than ``models.LATENT_CHANNELS``; one of as many is
-written as it is, to go on from. The wider networks
-begin as the ones that were trained: the first channels mean what they meant, the denoiser sees and says nothing of the
-new ones. ``training.train --anchor FOLDER/vae`` then keeps the first channels there while the others learn.
+written as it is, to go on from. The wider networks begin as the ones that were trained: the first channels mean what
+they meant, the denoiser sees and says nothing of the new ones. ``training.train --anchor FOLDER/vae`` then keeps the
+first channels there while the others learn.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from stages.config import cpu_field, on_gpu
+from stages.distributed import processors
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 # what decides which kernels run
@@ -50,11 +51,6 @@ def gpus() -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in sorted(_GPUS.glob("*/information"))]
     fields = [line.partition(":") for text in texts for line in text.splitlines()]
     return [value.strip() for name, _, value in fields if name == "Model"]
-
-
-def processors() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(library: str) -> str:
