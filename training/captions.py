@@ -7,8 +7,15 @@ from .scenes.canvas import MATERIALS
 from .specs import COLOURS, TIMES, Spec
 
 
+COLOURED = 0.3  # of subjects that have a colour are sure to be said with it; others by the chance of their phrases
+
+
 def _subject(rng: random.Random, spec: Spec, colour: int) -> str:
-    return rng.choice(ph.SUBJECT[spec.subject]).format(c=COLOURS[colour])
+    ways = ph.SUBJECT[spec.subject]
+    coloured = [way for way in ways if "{c}" in way]
+    if coloured and rng.random() < COLOURED:
+        ways = coloured
+    return rng.choice(ways).format(c=COLOURS[colour])
 
 
 def _place(rng: random.Random, spec: Spec, colour: int) -> str:

@@ -13,8 +13,8 @@ from .source import Ring, Source
 DROP = 0.10  # share of captions replaced by the empty one, for guidance
 WHOLE_ONLY = 600  # from this timestep on every picture is a whole scene: layouts are learned from whole scenes alone
 CROPS = 0.4  # share of groups that are crops
-SNR_HALF = 5.0  # signal-to-noise ratio at which an error in v counts half
-LEAST_WEIGHT = 0.25  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
+SNR_HALF = 10.0  # signal-to-noise ratio at which an error in v counts half
+LEAST_WEIGHT = 0.35  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
 OFFSET_NOISE = 0.04
 
 
