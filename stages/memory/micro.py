@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+
+from stages.memory.lanes import ALONE, Lanes
 
 
 def micro_batched(
@@ -14,6 +18,7 @@ def micro_batched(
     kwargs: dict[str, Any],
     size: int,
     *,
+    lanes: Lanes = ALONE,
     only_first: bool = False,
     whole: Callable[[int], Any] = lambda count: None,
     device: torch.device | None = None,
@@ -22,29 +27,40 @@ def micro_batched(
 
     The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
     (a block's skip connections) or a dict, all else (flags, sizes, a time embedding of one row) is passed on whole.
-    ``only_first`` leaves the other slices of the result as they are: enough for a pass on the meta device.
+    With several ``lanes`` each of them takes its part of such a slice, as even as may be.
+    ``only_first`` leaves all but the first slice, or part, of the result as it is: enough for a pass on the meta device.
     ``whole(count)`` may make the tensors of the result before ``forward`` runs, so that they do not come to lie among
     what that frees; None leaves it to this function. Slices go to ``device``.
     """
     given = _tensors((*args, *kwargs.values()))
     count = given[0].shape[0] if given else 0
-    if count <= size:
-        return mapped(laid_out, forward(*args, **kwargs))
-    result = whole(count)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
+    if count <= size and (lanes.count == 1 or count < 2):
+        (result,) = lanes.run([lambda: mapped(laid_out, forward(*args, **kwargs))])
+        return result
 
-        def cut(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
+    def part(start: int, stop: int) -> Any:
+        def cut(value: torch.Tensor) -> torch.Tensor:
             if len(value) != count:
                 return value
             return _alone(value[start:stop]).to(device or value.device, non_blocking=True)
 
-        part = forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
-        if result is None:
-            result = mapped(lambda tensor: empty_like(tensor, count), part)
-        for target, tensor in zip(_tensors(result), _tensors(part), strict=True):
-            target[start:stop].copy_(tensor if target.device == tensor.device else laid_out(tensor), non_blocking=True)
-        del part, tensor
+        return forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
+
+    result = whole(count)
+    for begin in range(0, count, size):
+        end = min(begin + size, count)
+        step = math.ceil((end - begin) / lanes.count)
+        slices = [(start, min(start + step, end)) for start in range(begin, end, step)]
+        slices = slices[:1] if only_first else slices
+        parts = lanes.run([partial(part, *one) for one in slices])
+        for start, stop in slices:
+            found = parts.pop(0)
+            if result is None:
+                result = mapped(lambda tensor: empty_like(tensor, count), found)
+            for target, tensor in zip(_tensors(result), _tensors(found), strict=True):
+                same = target.device == tensor.device
+                target[start:stop].copy_(tensor if same else laid_out(tensor), non_blocking=True)
+            del found, tensor
         if only_first:
             break
     return result

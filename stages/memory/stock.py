@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from stages.memory.lanes import ALONE
 from stages.memory.layout import Layout, owner
 from stages.memory.source import WeightSource
 
@@ -33,7 +36,7 @@ class StockModel:
         device: str | Callable[[str], Any],
         hooked: Callable[[nn.Module], Callable[[], object] | None] = lambda model: None,
     ) -> None:
-        self.model = model
+        self.model, self.lanes = model, ALONE
         place = device if callable(device) else lambda name: device
         for slot in layout.slots.values():
             packed = torch.empty(slot.nbytes, dtype=torch.uint8)
@@ -48,8 +51,16 @@ class StockModel:
         self._end = hooked(model)
 
     def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        """``call(*inputs)``."""
-        return call(*inputs)
+        """``call(*inputs)``, whose tensors with dimensions hold a sample a row; ``lanes`` share them out."""
+        count = next(value.shape[0] for value in inputs if value.dim())
+        step = math.ceil(count / self.lanes.count)
+        if step == count:
+            return call(*inputs)
+
+        def part(start: int) -> torch.Tensor:
+            return call(*(value[start : start + step] if value.dim() else value for value in inputs))
+
+        return torch.cat(self.lanes.run([partial(part, start) for start in range(0, count, step)]))
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -58,6 +69,7 @@ class StockModel:
 
     def close(self) -> None:
         """Take the hooks off; the model's memory goes with it."""
+        self.lanes.close()
         if self._end is not None:
             self._end()
 
