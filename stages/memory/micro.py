@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,24 +46,35 @@ def micro_batched(
 
         return forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
 
-    result = whole(count)
+    slices = []
     for begin in range(0, count, size):
         end = min(begin + size, count)
         step = math.ceil((end - begin) / lanes.count)
-        slices = [(start, min(start + step, end)) for start in range(begin, end, step)]
-        slices = slices[:1] if only_first else slices
-        parts = lanes.run([partial(part, *one) for one in slices])
-        for start, stop in slices:
-            found = parts.pop(0)
-            if result is None:
-                result = mapped(lambda tensor: empty_like(tensor, count), found)
-            for target, tensor in zip(_tensors(result), _tensors(found), strict=True):
-                same = target.device == tensor.device
-                target[start:stop].copy_(tensor if same else laid_out(tensor), non_blocking=True)
-            del found, tensor
-        if only_first:
-            break
-    return result
+        slices += [(start, min(start + step, end)) for start in range(begin, end, step)]
+    left, result = iter(slices[:1] if only_first else slices), Gathered(count, whole(count))
+
+    def lane() -> None:
+        for start, stop in left:  # the next one that no other lane has taken
+            result.take(start, stop, part(start, stop))
+
+    lanes.run([lane] * min(lanes.count, 1 if only_first else len(slices)))
+    return result.whole
+
+
+class Gathered:
+    """The results of slices of ``count`` samples, in tensors made once; ``whole``: these, or None: as the first is."""
+
+    def __init__(self, count: int, whole: Any) -> None:
+        self.whole, self._count, self._lock = whole, count, threading.Lock()
+
+    def take(self, start: int, stop: int, part: Any) -> None:
+        """What came of samples ``start`` to ``stop``."""
+        with self._lock:
+            if self.whole is None:
+                self.whole = mapped(lambda tensor: empty_like(tensor, self._count), part)
+        for target, tensor in zip(_tensors(self.whole), _tensors(part), strict=True):
+            same = target.device == tensor.device
+            target[start:stop].copy_(tensor if same else laid_out(tensor), non_blocking=True)
 
 
 def on_meta(result: Any) -> Any:
