@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+LISTENING = "HIGHRES_LISTENING"  # in a rank's environment: descriptor of the socket at MASTER_PORT, for the first one
 LOST = 75  # exit code of a rank that waited for another one in vain
 _MEETING = timedelta(days=7)  # the others may wait for the first one's lock; they end with whoever started them
 
@@ -74,7 +75,6 @@ class Ranks:
         if place.size == 1:
             return ALONE
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
 
         on_gpu = device != "cpu"
         if on_gpu and not _gpus():
@@ -88,7 +88,7 @@ class Ranks:
         timeout = timedelta(seconds=launch.timeout)
         with ranks._hearing("all others"):
             meeting = timeout if ranks.first else _MEETING
-            store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=meeting))
+            store = _meeting_place(place, meeting)
             store.set_timeout(timeout)
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
         if (first := ranks.agreed(token)) != token:
@@ -193,6 +193,19 @@ class Ranks:
             yield
         except RuntimeError as error:  # of torch.distributed, of all its kinds
             raise LostRank(f"rank {self.rank} of {self.size} waited in vain for {whom}: {error}") from error
+
+
+def _meeting_place(place: Place, timeout: timedelta) -> Any:
+    """The store that ranks meet at, as torch's ``env://`` makes it; the first one serves it at the socket that it was
+    handed, if it was."""
+    from torch.distributed import TCPStore
+    from torch.distributed.rendezvous import rendezvous
+
+    listening = os.environ.get(LISTENING)
+    if place.rank or not listening:
+        return next(rendezvous("env://", place.rank, place.size, timeout=timeout))[0]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, place.size, True, timeout, multi_tenant=True, master_listen_fd=int(listening))
 
 
 ALONE = Ranks()  # a stage of one process

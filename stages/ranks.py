@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from stages.distributed import LOST, processors
+from stages.distributed import LISTENING, LOST, processors
 from stages.events import Error, to_line
 from stages.workflow import signals
 from stages.workflow.errors import ended
@@ -38,11 +38,16 @@ def environment(local: int, size: int, endpoint: str, nodes: int = 1, node: int 
     return {**usual, **os.environ, **{key: str(value) for key, value in place.items()}, **meeting}
 
 
-def free_endpoint() -> str:
-    """A TCP port of this host that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+def started_here(command: Sequence[str], size: int) -> list[subprocess.Popen[bytes]]:
+    """All ranks, which meet on this host: the first one is handed the socket that it serves. A free port that is only
+    named may be taken until then, by any connection that begins."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environments = [environment(local, size, f"127.0.0.1:{server.getsockname()[1]}") for local in range(size)]
+        server.set_inheritable(True)
+        own = environments[0] | {LISTENING: str(server.fileno())}
+        first = subprocess.Popen(command, env=own, close_fds=False)
+        server.set_inheritable(False)
+        return [first, *(subprocess.Popen(command, env=each, close_fds=False) for each in environments[1:])]
 
 
 def watch(processes: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
@@ -82,9 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     command = [sys.executable, "-m", "stages", *rest, "--parent", str(os.getpid())]
     command += [] if arguments.events is None else ["--events", str(arguments.events)]
     nodes, node, size = arguments.nnodes, arguments.node_rank, arguments.nproc
-    endpoint = arguments.rdzv_endpoint or free_endpoint()
-    environments = [environment(local, size, endpoint, nodes, node) for local in range(size)]
-    processes = [subprocess.Popen(command, env=each, close_fds=False) for each in environments]
+    if arguments.rdzv_endpoint:
+        environments = [environment(local, size, arguments.rdzv_endpoint, nodes, node) for local in range(size)]
+        processes = [subprocess.Popen(command, env=each, close_fds=False) for each in environments]
+    else:
+        processes = started_here(command, size)
     try:
         failed = watch(processes)
         silent = [rank for rank, process in enumerate(processes) if process.poll() is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from stages.documents import save_text
 from stages.events import Done, Error
 from stages.files import write_json, write_text
 from stages.plans import StagePlan
-from stages.ranks import free_endpoint
 from stages.workflow.launch.local import listen
 
 KILL = ROOT / "tests" / "helpers" / "kill"
@@ -98,6 +98,12 @@ def equal(folder: Path, expected: Path) -> bool:
     found, wanted = ({p.relative_to(one): p for p in one.rglob("*.safetensors")} for one in (folder, expected))
     assert found.keys() == wanted.keys() and found
     return all(path.read_bytes() == wanted[name].read_bytes() for name, path in found.items())
+
+
+def free_endpoint() -> str:
+    """A TCP port of this host that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.mark.torch
