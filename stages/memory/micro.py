@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,37 +26,29 @@ def micro_batched(
 
     The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
     (a block's skip connections) or a dict, all else (flags, sizes, a time embedding of one row) is passed on whole.
-    With several ``lanes`` each of them takes its part of such a slice, as even as may be.
-    ``only_first`` leaves all but the first slice, or part, of the result as it is: enough for a pass on the meta device.
+    ``only_first`` leaves all but the first slice of the result as it is: enough for a pass on the meta device.
+    ``lanes`` take slices in turns.
     ``whole(count)`` may make the tensors of the result before ``forward`` runs, so that they do not come to lie among
     what that frees; None leaves it to this function. Slices go to ``device``.
     """
     given = _tensors((*args, *kwargs.values()))
     count = given[0].shape[0] if given else 0
-    if count <= size and (lanes.count == 1 or count < 2):
-        (result,) = lanes.run([lambda: mapped(laid_out, forward(*args, **kwargs))])
-        return result
+    if count <= size:
+        return mapped(laid_out, forward(*args, **kwargs))
+    result = Gathered(count, whole(count))
 
-    def part(start: int, stop: int) -> Any:
+    def run(start: int) -> None:
+        stop = min(start + size, count)
+
         def cut(value: torch.Tensor) -> torch.Tensor:
             if len(value) != count:
                 return value
             return _alone(value[start:stop]).to(device or value.device, non_blocking=True)
 
-        return forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
+        own, named = mapped(cut, tuple(args)), {name: mapped(cut, value) for name, value in kwargs.items()}
+        result.take(start, stop, forward(*own, **named))
 
-    slices = []
-    for begin in range(0, count, size):
-        end = min(begin + size, count)
-        step = math.ceil((end - begin) / lanes.count)
-        slices += [(start, min(start + step, end)) for start in range(begin, end, step)]
-    left, result = iter(slices[:1] if only_first else slices), Gathered(count, whole(count))
-
-    def lane() -> None:
-        for start, stop in left:  # the next one that no other lane has taken
-            result.take(start, stop, part(start, stop))
-
-    lanes.run([lane] * min(lanes.count, 1 if only_first else len(slices)))
+    lanes.each(range(0, size if only_first else count, size), run)
     return result.whole
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ class StockModel:
         device: str | Callable[[str], Any],
         hooked: Callable[[nn.Module], Callable[[], object] | None] = lambda model: None,
     ) -> None:
-        self.model, self.lanes = model, ALONE
+        self.model, self.micro_batch, self.lanes = model, 0, ALONE
         place = device if callable(device) else lambda name: device
         for slot in layout.slots.values():
             packed = torch.empty(slot.nbytes, dtype=torch.uint8)
@@ -51,16 +49,18 @@ class StockModel:
         self._end = hooked(model)
 
     def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        """``call(*inputs)``, whose tensors with dimensions hold a sample a row; ``lanes`` share them out."""
+        """``call(*inputs)``, whose tensors with dimensions hold a sample a row: ``micro_batch`` of them at a time (0:
+        all), which ``lanes`` take in turns."""
         count = next(value.shape[0] for value in inputs if value.dim())
-        step = math.ceil(count / self.lanes.count)
-        if step == count:
+        if count <= (self.micro_batch or count):
             return call(*inputs)
+        found: dict[int, torch.Tensor] = {}
 
-        def part(start: int) -> torch.Tensor:
-            return call(*(value[start : start + step] if value.dim() else value for value in inputs))
+        def part(start: int) -> None:
+            found[start] = call(*(one[start : start + self.micro_batch] if one.dim() else one for one in inputs))
 
-        return torch.cat(self.lanes.run([partial(part, start) for start in range(0, count, step)]))
+        self.lanes.each(range(0, count, self.micro_batch), part)
+        return torch.cat([found[start] for start in sorted(found)])
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:

@@ -8,7 +8,7 @@ group size is known from one profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -111,7 +111,7 @@ class _Follower(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace, self.unit, self.live = Trace(), "", 0
-        self.times = 1  # that what runs is run, side by side
+        self.times = 1.0  # that what runs is run
         self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._followed: dict[int, weakref.finalize] = {}
         self._weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
@@ -123,7 +123,7 @@ class _Follower(TorchDispatchMode):
     def add_flops(self, count: int) -> None:
         last = self.trace.order[-1] if self.trace.order else ""
         into, unit = (self.trace.flops, self.unit) if self.unit else (self.trace.outside, last)
-        into[unit] = into.get(unit, 0) + count * self.times
+        into[unit] = into.get(unit, 0) + int(count * self.times)
 
     def _gone(self, nbytes: int) -> None:
         self.live -= nbytes
@@ -167,16 +167,18 @@ def trace(
     call: Callable[[], Any],
     micro_batch: int,
     parked: Collection[str] = (),
+    part: int = 0,
     lanes: int = 1,
 ) -> Trace:
     """Run ``call`` (a forward of ``model`` on meta tensors made inside it) and follow it.
 
     Units run their first micro-batch only; what they return has the size of the whole group. The skip connections that
-    ``parked`` units give wait elsewhere. ``lanes``: threads that share a micro-batch out among them.
+    ``parked`` units give wait elsewhere. ``part`` (0: all) samples of a micro-batch go through a kernel at a time, in
+    so many ``lanes``.
     """
     global _current
     meta_kernels()
-    together = _Following(lanes)
+    part, together = part or micro_batch, _Following(lanes)
     follower = _Follower(model)
     originals = {unit.name: unit.module.forward for unit in units}
     inside = False
@@ -192,19 +194,27 @@ def trace(
                 if inside or not micro_batch:
                     return forward(*args, **kwargs)
                 inside, begin, before = True, len(follower.trace.events), follower.live
-                follower.times = lanes
+                follower.times = micro_batch / part
                 first: list[int] = []  # (operations until then, bytes) of the first micro-batch
 
                 def one(*args: Any, **kwargs: Any) -> Any:
-                    part = forward(*args, **kwargs)
-                    first[:] = len(follower.trace.events), nbytes(part)
-                    return part
+                    found = forward(*args, **kwargs)
+                    first[:] = len(follower.trace.events), nbytes(found)
+                    return found
 
                 try:
-                    result = micro_batched(one, args, kwargs, micro_batch, lanes=together, only_first=True)
+                    result = micro_batched(one, args, kwargs, part, lanes=together, only_first=True)
                 finally:
-                    inside, follower.times = False, 1
-                _gather(follower.trace.events[begin:], first[0] - begin, before, nbytes(result), first[1], lanes)
+                    inside, follower.times = False, 1.0
+                _gather(
+                    follower.trace.events[begin:],
+                    first[0] - begin,
+                    before,
+                    nbytes(result),
+                    first[1],
+                    lanes,
+                    part < micro_batch,
+                )
                 if unit.name in parked:
                     for tensor in skips(result):
                         follower.forget(tensor)
@@ -235,22 +245,23 @@ class _Following(Lanes):
         super().__init__()
         self.count = count
 
-    def run(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
-        torch.set_num_threads(self.share)
+    def each(self, items: Iterable[Any], work: Callable[[Any], Any]) -> None:
+        torch.set_num_threads(self.share(0))
         try:
-            return super().run(works)
+            super().each(items, work)
         finally:
             torch.set_num_threads(self._threads)
 
 
-def _gather(events: Sequence[Event], inner: int, before: int, whole: int, part: int, lanes: int) -> None:
-    """Of a unit's ``events`` the first ``inner`` ones are of one micro-batch, or one lane's part of it: what was alive
-    ``before`` is there once, all else once for each lane, and the result of ``whole`` bytes beside its ``part``."""
+def _gather(events: Sequence[Event], inner: int, before: int, whole: int, part: int, lanes: int, always: bool) -> None:
+    """The first ``inner`` of a unit's ``events`` are of one part of the samples: what was alive ``before`` is there
+    once, all else once for each lane. The result of ``whole`` bytes, of more than its ``part``, is there from the
+    second part on: beside the first micro-batch too (``always``), if that has several."""
     for number, event in enumerate(events):
         if number < inner:
             event.live, event.workspace = before + lanes * (event.live - before), lanes * event.workspace
-            if lanes > 1:
-                event.live += whole  # there for the first micro-batch too
+            if always:
+                event.live += whole
             elif whole > part:
                 event.gathered = whole
         else:
