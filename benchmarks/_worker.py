@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from benchmarks._gpu_work import Work
@@ -40,10 +41,21 @@ def work_of(spec: dict[str, Any]) -> Work:
     )
 
 
+class Together(Technique):
+    """Both halves of a pair go through a kernel at once, as torch does it."""
+
+    name = "together"
+    lanes = False
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Together:
+        return cls()
+
+
 @contextmanager
 def ours(spec: dict[str, Any]) -> Iterator[Step]:
     """Our engine: ``plan`` streams ``group`` tiles at a time; {} keeps all weights: a loop over micro-batches of what
-    torch does by itself."""
+    torch does by itself, or (``lanes``) what it does in each of them."""
     from stages.models.checkpoint import Checkpoint
     from stages.models.loading import open_model
     from stages.plans import ModelPlan
@@ -62,6 +74,8 @@ def ours(spec: dict[str, Any]) -> Iterator[Step]:
     own = (*own, Quantize(switch["quantize"])) if "quantize" in switch else own
     if plan.resident != "all":
         own = (*own, Processor(spec["dtype"], convolutions=work.facts.unet))
+    elif not spec.get("lanes"):
+        own = (*own, Together())
     techniques = (*work.techniques, *own)
     with open_model(component, plan=plan, techniques=techniques, **options) as streamer:
         yield looped(work, streamer.model, config, group)
@@ -135,6 +149,7 @@ WAYS = {
     "streamed": ours,
     "streamed in a cgroup": ours,
     "resident": ours,
+    "resident in lanes": ours,
     "streamed int8": ours,
     "streamed int8_weights": ours,
     "streamed openvino": ours,

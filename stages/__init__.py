@@ -58,7 +58,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="lowres",
-        version=2,
+        version=3,
         parameters=("seed", "lowres", "regions", "reroll", "model.native_size", *_LATENTS, *_SCHEDULER),
         needs=lambda config: ("text_encode",),
         opens_model=True,
@@ -77,7 +77,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         name="denoise",
-        version=3,
+        version=4,
         parameters=(
             *("width", "height", "seed", "regions", "reroll", "denoise"),
             *("guide.mode", "guide.hold_steps", "guide.skip_residual_power", *_LATENTS, *_SCHEDULER),
@@ -120,7 +120,7 @@ REHEARSAL = Stage(
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=27,
+    version=28,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),

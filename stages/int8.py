@@ -284,13 +284,13 @@ def _turns(turns: range, worker: Callable[[], Callable[[int], None]], of: Tensor
             for turn in left:  # the next one that nobody has taken
                 run(turn)
 
-    for done in [_workers(threads).submit(runs, run) for run in own]:
+    for done in [_workers(threads, threading.get_ident()).submit(runs, run) for run in own]:
         done.result()
 
 
 @cache
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """As many threads as torch has, each of which computes alone."""
+def _workers(threads: int, lane: int) -> ThreadPoolExecutor:
+    """As many threads as a lane has, each of which computes alone."""
     pool, begun = ThreadPoolExecutor(threads, thread_name_prefix="integers"), threading.Barrier(threads + 1)
 
     def begins() -> None:

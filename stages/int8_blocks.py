@@ -9,6 +9,7 @@ it, and its part of a sum is taken off with the bias.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -72,13 +73,13 @@ class Shared:
 
     def __init__(self, last: nn.Module) -> None:
         self._last = weakref.ref(last)  # which has this: no circle
-        self._of: Callable[[], Tensor | None] = lambda: None
-        self._made: list[Integers] = []
+        self._known = threading.local()  # by a lane
 
     def __call__(self, layer: nn.Module, inputs: Tensor, make: Callable[[], list[Integers]]) -> list[Integers]:
-        made = self._made if self._of() is inputs else make()
+        of, made = getattr(self._known, "made", (lambda: None, []))
+        made = made if of() is inputs else make()
         last = layer is self._last()
-        self._of, self._made = (lambda: None, []) if last else (weakref.ref(inputs), made)
+        self._known.made = (lambda: None, []) if last else (weakref.ref(inputs), made)
         return made
 
 

@@ -7,6 +7,7 @@ the dtype. Else it writes products and softmax out, in memory quadratic in token
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -32,7 +33,8 @@ class Kernels:
 
     def __init__(self) -> None:
         self._core: Any = None
-        self._known: dict[tuple[int, int, torch.dtype], Any] = {}
+        self._known: dict[tuple[int, int, torch.dtype, int], Any] = {}  # by the thread that asks, too
+        self._lock = threading.Lock()
 
     def request(self, heads: int, width: int, dtype: torch.dtype) -> Any:
         """An ``openvino.InferRequest`` for queries, keys and values ``[1, N, heads, width]``.
@@ -40,21 +42,25 @@ class Kernels:
         Raises:
             ConfigError: there is no such kernel.
         """
-        kind = (heads, width, dtype)
+        kind = (heads, width, dtype, threading.get_ident())
         if kind not in self._known:
-            self._core = self._core or _openvino().Core()
-            precision = _TYPES[dtype]  # what the plugin takes by itself is bf16 for float32 too, where there is bf16
-            options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-            compiled = self._core.compile_model(
-                _model(heads, width, precision), "CPU", {**options, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-            )
-            layers = {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
-            if "Softmax" in layers:
-                expected = f"auto: OpenVINO has no kernel of attention for this processor in {precision}"
-                raise ConfigError("technique.attention", "openvino", expected, "Or technique.dtype=fp32")
-            self._known[kind] = compiled.create_infer_request()
-            drop_clean_pages()  # of the compiler
+            with self._lock:
+                self._known[kind] = self._made(heads, width, dtype)
         return self._known[kind]
+
+    def _made(self, heads: int, width: int, dtype: torch.dtype) -> Any:
+        self._core = self._core or _openvino().Core()
+        precision = _TYPES[dtype]  # what the plugin takes by itself is bf16 for float32 too, where there is bf16
+        options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = self._core.compile_model(
+            _model(heads, width, precision), "CPU", {**options, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+        )
+        layers = {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
+        if "Softmax" in layers:
+            expected = f"auto: OpenVINO has no kernel of attention for this processor in {precision}"
+            raise ConfigError("technique.attention", "openvino", expected, "Or technique.dtype=fp32")
+        drop_clean_pages()  # of the compiler
+        return compiled.create_infer_request()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of ``[B, heads, N, width]`` each, as views of ``[B, N, heads, width]`` (others are copied); so is

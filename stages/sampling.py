@@ -21,6 +21,7 @@ from stages.families.schedules import make_scheduler
 from stages.memory.planner import ModelProfile
 from stages.memory.rows import Rows, bands
 from stages.memory.tensors import read_tensors
+from stages.models.loading import shared_out
 from stages.preview import Preview
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_of
@@ -152,8 +153,11 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         return denoiser(example, torch.empty((), device="meta"))
 
     # the low-res picture is often as large as a tile
+    part, lanes = shared_out(techniques, batch, config.device)
     key = (tile, batch, tuple(one.name for one in techniques))
-    measured = looking.measured(key, name, stage, call, size=batch, whole_stages=config.device != "cpu")
+    measured = looking.measured(
+        key, name, stage, call, size=batch, part=part, lanes=lanes, whole_stages=config.device != "cpu"
+    )
     state = dtype.itemsize * sum(one.state(network_config, tile) for one in techniques)
     profile = ModelProfile(
         component=name,

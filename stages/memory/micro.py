@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from stages.memory.lanes import ALONE, Lanes
 
 
 def micro_batched(
@@ -14,6 +17,7 @@ def micro_batched(
     kwargs: dict[str, Any],
     size: int,
     *,
+    lanes: Lanes = ALONE,
     only_first: bool = False,
     whole: Callable[[int], Any] = lambda count: None,
     device: torch.device | None = None,
@@ -22,7 +26,8 @@ def micro_batched(
 
     The number of samples is dimension 0 of the first tensor; every tensor with that many is sliced, also in a tuple
     (a block's skip connections) or a dict, all else (flags, sizes, a time embedding of one row) is passed on whole.
-    ``only_first`` leaves the other slices of the result as they are: enough for a pass on the meta device.
+    ``only_first`` leaves all but the first slice of the result as it is: enough for a pass on the meta device.
+    ``lanes`` take slices in turns.
     ``whole(count)`` may make the tensors of the result before ``forward`` runs, so that they do not come to lie among
     what that frees; None leaves it to this function. Slices go to ``device``.
     """
@@ -30,24 +35,37 @@ def micro_batched(
     count = given[0].shape[0] if given else 0
     if count <= size:
         return mapped(laid_out, forward(*args, **kwargs))
-    result = whole(count)
-    for start in range(0, count, size):
+    result = Gathered(count, whole(count))
+
+    def run(start: int) -> None:
         stop = min(start + size, count)
 
-        def cut(value: torch.Tensor, start: int = start, stop: int = stop) -> torch.Tensor:
+        def cut(value: torch.Tensor) -> torch.Tensor:
             if len(value) != count:
                 return value
             return _alone(value[start:stop]).to(device or value.device, non_blocking=True)
 
-        part = forward(*mapped(cut, tuple(args)), **{name: mapped(cut, value) for name, value in kwargs.items()})
-        if result is None:
-            result = mapped(lambda tensor: empty_like(tensor, count), part)
-        for target, tensor in zip(_tensors(result), _tensors(part), strict=True):
-            target[start:stop].copy_(tensor if target.device == tensor.device else laid_out(tensor), non_blocking=True)
-        del part, tensor
-        if only_first:
-            break
-    return result
+        own, named = mapped(cut, tuple(args)), {name: mapped(cut, value) for name, value in kwargs.items()}
+        result.take(start, stop, forward(*own, **named))
+
+    lanes.each(range(0, size if only_first else count, size), run)
+    return result.whole
+
+
+class Gathered:
+    """The results of slices of ``count`` samples, in tensors made once; ``whole``: these, or None: as the first is."""
+
+    def __init__(self, count: int, whole: Any) -> None:
+        self.whole, self._count, self._lock = whole, count, threading.Lock()
+
+    def take(self, start: int, stop: int, part: Any) -> None:
+        """What came of samples ``start`` to ``stop``."""
+        with self._lock:
+            if self.whole is None:
+                self.whole = mapped(lambda tensor: empty_like(tensor, self._count), part)
+        for target, tensor in zip(_tensors(self.whole), _tensors(part), strict=True):
+            same = target.device == tensor.device
+            target[start:stop].copy_(tensor if same else laid_out(tensor), non_blocking=True)
 
 
 def on_meta(result: Any) -> Any:

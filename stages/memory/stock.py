@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.memory.lanes import ALONE
 from stages.memory.layout import Layout, owner
 from stages.memory.source import WeightSource
 
@@ -33,7 +34,7 @@ class StockModel:
         device: str | Callable[[str], Any],
         hooked: Callable[[nn.Module], Callable[[], object] | None] = lambda model: None,
     ) -> None:
-        self.model = model
+        self.model, self.micro_batch, self.lanes = model, 0, ALONE
         place = device if callable(device) else lambda name: device
         for slot in layout.slots.values():
             packed = torch.empty(slot.nbytes, dtype=torch.uint8)
@@ -48,8 +49,18 @@ class StockModel:
         self._end = hooked(model)
 
     def graphed(self, call: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        """``call(*inputs)``."""
-        return call(*inputs)
+        """``call(*inputs)``, whose tensors with dimensions hold a sample a row: ``micro_batch`` of them at a time (0:
+        all), which ``lanes`` take in turns."""
+        count = next(value.shape[0] for value in inputs if value.dim())
+        if count <= (self.micro_batch or count):
+            return call(*inputs)
+        found: dict[int, torch.Tensor] = {}
+
+        def part(start: int) -> None:
+            found[start] = call(*(one[start : start + self.micro_batch] if one.dim() else one for one in inputs))
+
+        self.lanes.each(range(0, count, self.micro_batch), part)
+        return torch.cat([found[start] for start in sorted(found)])
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -58,6 +69,7 @@ class StockModel:
 
     def close(self) -> None:
         """Take the hooks off; the model's memory goes with it."""
+        self.lanes.close()
         if self._end is not None:
             self._end()
 

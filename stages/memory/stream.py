@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stages.memory.lanes import ALONE, Lanes
 from stages.memory.layout import Layout, owner
 from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
@@ -64,6 +65,7 @@ class WeightStreamer:
         resident: names of units that are loaded once and stay.
         ring_bytes: size of the ring for all others; at least the largest of them.
         micro_batch: samples that go through a unit at a time; 0 runs the whole batch.
+        lanes: that take micro-batches in turns.
         mark: told the name of the unit that runs.
     """
 
@@ -77,10 +79,11 @@ class WeightStreamer:
         resident: frozenset[str] = frozenset(),
         ring_bytes: int = 0,
         micro_batch: int = 0,
+        lanes: Lanes = ALONE,
         mark: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.layout, self.source = model, layout, source
-        self.micro_batch, self._mark = micro_batch, mark
+        self.micro_batch, self._lanes, self._mark = micro_batch, lanes, mark
         resident |= {unit.name for unit in units if unit.nested}
         self._streamed = [unit for unit in units if unit.name not in resident]
         largest = max((unit.nbytes for unit in self._streamed), default=0)
@@ -238,7 +241,7 @@ class WeightStreamer:
                 self._inside = True
                 try:
                     with pieces_kept():
-                        return micro_batched(forward, args, kwargs, self.micro_batch)
+                        return micro_batched(forward, args, kwargs, self.micro_batch, lanes=self._lanes)
                 finally:
                     self._inside = False
 
@@ -251,6 +254,7 @@ class WeightStreamer:
             self._condition.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self._lanes.close()
         self._arena = torch.empty(0, dtype=torch.uint8)
         self.source.close()
 

@@ -8,7 +8,7 @@ group size is known from one profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from stages.memory.imports import meta_kernels
+from stages.memory.lanes import Lanes
 from stages.memory.micro import micro_batched, nbytes, skips
 from stages.memory.planner import Line
 from stages.memory.shapes import Shapes
@@ -110,6 +111,7 @@ class _Follower(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.trace, self.unit, self.live = Trace(), "", 0
+        self.times = 1.0  # that what runs is run
         self._known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._followed: dict[int, weakref.finalize] = {}
         self._weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
@@ -121,7 +123,7 @@ class _Follower(TorchDispatchMode):
     def add_flops(self, count: int) -> None:
         last = self.trace.order[-1] if self.trace.order else ""
         into, unit = (self.trace.flops, self.unit) if self.unit else (self.trace.outside, last)
-        into[unit] = into.get(unit, 0) + count
+        into[unit] = into.get(unit, 0) + int(count * self.times)
 
     def _gone(self, nbytes: int) -> None:
         self.live -= nbytes
@@ -165,14 +167,18 @@ def trace(
     call: Callable[[], Any],
     micro_batch: int,
     parked: Collection[str] = (),
+    part: int = 0,
+    lanes: int = 1,
 ) -> Trace:
     """Run ``call`` (a forward of ``model`` on meta tensors made inside it) and follow it.
 
     Units run their first micro-batch only; what they return has the size of the whole group. The skip connections that
-    ``parked`` units give wait elsewhere.
+    ``parked`` units give wait elsewhere. ``part`` (0: all) samples of a micro-batch go through a kernel at a time, in
+    so many ``lanes``.
     """
     global _current
     meta_kernels()
+    part, together = part or micro_batch, _Following(lanes)
     follower = _Follower(model)
     originals = {unit.name: unit.module.forward for unit in units}
     inside = False
@@ -187,21 +193,28 @@ def trace(
             try:
                 if inside or not micro_batch:
                     return forward(*args, **kwargs)
-                inside, begin = True, len(follower.trace.events)
+                inside, begin, before = True, len(follower.trace.events), follower.live
+                follower.times = micro_batch / part
                 first: list[int] = []  # (operations until then, bytes) of the first micro-batch
 
                 def one(*args: Any, **kwargs: Any) -> Any:
-                    part = forward(*args, **kwargs)
-                    first[:] = len(follower.trace.events), nbytes(part)
-                    return part
+                    found = forward(*args, **kwargs)
+                    first[:] = len(follower.trace.events), nbytes(found)
+                    return found
 
                 try:
-                    result = micro_batched(one, args, kwargs, micro_batch, only_first=True)
+                    result = micro_batched(one, args, kwargs, part, lanes=together, only_first=True)
                 finally:
-                    inside = False
-                if (whole := nbytes(result)) > first[1]:
-                    for event in follower.trace.events[begin : first[0]]:
-                        event.gathered = whole
+                    inside, follower.times = False, 1.0
+                _gather(
+                    follower.trace.events[begin:],
+                    first[0] - begin,
+                    before,
+                    nbytes(result),
+                    first[1],
+                    lanes,
+                    part < micro_batch,
+                )
                 if unit.name in parked:
                     for tensor in skips(result):
                         follower.forget(tensor)
@@ -223,6 +236,36 @@ def trace(
         for unit in units:
             unit.module.forward = originals[unit.name]  # type: ignore[method-assign]
     return follower.trace
+
+
+class _Following(Lanes):
+    """Lanes of which only the first one runs, in the thread that is followed, as on its share of the cores."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def each(self, items: Iterable[Any], work: Callable[[Any], Any]) -> None:
+        torch.set_num_threads(self.share(0))
+        try:
+            super().each(items, work)
+        finally:
+            torch.set_num_threads(self._threads)
+
+
+def _gather(events: Sequence[Event], inner: int, before: int, whole: int, part: int, lanes: int, always: bool) -> None:
+    """The first ``inner`` of a unit's ``events`` are of one part of the samples: what was alive ``before`` is there
+    once, all else once for each lane. The result of ``whole`` bytes, of more than its ``part``, is there from the
+    second part on: beside the first micro-batch too (``always``), if that has several."""
+    for number, event in enumerate(events):
+        if number < inner:
+            event.live, event.workspace = before + lanes * (event.live - before), lanes * event.workspace
+            if always:
+                event.live += whole
+            elif whole > part:
+                event.gathered = whole
+        else:
+            event.live += (lanes - 1) * part
 
 
 def segments(two: Trace, three: Trace) -> list[Line]:

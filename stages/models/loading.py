@@ -16,6 +16,7 @@ from torch import nn
 from stages.blocked import BlockedSource
 from stages.files import atomic_path, free
 from stages.memory.imports import light_imports
+from stages.memory.lanes import Lanes, lanes_for, part_of
 from stages.memory.layout import Layout, owner
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
@@ -125,9 +126,11 @@ def open_model(
     return_freed()
     drop_clean_pages()  # all is imported, nothing is loaded yet
     read = source(built, techniques, plan.prepared, note)
-    streamer = _spread(built, plan, read) or _by_technique(built, techniques, read, device)
+    part, count = shared_out(techniques, micro_batch, device)
+    lanes = Lanes(count)
+    streamer = _spread(built, plan, read) or _by_technique(built, techniques, read, device, part, lanes)
     if streamer is None:
-        streamer = _streaming(built, plan, read, device, micro_batch=micro_batch, mark=mark)
+        streamer = _streaming(built, plan, read, device, micro_batch=part, lanes=lanes, mark=mark)
     try:
         for technique in techniques:
             technique.on_open(streamer)
@@ -135,6 +138,13 @@ def open_model(
             yield streamer
     finally:
         streamer.close()
+
+
+def shared_out(techniques: Sequence[Technique], micro_batch: int, device: str) -> tuple[int, int]:
+    """(samples that go through a kernel at a time, lanes that do so): all of a micro-batch in one on a GPU."""
+    if device != "cpu" or not all(technique.lanes for technique in techniques):
+        return micro_batch, 1
+    return part_of(micro_batch) if micro_batch else 0, lanes_for(micro_batch, torch.get_num_threads())
 
 
 def _spread(built: Built, plan: ModelPlan, read: WeightSource) -> Streamer | None:
@@ -147,10 +157,15 @@ def _spread(built: Built, plan: ModelPlan, read: WeightSource) -> Streamer | Non
     return StockModel(built.network, layout=built.layout, source=read, device=where, hooked=hooked)
 
 
-def _by_technique(built: Built, techniques: Sequence[Technique], read: WeightSource, device: str) -> Streamer | None:
+def _by_technique(
+    built: Built, techniques: Sequence[Technique], read: WeightSource, device: str, micro_batch: int, lanes: Lanes
+) -> Streamer | None:
     """As the first technique says that has a way of its own."""
     made = (technique.streamer(built.network, built.layout, read, device) for technique in techniques)
-    return next((one for one in made if one is not None), None)
+    found = next((one for one in made if one is not None), None)
+    if isinstance(found, StockModel):
+        found.micro_batch, found.lanes = micro_batch if device == "cpu" else 0, lanes
+    return found
 
 
 def _streaming(built: Built, plan: ModelPlan, read: WeightSource, device: str, **options: Any) -> Streamer:
@@ -162,8 +177,9 @@ def _streaming(built: Built, plan: ModelPlan, read: WeightSource, device: str, *
     units.sort(key=lambda unit: order.get(unit.name, len(order)))
     resident = frozenset(unit.name for unit in units) if plan.resident == "all" else frozenset(plan.resident)
     options |= {"layout": layout, "units": units, "source": read, "resident": resident, "ring_bytes": plan.ring_bytes}
+    lanes = options.pop("lanes")
     if device == "cpu":
-        return WeightStreamer(built.network, **options)
+        return WeightStreamer(built.network, lanes=lanes, **options)
     return CudaStreamer(built.network, device=device, host=plan.host, parked=frozenset(plan.parked), **options)
 
 

@@ -47,12 +47,21 @@ def whole(component: str, network: nn.Module, call: Callable[[], Any], count: in
     )
 
 
-def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_stages: bool = False) -> Measured:
+def cuts(
+    built: Built,
+    call: Callable[[Any, int], Any],
+    *,
+    size: int = 0,
+    part: int = 0,
+    lanes: int = 1,
+    whole_stages: bool = False,
+) -> Measured:
     """A network, each cut of it with its meta pass.
 
     Args:
         call: ``call(network, samples)`` runs the network on ``samples`` samples.
         size: the micro-batch (0: the call's own).
+        part: samples of it that go through a kernel at a time (0: all), in so many ``lanes``.
         whole_stages: small stages of a UNet are units, as on a GPU.
     """
     network, layout, _, blocks = built
@@ -66,7 +75,10 @@ def cuts(built: Built, call: Callable[[Any, int], Any], *, size: int = 0, whole_
         if parks and not parked:
             continue
         counts = (2, 3) if size else (1,)  # nothing grows with a group of one
-        traces = [trace(network, units, lambda n=n: call(network, n * max(size, 1)), size, parked) for n in counts]
+        traces = [
+            trace(network, units, lambda n=n: call(network, n * max(size, 1)), size, parked, part or size, lanes)
+            for n in counts
+        ]
         lines = segments(traces[0], traces[-1])
         nbytes = {unit.name: unit.nbytes for unit in units}
         # units that the pass did not call (a tied or unused module) are read all the same

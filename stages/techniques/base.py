@@ -37,6 +37,7 @@ class Technique(ABC):
     whole: frozenset[str] = frozenset()  # classes of modules that it acts inside of: they are not cut further
     parks = True  # whether skip connections may wait in host memory (``Blocks.parkable``)
     networks: tuple[str, ...] = ()  # paths of ControlNets that run in the denoiser's pass, as its ``controlnets``
+    lanes = True  # whether samples may go through it side by side (``memory.lanes``)
     joins = True  # whether blocks with the skip connections between them may be one unit (``Blocks.stages``)
     period = 1  # steps after which it keeps nothing for the next one: a run can be taken up again there
 

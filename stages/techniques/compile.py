@@ -34,6 +34,7 @@ class Compile(Technique):
 
     name = "compile"
     keys = (KEY,)
+    lanes = False  # a program knows the threads that it was made with
 
     @classmethod
     def of(cls, config: DictConfig) -> Compile | None:

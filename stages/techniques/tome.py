@@ -9,6 +9,7 @@ a run that was interrupted. Sums are products with a matrix: adding up with atom
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -103,22 +104,22 @@ def _finest(network: nn.Module) -> int | None:
 def _wrap(block: Any, ratio: float) -> None:
     """Have a block's self-attention see merged tokens; with a ratio of 0 it is only not told of them."""
     whole, attend = block.forward, block.attn1.forward
-    now: list[Merge] = []
+    now = threading.local()  # of a lane
 
     def merging(hidden_states: Tensor, *args: Any, cross_attention_kwargs: Any = None, **inputs: Any) -> Any:
         rest = dict(cross_attention_kwargs or {})
         seeds, sides = rest.pop("tome"), rest.pop("tome_sides")
-        if ratio:
-            now.append(Merge(hidden_states, seeds, sides, ratio))
+        now.merge = Merge(hidden_states, seeds, sides, ratio) if ratio else None
         try:
             return whole(hidden_states, *args, cross_attention_kwargs=rest or None, **inputs)
         finally:
-            now.clear()
+            now.merge = None
 
     def attending(hidden_states: Tensor, *args: Any, **inputs: Any) -> Tensor:
-        if not now:
+        merge: Merge | None = getattr(now, "merge", None)
+        if merge is None:
             return attend(hidden_states, *args, **inputs)
-        return now[0].spread(attend(now[0].merged(hidden_states), *args, **inputs))
+        return merge.spread(attend(merge.merged(hidden_states), *args, **inputs))
 
     block.forward, block.attn1.forward = merging, attending
 

@@ -13,7 +13,7 @@ from stages.config import ConfigError
 from stages.distributed import LOST, Place, Ranks
 from stages.job import Job
 from stages.memory.planner import Cut, Line, ModelProfile, StageProfile
-from stages.ranks import environment, free_endpoint
+from stages.ranks import environment
 from stages.workflow import planning
 from stages.workflow.spread import Spread, spread
 from stages.workflow.validate import validate
@@ -102,7 +102,7 @@ def test_the_environment_is_torchruns(monkeypatch):
     found = environment(0, 1, "host:29500", nodes=2, node=1)
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_PORT"]) == ("1", "0", "2", "29500")
     assert environment(0, 1, "[::1]:29500")["MASTER_ADDR"] == "::1"
-    found = environment(1, 2, free_endpoint())
+    found = environment(1, 2, "127.0.0.1:29501")
     assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == ("1", "1", "2")
     assert int(found["OMP_NUM_THREADS"]) >= 1 and found["NCCL_NVLS_ENABLE"] == "0"
     for name, value in found.items():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import opening
 import pytest
@@ -137,7 +138,12 @@ def predict(streamer: Any, image: Tensor, timestep: Tensor, embeds: Tensor) -> T
 
 @pytest.fixture(scope="module")
 def expected(unet: Component) -> Tensor:
-    with opening.opened(unet, torch.float32, {}, micro_batch=2) as streamer:
+    # on a GPU samples of a micro-batch go together, and so they do here
+    with (
+        patch("stages.models.loading.lanes_for", return_value=1),
+        patch("stages.models.loading.part_of", side_effect=int),
+        opening.opened(unet, torch.float32, {}, micro_batch=2) as streamer,
+    ):
         return predict(streamer, *inputs())
 
 
@@ -260,9 +266,13 @@ def controlled(unet: Component, small: Callable[[str], Path]) -> Component:
 def test_a_controlnet_is_streamed_with_its_unet(no_gpu: None, controlled: Component, expected: Tensor) -> None:
     found = steered(controlled, "cpu", lambda streamer, passed: passed)
     techniques = (ChannelsLast(), Steers())
-    with open_model(
-        controlled, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=techniques, micro_batch=2
-    ) as streamer:
+    with (
+        patch("stages.models.loading.lanes_for", return_value=1),
+        patch("stages.models.loading.part_of", side_effect=int),
+        open_model(
+            controlled, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=techniques, micro_batch=2
+        ) as streamer,
+    ):
         image, timestep, embeds = inputs()
         shown = torch.rand((6, 3, 128, 128), generator=torch.Generator().manual_seed(1))
         given: dict[str, Any] = {CONDITION.format(0): shown, SCALE.format(0): torch.tensor(0.5)}
