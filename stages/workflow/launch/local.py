@@ -44,6 +44,7 @@ def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
     wanted = {
         "MALLOC_MMAP_THRESHOLD_": "131072",
         "MALLOC_TRIM_THRESHOLD_": "131072",
+        "MALLOC_ARENA_MAX": "1",  # of several, each thread's would keep pieces of its own
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "OMP_WAIT_POLICY": "passive",  # threads that spin for work starve everything else on a small, busy machine
