@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-PARTS = 4  # of a micro-batch, at most: with fewer samples at a time kernels take longer
+PARTS = 2  # of a micro-batch: with fewer samples at a time kernels take longer
 Item = TypeVar("Item")
 
 

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class WeightStreamer:
             raise ValueError(f"the ring holds {ring_bytes} bytes, but the largest unit has {largest}")
         self._targets = {unit.name: [(*owner(model, slot.name), slot) for slot in unit.slots] for unit in units}
         self._held: dict[str, int] = {}
+        self._parts: dict[nn.Module, list[Unit]] = {}  # of a module that was held: streamed units inside or around it
         self._private: dict[str, torch.Tensor] = {}
         self._inside = False
         self.waited = 0.0  # seconds that a pass stood still for weights
@@ -209,13 +211,13 @@ class WeightStreamer:
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
         """Keep the weights of all units inside ``module``, or around it, in memory: one read for many calls."""
-        inside = {id(m) for m in module.modules()}
-        units = [
-            unit
-            for unit in self._streamed
-            if (id(unit.module) in inside or any(m is module for m in unit.module.modules()))
-            and not self._held.get(unit.name)
-        ]
+        if (parts := self._parts.get(module)) is None:
+            inside = {id(m) for m in module.modules()}
+            around = (
+                id(unit.module) in inside or any(m is module for m in unit.module.modules()) for unit in self._streamed
+            )
+            parts = self._parts[module] = list(compress(self._streamed, around))
+        units = [unit for unit in parts if not self._held.get(unit.name)]
         for unit in units:
             packed = torch.empty(unit.nbytes, dtype=torch.uint8)
             self.source.read(unit.slots, unit.start, packed)
