@@ -36,7 +36,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("micro_batch", "threads", "part", "lanes"),
-    [(2, 2, 1, 2), (2, 1, 1, 1), (2, 8, 1, 2), (16, 2, 4, 2), (16, 8, 4, 4), (1, 8, 1, 1), (5, 3, 1, 3)],
+    [(2, 2, 1, 2), (2, 1, 1, 1), (2, 8, 1, 2), (16, 2, 8, 2), (16, 8, 8, 2), (1, 8, 1, 1), (5, 4, 2, 3), (0, 2, 1, 1)],
 )
 def test_a_part_is_of_the_micro_batch_and_lanes_of_the_threads(
     micro_batch: int, threads: int, part: int, lanes: int
