@@ -6,7 +6,6 @@ from . import phrases as ph
 from .scenes.canvas import MATERIALS
 from .specs import COLOURS, TIMES, Spec
 
-
 COLOURED = 0.3  # of subjects that have a colour are sure to be said with it; others by the chance of their phrases
 
 
