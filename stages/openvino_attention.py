@@ -33,7 +33,7 @@ class Kernels:
 
     def __init__(self) -> None:
         self._core: Any = None
-        self._known: dict[tuple[int, int, torch.dtype, int], Any] = {}  # by the thread that asks, too
+        self._known: dict[tuple[int, int, torch.dtype, int, int], Any] = {}  # by who asks, and with how many threads
         self._lock = threading.Lock()
 
     def request(self, heads: int, width: int, dtype: torch.dtype) -> Any:
@@ -42,7 +42,7 @@ class Kernels:
         Raises:
             ConfigError: there is no such kernel.
         """
-        kind = (heads, width, dtype, threading.get_ident())
+        kind = (heads, width, dtype, threading.get_ident(), torch.get_num_threads())
         if kind not in self._known:
             with self._lock:
                 self._known[kind] = self._made(heads, width, dtype)

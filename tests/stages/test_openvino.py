@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from in_process import Work
 from test_techniques import LEAVES, MODEL, ONE, TILES, denoised, made, peak, refused
 
 from stages.config import ROOT, ConfigError
+from stages.memory.lanes import Lanes
 from stages.memory.planner import Line
 from stages.openvino_attention import POOL, Attending, Kernels, attend_by
 from stages.techniques import attention
@@ -59,6 +61,24 @@ def test_only_self_attention_without_masks_is_taken(taken: list[torch.Size]) -> 
             named = F.scaled_dot_product_attention(query=given[0], key=given[1], value=given[2], **more)
         assert bool(taken) == own and torch.equal(found, named)
         assert torch.allclose(found, F.scaled_dot_product_attention(*given, **more), atol=1e-5)
+
+
+@there
+def test_each_lane_has_kernels_of_its_own() -> None:
+    query, kernels, lanes = torch.randn(6, 48, 4, 8).transpose(1, 2), Kernels(), Lanes(2)
+    together, found, asked = threading.Barrier(2, timeout=20), dict[int, torch.Tensor](), set[int]()
+
+    def attend(sample: int) -> None:
+        if sample < 2:
+            together.wait()  # both are at it
+        asked.add(id(kernels.request(4, 8, torch.float32)))
+        found[sample] = kernels(*[query[sample : sample + 1]] * 3)
+
+    lanes.each(range(6), attend)
+    lanes.close()
+    expected = F.scaled_dot_product_attention(query, query, query)
+    assert len(asked) == 2
+    assert torch.allclose(torch.cat([found[sample] for sample in range(6)]), expected, atol=1e-5)
 
 
 @there
