@@ -87,6 +87,7 @@ class LinFusion(Technique):
         self._means: CanvasMeans | None = None
         if self.scope == "canvas":
             self.through, self.joins = _AROUND, False
+            self.lanes = False  # what brings parked activations back follows one thread
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
