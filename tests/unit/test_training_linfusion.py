@@ -22,12 +22,12 @@ def test_what_ships_predicts_what_the_stock_network_does() -> None:
     tokens = torch.tensor([encode(prompt) for prompt in ("a castle at night", "a lighthouse on a cliff at sunset")])
     noise = torch.randn(2, LATENT_CHANNELS, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        inputs = noise, torch.tensor(900), text(tokens).last_hidden_state
+        inputs = noise, torch.tensor(999), text(tokens).last_hidden_state  # all noise: what a picture begins with
         stock = unet(*inputs).sample
         mounted(MODEL / "linfusion")(unet)
         linear = unet(*inputs).sample
     assert len(published(MODEL / "linfusion")) == 7
-    assert 0 < (linear - stock).square().mean() / stock.square().mean() < 0.02
+    assert 0 < (linear - stock).square().mean() / stock.square().mean() < 0.01
 
 
 class Inputs:
