@@ -1,8 +1,9 @@
 """Samples side by side: several threads, each of which computes samples of its own with its share of the cores.
 
 A kernel that all cores share has parts that one of them does alone, and all wait for the last; samples know nothing of
-each other. Two lanes take 0.6 to 0.95 of the time of two cores in one kernel after the other (``python -m benchmarks
-lanes``), in as much memory. What comes of a sample depends on no other lane, and on no number of them.
+each other. Two lanes take 0.65 to 0.95 of the time of two cores in one kernel after the other (``python -m benchmarks
+lanes``), in as much memory. What comes of a sample depends on no other lane; the threads of a kernel may change its last
+bits, as ever.
 """
 
 from __future__ import annotations
