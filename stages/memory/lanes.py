@@ -2,8 +2,8 @@
 
 A kernel that all cores share has parts that one of them does alone, and all wait for the last; samples know nothing of
 each other. Two lanes take 0.65 to 0.95 of the time of two cores in one kernel after the other (``python -m benchmarks
-lanes``), in as much memory. What comes of a sample depends on no other lane; the threads of a kernel may change its last
-bits, as ever.
+lanes``), in as much memory. What comes of a sample depends on no other lane; the threads of a kernel may change its
+last bits, as ever.
 """
 
 from __future__ import annotations
