@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import MethodType
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from stages import int8_blocks
 from stages.int8_blocks import FASTER
+from stages.memory.lanes import Lanes
 from stages.memory.micro import micro_batched
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
@@ -277,33 +277,13 @@ def _turns(turns: range, worker: Callable[[], Callable[[int], None]], of: Tensor
         for turn in turns:
             run(turn)
         return
-    left, own = iter(turns), [worker() for _ in range(threads)]
-
-    def runs(run: Callable[[int], None]) -> None:
-        with torch.inference_mode():
-            for turn in left:  # the next one that nobody has taken
-                run(turn)
-
-    for done in [_workers(threads, threading.get_ident()).submit(runs, run) for run in own]:
-        done.result()
+    _cores(threads, threading.get_ident()).each(turns, *(worker() for _ in range(threads)))
 
 
 @cache
-def _workers(threads: int, lane: int) -> ThreadPoolExecutor:
-    """As many threads as a lane has, each of which computes alone."""
-    pool, begun = ThreadPoolExecutor(threads, thread_name_prefix="integers"), threading.Barrier(threads + 1)
-
-    def begins() -> None:
-        torch.get_num_threads()  # a thread takes the process' number when it first asks: its own holds from then on
-        torch.set_num_threads(1)
-        begun.wait()
-
-    started = [pool.submit(begins) for _ in range(threads)]
-    begun.wait()
-    for one in started:
-        one.result()
-    torch.set_num_threads(threads)  # a worker's own setting has reached MKL's global one
-    return pool
+def _cores(threads: int, asking: int) -> Lanes:
+    """One lane for each thread of whoever asks."""
+    return Lanes(threads)
 
 
 def _range(numbers: Tensor) -> tuple[float, float]:

@@ -40,22 +40,24 @@ class Lanes:
         """Threads of a lane; they may be one more than those of another."""
         return max(1, (self._threads + self.count - 1 - lane) // self.count)
 
-    def each(self, items: Iterable[Item], work: Callable[[Item], Any]) -> None:
-        """``work`` of every item, by the lane that comes to it; what one raises is raised when all have ended."""
+    def each(self, items: Iterable[Item], *works: Callable[[Item], Any]) -> None:
+        """Every item once, by the lane that comes to it. ``works``: of each lane its own, or one of all. What one
+        raises is raised when all have ended."""
         left = iter(items)
 
-        def lane() -> None:
+        def lane(number: int) -> None:
+            work = works[number % len(works)]
             for item in left:  # the next one that no other lane has taken
                 work(item)
 
         if self._pool is None:
-            return lane()
+            return lane(0)
         modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         torch.set_num_threads(self.share(0))  # before the others begin: it reaches MKL's global setting
         try:
-            others = [self._pool.submit(self._run, lane, self.share(number), *modes) for number in range(1, self.count)]
+            others = [self._pool.submit(self._run, lane, number, *modes) for number in range(1, self.count)]
             try:
-                lane()
+                lane(0)
             finally:
                 wait(others)
             for one in others:
@@ -63,11 +65,11 @@ class Lanes:
         finally:
             torch.set_num_threads(self._threads)
 
-    def _run(self, lane: Callable[[], None], threads: int, inference: bool, grad: bool) -> None:
+    def _run(self, lane: Callable[[int], None], number: int, inference: bool, grad: bool) -> None:
         torch.get_num_threads()  # a thread takes the process' number when it first asks: its own holds from then on
-        torch.set_num_threads(threads)
+        torch.set_num_threads(self.share(number))
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-            lane()
+            lane(number)
 
     def close(self) -> None:
         """End the threads."""

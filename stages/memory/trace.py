@@ -245,10 +245,10 @@ class _Following(Lanes):
         super().__init__()
         self.count = count
 
-    def each(self, items: Iterable[Any], work: Callable[[Any], Any]) -> None:
+    def each(self, items: Iterable[Any], *works: Callable[[Any], Any]) -> None:
         torch.set_num_threads(self.share(0))
         try:
-            super().each(items, work)
+            super().each(items, *works)
         finally:
             torch.set_num_threads(self._threads)
 

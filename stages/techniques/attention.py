@@ -24,9 +24,8 @@ STOCK = ("auto", "sdpa")  # what diffusers takes where nothing is said: torch's 
 NAMES = (*STOCK, "math", "sliced", "xformers", "openvino")
 # ``auto`` takes OpenVINO's kernels from so many tokens on: with fewer, loading the library takes what they save
 TOKENS = 2048
-OPENVINO = (
-    76_000_000  # bytes of RES: the library and its kernels' code, in two lanes (``python -m benchmarks attention``)
-)
+# bytes of RES: the library and its kernels' code, in two lanes (``python -m benchmarks attention``)
+OPENVINO = 76_000_000
 
 
 def chosen(config: DictConfig) -> str:

@@ -140,8 +140,7 @@ def predict(streamer: Any, image: Tensor, timestep: Tensor, embeds: Tensor) -> T
 def expected(unet: Component) -> Tensor:
     # on a GPU samples of a micro-batch go together, and so they do here
     with (
-        patch("stages.models.loading.lanes_for", return_value=1),
-        patch("stages.models.loading.part_of", side_effect=int),
+        patch("stages.models.loading.shared_out", side_effect=lambda techniques, samples, device: (samples, 1)),
         opening.opened(unet, torch.float32, {}, micro_batch=2) as streamer,
     ):
         return predict(streamer, *inputs())
@@ -267,8 +266,7 @@ def test_a_controlnet_is_streamed_with_its_unet(no_gpu: None, controlled: Compon
     found = steered(controlled, "cpu", lambda streamer, passed: passed)
     techniques = (ChannelsLast(), Steers())
     with (
-        patch("stages.models.loading.lanes_for", return_value=1),
-        patch("stages.models.loading.part_of", side_effect=int),
+        patch("stages.models.loading.shared_out", side_effect=lambda techniques, samples, device: (samples, 1)),
         open_model(
             controlled, dtype=torch.float32, blocks=FAMILY.blocks("unet"), techniques=techniques, micro_batch=2
         ) as streamer,
