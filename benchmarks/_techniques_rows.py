@@ -130,6 +130,7 @@ ROWS = (
     Row(name="batch of 32, VAE slicing", work="batch", options={**HALF, "vae_slicing": True}),
     _ours("attention=math (stages)", technique__attention="math", **STAY),
     _ours("attention=sliced (stages)", technique__attention="sliced", **STAY),
+    _ours("attention=xformers (stages)", technique__attention="xformers", **STAY),
     _ours("attention=openvino (stages)", devices=("cpu",), technique__attention="openvino", **STAY),
     _ours("offload=sequential (stages)", technique__offload="sequential"),
     _ours("offload=group (stages)", technique__offload="group"),
