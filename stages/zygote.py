@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,7 @@ from stages.memory.imports import light_imports, light_torch
 from stages.memory.monitor import usage
 from stages.memory.trim import drop_clean_pages, return_freed
 from stages.workflow import signals
-from stages.workflow.launch.zygote import MESSAGE
-
-_MOMENT = 0.0005  # seconds: a process that has only to end
+from stages.workflow.launch.zygote import MESSAGE, Files
 
 
 def warm(run_dir: Path, pipeline: str, modules: Sequence[str]) -> None:
@@ -49,7 +46,6 @@ def warm(run_dir: Path, pipeline: str, modules: Sequence[str]) -> None:
             diffusers = importlib.import_module("diffusers")
             for name in (facts.classes[facts.denoiser], facts.vae, config.scheduler.class_name):
                 getattr(diffusers, name or "", None)  # they are imported when they are asked for
-    gc.collect()
     gc.freeze()
     drop_clean_pages()
     return_freed()
@@ -66,25 +62,27 @@ def threads() -> int:
 def serve(runner: socket.socket, pid: int) -> None:
     """Fork a stage for each request, until the runner closes its end."""
     while True:
-        request, files, _, _ = socket.recv_fds(runner, MESSAGE, 3)
+        request, files, _, _ = socket.recv_fds(runner, MESSAGE, len(Files._fields))
         if not request:
             return
         try:
-            child = fork(json.loads(request), files, runner, pid)
+            child = fork(json.loads(request), Files(*files), runner, pid)
         finally:
             for file in files:
                 os.close(file)
         runner.send(json.dumps({"pid": child}).encode())
 
 
-def fork(request: dict[str, Any], files: Sequence[int], runner: socket.socket, pid: int) -> int:
+def fork(request: dict[str, Any], files: Files, runner: socket.socket, pid: int) -> int:
     """The process id of a new child of the runner, ``pid``; 0 where there can be none.
 
-    The one between ends at once: its child goes to the runner, which adopts what is left behind below it.
+    The one between ends at once: its child goes to the runner, which adopts what is left behind below it, and begins
+    when the runner says so.
     """
     reader, writer = os.pipe()
     between = os.fork()
     if not between:
+        os.close(reader)
         _between(request, files, runner, pid, writer)
     os.close(writer)
     said = os.read(reader, 32)
@@ -93,8 +91,8 @@ def fork(request: dict[str, Any], files: Sequence[int], runner: socket.socket, p
     return int(said or 0)
 
 
-def _between(request: dict[str, Any], files: Sequence[int], runner: socket.socket, pid: int, writer: int) -> NoReturn:
-    code, own = 1, os.getpid()
+def _between(request: dict[str, Any], files: Files, runner: socket.socket, pid: int, writer: int) -> NoReturn:
+    code = 1
     try:
         if child := os.fork():
             os.write(writer, str(child).encode())
@@ -102,9 +100,8 @@ def _between(request: dict[str, Any], files: Sequence[int], runner: socket.socke
         else:
             os.close(writer)
             runner.close()
-            while os.getppid() == own:
-                time.sleep(_MOMENT)
-            code = become(request, files, pid)
+            if os.read(files.go, 1):  # else the runner has not heard of this process, and starts another
+                code = become(request, files, pid)
     except SystemExit as end:  # argparse
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -113,21 +110,22 @@ def _between(request: dict[str, Any], files: Sequence[int], runner: socket.socke
         os._exit(code)
 
 
-def become(request: dict[str, Any], files: Sequence[int], runner: int) -> int:
+def become(request: dict[str, Any], files: Files, runner: int) -> int:
     """Be the stage that was asked for; returns its exit code. Nothing of the process before is left but what it
     imported: Python seeds its random numbers anew, others have none that were drawn from."""
-    log, events, marks = files
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    os.dup2(files.log, 1)
+    os.dup2(files.log, 2)
+    os.close(files.log)
+    os.close(files.go)
     if group := request["enter"]:
         _enter(Path(group))
     for name in request["without"]:
         os.environ.pop(name, None)
     os.environ.update(request["environment"])
-    arguments = [*request["arguments"], "--events", str(events), "--marks", str(marks), "--parent", str(runner)]
+    told = ["--events", str(files.events), "--marks", str(files.marks), "--parent", str(runner)]
+    arguments = [*request["arguments"], *told]
     sys.argv = [str(process.__file__), *arguments]
     gc.enable()
     code = process.main(arguments)

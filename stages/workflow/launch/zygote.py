@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from stages.files import free, make_folder
 from stages.memory.monitor import usage
@@ -24,6 +24,16 @@ _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, <linux/prctl.h>
 _WARM, _ANSWER = 120.0, 20.0  # seconds, on a machine that does much else
 _LARGER = 1.1  # times the bytes that were planned: more is another process than was measured
 _MOMENTS = (0.001, 0.05)  # seconds between two looks whether a process has ended, at first and at last
+
+
+class Files(NamedTuple):
+    """Descriptors that a stage is handed: of its log, its events, its marks; and one from which it may read that it is
+    to begin."""
+
+    log: int
+    events: int
+    marks: int
+    go: int
 
 
 class Process(Protocol):
@@ -142,14 +152,15 @@ class Zygote:
             "without": [name for name in own if name not in environment],
             "enter": str(enter) if enter else None,
         }
+        reader, writer = os.pipe()
         try:
-            socket.send_fds(self._socket, [json.dumps(request).encode()], files)
-        except OSError as error:
-            self._lost(f"{error.strerror} (process {self.pid})")
-            return None
-        answer = self._answer(_ANSWER)
-        if pid := answer.get("pid"):
-            return Forked(pid)
+            answer = self._ask(json.dumps(request), Files(*files, reader))
+            if pid := answer.get("pid"):
+                os.write(writer, b"1")  # one that is not heard of ends when the pipe does
+                return Forked(pid)
+        finally:
+            os.close(reader)
+            os.close(writer)
         self._lost(str(answer.get("error", "no process could be forked from it")))
         return None
 
@@ -179,6 +190,14 @@ class Zygote:
                 env=self._environment,
                 pass_fds=(theirs.fileno(),),
             )
+
+    def _ask(self, request: str, files: Files) -> dict[str, Any]:
+        assert self._socket is not None
+        try:
+            socket.send_fds(self._socket, [request.encode()], files)
+        except OSError as error:
+            return {"error": f"{error.strerror}, process {self.pid}"}
+        return self._answer(_ANSWER)
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         assert self._socket is not None
