@@ -26,7 +26,7 @@ ROOM = 0.05  # of the budget: left free beside what is predicted, where this is 
 # bytes of RES (python -m benchmarks startup): of the process where no model was looked at, and how much smaller it is
 # than a stage of the run before its first weight, which has opened the checkpoint and run kernels
 USUAL, LESS = 178_000_000, 28_000_000
-BARE = 36_000_000  # bytes: a process without torch, as ``stitch`` is when it starts fresh
+BARE = 50_000_000  # bytes: a stage without a model and so without torch, where it starts fresh
 SAVED = 1.3  # seconds of a stage's imports (the same command)
 
 
