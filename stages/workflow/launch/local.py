@@ -114,7 +114,9 @@ class LocalProcess:
         beside = self._zygote.pid if self._zygote else 0
         self._monitor = Monitor(pid, period, *held, self._enforcer.lost, beside).start()
 
-    def _forked(self, arguments: list[str], surroundings: dict[str, str], files: Sequence[int]) -> Process | None:
+    def _forked(
+        self, arguments: list[str], surroundings: dict[str, str], files: tuple[int, int, int]
+    ) -> Process | None:
         """The stage's process, if it can be forked."""
         if self._zygote is None:
             return None

@@ -133,7 +133,7 @@ class Zygote:
         return self._socket is not None
 
     def fork(
-        self, arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[int], enter: Path | None
+        self, arguments: Sequence[str], environment: Mapping[str, str], files: tuple[int, int, int], enter: Path | None
     ) -> Forked | None:
         """A stage's process; None where it has to be started fresh.
 
