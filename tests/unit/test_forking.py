@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -174,12 +175,15 @@ def test_over_the_budget_it_is_stopped_and_what_it_came_from_is_in_the_sum(toy):
 
 
 def test_every_sum_has_it(toy):
-    peaks = {}
+    peaks, watched = {}, {}
     for way in ("off", "on"):
-        toy(f"run={way}", "prompt=a", f"launch.fork={way}", "force=true")
+        toy(f"run={way}", "prompt=a", f"launch.fork={way}", "force=true", TOY_SLOW="0.2")
         peaks[way] = [stage["peak_rss_bytes"] for stage in summary(toy, way)["stages"]]
+        (measured,) = toy.output_dir.glob(".store/.stats/tiles-*.json")
+        watched[way] = [sample[1] for sample in json.loads(measured.read_text())["timeline"]]
     for fresh, forked in zip(peaks["off"], peaks["on"], strict=True):
         assert 15 * MB < forked - fresh < 80 * MB  # Python and this program's modules, without torch
+    assert 15 * MB < median(watched["on"]) - median(watched["off"]) < 80 * MB  # what the watchdog is shown
 
 
 def test_the_monitor_counts_what_is_beside():
