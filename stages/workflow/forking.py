@@ -27,6 +27,7 @@ ROOM = 0.05  # of the budget: left free beside what is predicted, where this is 
 # than a stage of the run before its first weight, which has opened the checkpoint and run kernels
 USUAL, LESS = 178_000_000, 28_000_000
 BARE = 50_000_000  # bytes: a stage without a model and so without torch, where it starts fresh
+TEXT = 8_000_000  # bytes: of diffusers in the process of a text encoder, which has transformers besides
 SAVED = 1.3  # seconds of a stage's imports (the same command)
 
 
@@ -96,8 +97,10 @@ def _running(states: Sequence[StageState]) -> list[StageState]:
 
 
 def _more(state: StageState, size: int) -> int:
-    """Bytes that a forked stage adds: that process, and in a stage without a model the libraries of the others."""
-    return size if state.stage.opens_model else 2 * size - BARE
+    """Bytes that a forked stage adds: that process, and in the stage itself what the others import."""
+    if not state.stage.opens_model:
+        return 2 * size - BARE
+    return size + (TEXT if state.stage.module == "text_encode" else 0)
 
 
 def _alone(plan: StagePlan, state: StageState) -> StagePlan:
