@@ -318,6 +318,7 @@ def test_auto_spends_what_the_budget_has_over(make_config):
     assert (
         with_it["stitch"].predicted_peak_rss_bytes == (120 + 200 + 200) * MB - forking.BARE
     )  # imports no torch itself
+    assert with_it["text_encode"].predicted_peak_rss_bytes == 500 * MB + forking.TEXT  # it imports transformers itself
     assert forked(make_config, of=with_it) == with_it
     assert forked(make_config, of=with_it, launch__fork="off") == plans()
     for values in (
