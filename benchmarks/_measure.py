@@ -28,7 +28,8 @@ class Measured(NamedTuple):
     """A command that has ended; bytes and seconds.
 
     ``peak`` is the highest sum of RES over the tree that a sample saw. ``kernel_peak`` is VmHWM of the command plus the
-    highest VmHWM of what it started (one at a time): no peak between samples escapes it, and it can be too high only.
+    highest VmHWM of what it started, with what else runs then: no peak between samples escapes it, and it can be too
+    high only.
     ``read``: bytes that the tree has asked of files, cached or not, as last seen.
     """
 
@@ -84,14 +85,12 @@ def measure(
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    highest: dict[int, int] = {}
-    peak = count = asked = 0
+    own = others = peak = count = asked = 0
     pids = [process.pid]
     while process.poll() is None:
         if count % 5 == 0:
             pids = [process.pid, *descendants(process.pid)]
-            for pid in pids:
-                highest[pid] = max(highest.get(pid, 0), peak_rss(pid))
+            own, others = max(own, peak_rss(process.pid)), max(others, _highest(pids[1:]))
             asked = max(asked, sum(map(_asked, pids)))
         peak = max(peak, sum(usage(pid).rss for pid in pids))
         count += 1
@@ -99,9 +98,12 @@ def measure(
     reader.join()
     seconds = time.monotonic() - begin
     output = b"".join(lines).decode("utf-8", "replace")
-    own = highest.pop(process.pid, 0)
-    kernel_peak = own + max(highest.values(), default=0)
-    return Measured(process.returncode, seconds, peak, kernel_peak, output, asked)
+    return Measured(process.returncode, seconds, peak, own + others, output, asked)
+
+
+def _highest(pids: Sequence[int]) -> int:
+    """Peak of the one that had the highest, with what the others take now (stages are forked from one of them)."""
+    return max((peak_rss(pid) + sum(usage(other).rss for other in pids if other != pid) for pid in pids), default=0)
 
 
 def _asked(pid: int) -> int:

@@ -30,7 +30,7 @@ def main() -> int:
     for size in map(int, given.sizes.split(",")):
         shutil.rmtree(output, ignore_errors=True)
         chosen = [*model_overrides(given.model, given.checkpoint), *(one_step(given.steps) if given.steps else ())]
-        chosen.append(f"memory.budget={given.budget}")
+        chosen += [f"memory.budget={given.budget}", "launch.fork=off"]  # the stages alone
         done = runner(output, "run=x", f"prompt={given.prompt}", f"width={size}", f"height={size}", *chosen).check()
         if given.look:
             look(output / "x", given.look / f"{size}")

@@ -67,7 +67,8 @@ def described(component: str, placement: Mapping[str, int]) -> str:
 class StagePlan:
     """``models`` by component, opened one after the other; samples at a time (0: the stage's own choice),
     ``group_size`` through the whole model, ``micro_batch`` of them through a block; and what was predicted: RAM of the
-    runner and all ``ranks``, VRAM of one GPU."""
+    runner and all ``ranks``, VRAM of one GPU. ``zygote_bytes``: of the process that the stage is forked from, which is
+    in the prediction; 0: it starts fresh."""
 
     models: Mapping[str, ModelPlan] = field(default_factory=dict)
     micro_batch: int = 0
@@ -77,6 +78,7 @@ class StagePlan:
     predicted_seconds: float | None = None
     disk_bytes: int = 0
     ranks: int = 1
+    zygote_bytes: int = 0
 
     def model(self, component: str) -> ModelPlan:
         """Of one component; all resident where nothing was planned."""

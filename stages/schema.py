@@ -118,6 +118,7 @@ class TechniqueConfig:
 class LaunchConfig:
     """How stage processes are started and watched."""
 
+    fork: str = "auto"  # auto | on | off: stages from one warm process where the budget has room; the same picture
     threads: int | None = None  # torch threads; None: all cores, on a GPU 8 at most
     sample_seconds: float = 0.02  # memory sampling period
     total_budget: str | None = None  # of all runs at once on this machine, with the same output_dir: one waits for room

@@ -118,7 +118,8 @@ def _merged(samples: Sequence[Sample]) -> Sample:
 class Monitor:
     """Samples the tree in a thread until ``stop``; ``over`` is asked with every sum and may end the stage.
 
-    ``blind`` is told why, if looking fails: nobody watches the stage any more.
+    ``beside`` is the process that the stage was forked from: in every sum, like this one. ``blind`` is told why, if
+    looking fails: nobody watches the stage any more.
     """
 
     def __init__(
@@ -129,8 +130,10 @@ class Monitor:
         over: Callable[[Sample], None],
         vram: Callable[[], int] = lambda: 0,
         blind: Callable[[Exception], None] = lambda error: None,
+        beside: int = 0,
     ) -> None:
         self.pid, self.period, self.module, self.over, self.vram, self.blind = pid, period, module, over, vram, blind
+        self._others = [os.getpid(), *([beside] if beside else [])]
         self.timeline: list[Sample] = []
         self.by_module: dict[str, int] = {}
         self.peak = Sample(0.0, 0, 0, 0, "")
@@ -175,7 +178,7 @@ class Monitor:
         parts = [usage(pid) for pid in self._pids]
         if not any(part.rss for part in parts):
             return  # the stage has ended
-        parts.append(usage(os.getpid()))
+        parts += [usage(pid) for pid in self._others]
         rss, file, module = sum(part.rss for part in parts), sum(part.file for part in parts), self.module()
         sample = Sample(round(seconds, 3), rss, rss - file, file, module, self.vram())
         if rss > self.peak.rss:

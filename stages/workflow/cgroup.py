@@ -68,7 +68,12 @@ class Cgroup:
         """``arguments`` started by a shell that enters the group first: nothing is charged elsewhere, and no Python
         runs between fork and exec. With ``must`` it ends with 1 where it cannot enter."""
         end = " || exit 1" if must else ""
-        return ["/bin/sh", "-c", f'echo 0 > "$0"{end}; exec "$@"', str(self.path / "cgroup.procs"), *arguments]
+        return ["/bin/sh", "-c", f'echo 0 > "$0"{end}; exec "$@"', str(self.processes), *arguments]
+
+    @property
+    def processes(self) -> Path:
+        """The file that a process enters by: it writes its id, or 0."""
+        return self.path / "cgroup.procs"
 
     @property
     def environment(self) -> dict[str, str]:

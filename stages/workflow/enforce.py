@@ -1,7 +1,8 @@
 """How a budget is kept: the one place that decides by which means, and says so.
 
 ``watchdog``: samples of RES over runner and stage. ``cgroup``: the kernel, for the stage, with what the runner leaves
-of the budget; page cache counts there, and is reclaimed before anything is killed.
+of the budget (and the process that it was forked from, if it was); page cache counts there, and is reclaimed before
+anything is killed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Enforcer:
         """What the stage's environment needs besides."""
         return self.cgroup.environment if self.cgroup else {}
 
+    @property
+    def enters(self) -> Path | None:
+        """Where a stage that is forked writes a 0 first, instead: into its cgroup."""
+        return self.cgroup.processes if self.cgroup else None
+
     def adopt(self, pid: int) -> None:
         """The stage process, just started."""
         self.pid = pid
@@ -71,14 +77,14 @@ class Enforcer:
         if self.violation is None and self.cgroup.oom_kills():
             counted = self.cgroup.usage()
             self.violation = self._last
-            self.by_kernel = f"its cgroup has {self.cgroup.limit / 1e6:.0f} MB, what the runner leaves of the budget"
+            self.by_kernel = f"its cgroup has {self.cgroup.limit / 1e6:.0f} MB, what the others leave of the budget"
             if "peak" in counted:
                 self.by_kernel += f"; {counted['peak'] / 1e6:.0f} MB were charged, page cache included"
         self.cgroup.remove()
         self.cgroup = None
 
 
-def start(mode: str, budget: int, *, what: str = "stage", writes: Path | None = None) -> Enforcer:
+def start(mode: str, budget: int, *, what: str = "stage", writes: Path | None = None, beside: int = 0) -> Enforcer:
     """The enforcer for one stage.
 
     Args:
@@ -87,6 +93,7 @@ def start(mode: str, budget: int, *, what: str = "stage", writes: Path | None = 
         budget: bytes.
         what: names the cgroup: the stage.
         writes: folder that the stage writes to.
+        beside: bytes that the process takes which the stage is forked from.
 
     Raises:
         ConfigError: ``cgroup``, and this process cannot make one.
@@ -95,7 +102,7 @@ def start(mode: str, budget: int, *, what: str = "stage", writes: Path | None = 
         return Enforcer(watch=mode == "watchdog", budget=budget)
     if mode == "auto" and writes is not None and in_memory(writes):
         return Enforcer(watch=True, budget=budget)
-    limit = max(1 << 20, budget - usage(os.getpid()).rss)
+    limit = max(1 << 20, budget - usage(os.getpid()).rss - beside)
     try:
         return Enforcer(watch=True, budget=budget, cgroup=Cgroup.create(limit, what))
     except Unavailable as error:

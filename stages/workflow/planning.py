@@ -23,7 +23,7 @@ from stages.memory.planner import Chosen, ModelProfile, OverBudget, StageProfile
 from stages.plans import StagePlan, is_copied
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
-from stages.workflow import device, launch
+from stages.workflow import device, forking, launch
 from stages.workflow.graph import StageState, state_of
 from stages.workflow.identity import model_identity
 from stages.workflow.spread import spread
@@ -62,6 +62,7 @@ def plan(
     Raises:
         DoesNotFit: before any work.
         launch.StageFailed: the models could not be looked at.
+        ConfigError: ``launch.fork=on``, and no stage leaves room for it.
     """
     config, budget = job.config, job.budget
     profile, rehearsal = state_of(job, store, PROFILE, {}), state_of(job, store, REHEARSAL, {})
@@ -108,6 +109,7 @@ def plan(
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
     plans |= {state.name: _stitch(config) for state in running if state.stage.module == "stitch"}
     _without_room(plans, profiles, note)
+    plans = forking.planned(plans, states, job, forking.size([one.base for one in profiles.values()]))
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
 

@@ -20,7 +20,7 @@ from stages.job import Job
 from stages.paths import anchored
 from stages.plans import StagePlan, stage_plans
 from stages.regions.config import Regions
-from stages.workflow import folder, launch, nodes, overrides, planning, report, shares, tables, upkeep
+from stages.workflow import folder, forking, launch, nodes, overrides, planning, report, shares, tables, upkeep
 from stages.workflow.complete import complete
 from stages.workflow.errors import explain
 from stages.workflow.graph import MissingInput, StageState, build, check_inputs
@@ -143,7 +143,8 @@ def _execute(
                 live.planned(predictions)
                 if share and (peak := _peak(states, predictions)):
                     share.settle(peak)
-                summary = _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live)
+                with forking.zygote(states, predictions, job, run_dir, pipeline, shown.line) as zygote:
+                    summary = _run_stages(states, job, run_dir, command, pipeline, predictions, shown, live, zygote)
                 trim(config, shown.line)
                 return summary
         except KeyboardInterrupt as stop:
@@ -177,7 +178,7 @@ def _predict(
     opens = any(state.stage.opens_model and state.status in ("run", "resume") for state in states)
     asked = job.config.stage == "plan"
     if pipeline != "stages" or not (opens or asked):
-        return stage_plans(read_object(run_dir / "plan.json"))
+        return forking.planned(stage_plans(read_object(run_dir / "plan.json")), states, job)
     try:
         return planning.plan(states, job, store, run_dir, pipeline=pipeline, note=shown.line)
     except (ConfigError, planning.DoesNotFit, launch.StageFailed) as error:
@@ -201,6 +202,7 @@ def _run_stages(
     predictions: Mapping[str, StagePlan],
     shown: Silent,
     live: report.Live,
+    zygote: launch.Zygote | None,
 ) -> dict[str, Any]:
     results: list[launch.StageResult] = []
     payloads = read_object(run_dir / PAYLOADS)
@@ -217,7 +219,8 @@ def _run_stages(
                 if not state.entry.path.exists():
                     make_folder(state.entry.path)
                 folder.link_results(run_dir, states)  # before it begins: what a kill leaves of it is this run's
-                results.append(_run_one(state, job, run_dir, pipeline, shown, live))
+                source = forking.of_stage(zygote, predictions.get(state.name, StagePlan()))
+                results.append(_run_one(state, job, run_dir, pipeline, shown, live, source))
                 folder.link_results(run_dir, states)
             shown.end(results[-1])
             live.end(results[-1])
@@ -245,7 +248,13 @@ def _run_stages(
 
 
 def _run_one(
-    state: StageState, job: Job, run_dir: Path, pipeline: str, shown: Silent, live: report.Live
+    state: StageState,
+    job: Job,
+    run_dir: Path,
+    pipeline: str,
+    shown: Silent,
+    live: report.Live,
+    zygote: launch.Zygote | None,
 ) -> launch.StageResult:
     def hear(event: Event) -> None:
         shown.event(state.name, event)
@@ -253,7 +262,9 @@ def _run_one(
 
     force = bool(job.config.force)
     with nodes.told(state, job, run_dir):
-        return launch.run_stage(state, job, run_dir, on_event=hear, on_start=live.watch, pipeline=pipeline, force=force)
+        return launch.run_stage(
+            state, job, run_dir, on_event=hear, on_start=live.watch, pipeline=pipeline, force=force, zygote=zygote
+        )
 
 
 def _elsewhere(config: DictConfig) -> str:

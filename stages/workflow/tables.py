@@ -19,6 +19,8 @@ def plan(states: Sequence[StageState], predictions: Mapping[str, StagePlan], sho
         seconds, peak = guess.predicted_seconds, megabytes(guess.predicted_peak)
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
+    if size := max((plan.zygote_bytes for plan in predictions.values()), default=0):
+        shown.line(f"stages are forked from a process of {size / 1e6:.0f} MB, which is in their peaks (launch.fork)")
     for state in states:
         if (needed := predictions.get(state.name, StagePlan()).disk_bytes) and state.status != "reuse":
             shown.line(f"disk: {state.name} takes up to {needed / 1e9:.1f} GB for scratch files in {state.entry.path}")

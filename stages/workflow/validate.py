@@ -32,6 +32,7 @@ from stages.hashes import is_remembered
 from stages.models.locate import CheckpointError, lone_weights
 from stages.paths import PICKLES, is_safetensors
 from stages.techniques import TECHNIQUES
+from stages.workflow import forking
 from stages.workflow.keys import CONF, check_output_dir, check_run_name
 
 LARGEST = 65536  # pixels a side
@@ -102,6 +103,7 @@ def validate(config: DictConfig) -> None:
             hint = "Which GPUs there are is said by CUDA_VISIBLE_DEVICES."
             raise ConfigError(f"launch.{key}", count, f"1 with device={config.device}", hint)
     _nodes(config)
+    forking.check(config)
     _device_map(config)
     if config.launch.backend == "nccl" and device == "cpu":
         raise ConfigError("launch.backend", "nccl", "auto or gloo on the CPU")

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from command import Command
 from PIL import Image
 from safetensors import safe_open
-from whole_run import Run, arguments
+from whole_run import Run, arguments, start
 
 from stages.config import ROOT, STAGES
 
@@ -63,6 +64,24 @@ def test_run_json(finished: Run) -> None:
     assert summary["peak_rss_bytes"] == max(stage["peak_rss_bytes"] for stage in summary["stages"])
     assert summary["budget_bytes"] == 800_000_000
     assert 20e6 < summary["runner_peak_rss_bytes"] < 60e6
+
+
+def test_forked_stages_and_fresh_ones_give_the_same_bytes(finished: Run, tmp_path: Path) -> None:
+    """There is room in 800 MB, so they are forked unless a person says no."""
+    assert (finished.folder / "logs" / "zygote.log").read_text() == "" and "start fresh" not in finished.stdout
+    fresh = start(tmp_path, Path(finished.command.common[-1].partition("=")[2]), **{"launch.fork": "off"})
+    assert not (fresh.folder / "logs" / "zygote.log").exists()
+    assert fresh.image == finished.image
+    for stage, files in FILES.items():
+        for file in files:
+            if file.endswith(".safetensors"):
+                assert (fresh.folder / stage / file).read_bytes() == (finished.folder / stage / file).read_bytes(), file
+    for name, stage in fresh.stages.items():
+        forked = finished.stages[name]
+        assert forked["fingerprint"] == stage["fingerprint"]
+        assert forked["peak_rss_bytes"] > stage["peak_rss_bytes"] + 130e6  # what they are forked from is in the sum
+        for one in (forked, stage):
+            assert 0.97 < one["predicted_peak_rss_bytes"] / one["peak_rss_bytes"] < 1.15, (name, one)
 
 
 def test_the_config_is_resolved_and_the_prompt_as_typed(finished: Run) -> None:

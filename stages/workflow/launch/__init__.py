@@ -1,4 +1,4 @@
-"""One fresh process per stage: start it, hear it, watch its memory, explain its end."""
+"""One process per stage: start it, hear it, watch its memory, explain its end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from stages.job import Job
 from stages.workflow.graph import StageState
 from stages.workflow.launch import local
 from stages.workflow.launch.base import StageFailed, StageProcess, StageResult, reused
+from stages.workflow.launch.zygote import Zygote
 
-__all__ = ["StageFailed", "StageProcess", "StageResult", "reused", "run_stage"]
+__all__ = ["StageFailed", "StageProcess", "StageResult", "Zygote", "reused", "run_stage"]
 
 
 def run_stage(
@@ -23,6 +24,7 @@ def run_stage(
     on_start: Callable[[StageProcess], None] = lambda process: None,
     pipeline: str = "stages",
     force: bool = False,
+    zygote: Zygote | None = None,
 ) -> StageResult:
     """Run one stage in a process of its own and wait for it.
 
@@ -30,12 +32,13 @@ def run_stage(
         on_event: hears Start, Advance, Note and Resumed as they come.
         on_start: is handed the process, whose memory it may look at.
         pipeline: the package that holds PIPELINE and the stage modules.
+        zygote: what it is forked from; None: it starts fresh.
 
     Raises:
         StageFailed: it ended without a result.
         KeyboardInterrupt: passed on after the stage has ended.
     """
-    process = local.start(state, job, run_dir, pipeline=pipeline, force=force)
+    process = local.start(state, job, run_dir, pipeline=pipeline, force=force, zygote=zygote)
     try:
         on_start(process)
         result = process.watch(on_event)

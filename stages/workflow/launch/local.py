@@ -1,4 +1,4 @@
-"""A stage in a fresh process of this machine: its environment, its events, its memory, its end."""
+"""A stage in a process of this machine, fresh or forked: its environment, its events, its memory, its end."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from stages.memory.monitor import Monitor, Sample, usage
 from stages.workflow import device, enforce
 from stages.workflow.graph import StageState
 from stages.workflow.launch.base import MEANWHILE, StageFailed, StageResult, failure
+from stages.workflow.launch.zygote import Process, Zygote
 from stages.workflow.machine import threads
 from stages.workflow.spread import spread
 
@@ -68,52 +69,58 @@ def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
 class LocalProcess:
     """A stage on this machine: its process, its events, the marks of its modules, its memory. See :func:`start`."""
 
-    def __init__(self, state: StageState, job: Job, log: Path) -> None:
+    def __init__(self, state: StageState, job: Job, log: Path, zygote: Zygote | None = None) -> None:
         self._state, self._log, self._begin = state, log, time.monotonic()
+        self._zygote = zygote if zygote is not None and zygote.ready() else None
         self.spread, self._node = spread(job, state.stage), job.config.launch.node_rank
         self.ranks = self.spread.each
         mode = str(job.config.memory.enforce)
         if mode == "auto" and on_gpu(job.config):  # the driver alone takes a gigabyte of RAM; the device has its limit
             mode = "off"
         budget = job.budget * self.ranks
-        self._enforcer = enforce.start(mode, budget, what=state.name, writes=Path(job.config.output_dir))
+        writes, beside = Path(job.config.output_dir), self._zygote.rss if self._zygote else 0
+        self._enforcer = enforce.start(mode, budget, what=state.name, writes=writes, beside=beside)
         self._marks = tempfile.TemporaryFile()  # noqa: SIM115 - closed in ``_close``
         self._marks.truncate(MARK_BYTES)
         self._view = mmap.mmap(self._marks.fileno(), MARK_BYTES)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._happened: list[tuple[float, str]] = []
         self._total, self._done, self._unit = 0, 0, ""
         self._monitor: Monitor | None = None
 
-    def start(self, command: list[str], job: Job) -> None:
-        """Start ``command``, which is told the descriptors of its events and marks besides."""
+    def start(self, module: list[str], arguments: list[str], job: Job) -> None:
+        """Start ``python -m module arguments``, which is told the descriptors of its events and marks besides."""
         reader, writer = os.pipe()
         self._events = os.fdopen(reader, encoding="utf-8")
-        command = [
-            *command,
-            "--events",
-            str(writer),
-            "--marks",
-            str(self._marks.fileno()),
-            "--parent",
-            str(os.getpid()),
-        ]
+        surroundings = {**environment(job.config, self._state.stage.module), **self._enforcer.environment}
         try:
             with free(self._log).open("wb") as log:
-                self._process = subprocess.Popen(
-                    self._enforcer.command(command),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**environment(job.config, self._state.stage.module), **self._enforcer.environment},
-                    pass_fds=(writer, self._marks.fileno()),
-                )
+                self._process = self._forked(arguments, surroundings, (log.fileno(), writer, self._marks.fileno()))
+                if self._process is None:
+                    told = ["--events", str(writer), "--marks", str(self._marks.fileno()), "--parent", str(os.getpid())]
+                    self._process = subprocess.Popen(
+                        self._enforcer.command([sys.executable, "-m", *module, *arguments, *told]),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=surroundings,
+                        pass_fds=(writer, self._marks.fileno()),
+                    )
         finally:
             os.close(writer)
         pid, period = self._process.pid, job.config.launch.sample_seconds
         self._enforcer.adopt(pid)
         held = (lambda: read_mark(self._view), self._enforcer.look, lambda: read_device_bytes(self._view))
-        self._monitor = Monitor(pid, period, *held, self._enforcer.lost).start()
+        beside = self._zygote.pid if self._zygote else 0
+        self._monitor = Monitor(pid, period, *held, self._enforcer.lost, beside).start()
+
+    def _forked(
+        self, arguments: list[str], surroundings: dict[str, str], files: tuple[int, int, int]
+    ) -> Process | None:
+        """The stage's process, if it can be forked."""
+        if self._zygote is None:
+            return None
+        return self._zygote.fork(arguments, surroundings, files, self._enforcer.enters)
 
     @property
     def timeline(self) -> Sequence[Sample]:
@@ -149,7 +156,8 @@ class LocalProcess:
         code = process.wait()
         module = self._close()
         if self._enforcer.violation is not None and code != 0:
-            raise StageFailed(_over_budget(state.name, self._enforcer, self.ranks))
+            zygote = self._zygote.rss if self._zygote else 0
+            raise StageFailed(_over_budget(state.name, self._enforcer, self.ranks, zygote))
         if self._enforcer.blind and code != 0:
             raise StageFailed(_unwatched(state.name, self._enforcer))
         if code != 0 or not isinstance(last, Done):
@@ -161,7 +169,7 @@ class LocalProcess:
             status=last.status,
             reason=resumed or (MEANWHILE if last.status == "reused" else state.reason),
             seconds=round(time.monotonic() - self._begin, 3),
-            peak_rss_bytes=max(monitor.peak.rss, last.peak_rss_bytes + usage(os.getpid()).rss),
+            peak_rss_bytes=max(monitor.peak.rss, last.peak_rss_bytes + self._others()),
             peak_vram_bytes=max(gpus, default=0),
             fingerprint=state.fingerprint,
             peak_module=monitor.peak.module,
@@ -172,6 +180,10 @@ class LocalProcess:
             gpus=gpus,
             marks=tuple(self._happened),
         )
+
+    def _others(self) -> int:
+        """Bytes of this process, and of what the stage was forked from."""
+        return usage(os.getpid()).rss + (self._zygote.rss if self._zygote else 0)
 
     def end(self) -> None:
         """See :class:`stages.workflow.launch.base.StageProcess`."""
@@ -198,8 +210,10 @@ class LocalProcess:
         return module
 
 
-def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: bool) -> LocalProcess:
-    """Start the stage in a fresh process of this machine, which lives and dies with this one.
+def start(
+    state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: bool, zygote: Zygote | None = None
+) -> LocalProcess:
+    """Start the stage in a process of this machine, which lives and dies with this one: fresh, or forked.
 
     Raises:
         ConfigError: ``memory.enforce`` asks for what this machine has not.
@@ -210,15 +224,15 @@ def start(state: StageState, job: Job, run_dir: Path, *, pipeline: str, force: b
     make_folder(log.parent)
     if log.is_dir():
         set_aside(log)
-    process = LocalProcess(state, job, log)
+    process = LocalProcess(state, job, log, zygote)
     module = ["stages"]
     if process.spread.ranks > 1:
         module = ["stages.ranks", "--nproc", str(process.ranks)]
     if process.spread.hosts > 1:
         module += ["--nnodes", str(how.nnodes), "--node-rank", str(how.node_rank), "--rdzv-endpoint", how.rdzv_endpoint]
-    command = [sys.executable, "-m", *module, state.name, str(run_dir), "--pipeline", pipeline]
+    arguments = [state.name, str(run_dir), "--pipeline", pipeline, *(["--force"] if force else [])]
     try:
-        process.start(command + (["--force"] if force else []), job)
+        process.start(module, arguments, job)
     except BaseException:
         process.end()
         raise
@@ -251,15 +265,17 @@ def listen(
     return last, resumed, tuple(peak for rank in sorted(peaks) for peak in peaks[rank])
 
 
-def _over_budget(stage: str, enforcer: enforce.Enforcer, ranks: int) -> str:
+def _over_budget(stage: str, enforcer: enforce.Enforcer, ranks: int, zygote: int) -> str:
     sample = enforcer.violation
     assert sample is not None
     where = f" while {sample.module} ran" if sample.module else ""
     room = -(-int(max(sample.rss, enforcer.budget) / ranks * 1.15) // 50_000_000) * 50
-    who, times = ("stage", "") if ranks == 1 else (f"{ranks} ranks", f"{ranks} x ")
+    who, times = (f"runner and {'stage' if ranks == 1 else f'{ranks} ranks'}", "" if ranks == 1 else f"{ranks} x ")
+    if zygote:
+        who = f"runner, stage and what it was forked from ({zygote / 1e6:.0f} MB) together"
     by = f"by the kernel ({enforcer.by_kernel}): " if enforcer.by_kernel else ""
     return (
-        f"{stage}: stopped over the memory budget{where}: {by}runner and {who} took {sample.rss / 1e6:.0f} MB, "
+        f"{stage}: stopped over the memory budget{where}: {by}{who} took {sample.rss / 1e6:.0f} MB, "
         f"memory.budget is {times}{enforcer.budget / ranks / 1e6:.0f}MB ({sample.anon / 1e6:.0f} MB anonymous, "
         f"{sample.file / 1e6:.0f} MB file-backed, after {sample.seconds:.1f} s).\n"
         f"Give it more with memory.budget={room}MB, or let it run free with memory.enforce=off. "
