@@ -205,7 +205,7 @@ def test_the_monitor_counts_what_is_beside():
 
 def test_a_cgroup_has_what_the_others_leave():
     try:
-        whole, rest = (enforce.start("cgroup", 900 * MB, beside=size) for size in (0, 200 * MB))
+        whole, rest = (enforce.start("cgroup", 9000 * MB, beside=size) for size in (0, 200 * MB))
     except ConfigError:
         pytest.skip("this process cannot make a memory cgroup")
     assert whole.cgroup and rest.cgroup
