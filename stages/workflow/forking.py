@@ -62,9 +62,14 @@ def size(bases: Sequence[int]) -> int:
 
 
 def planned(
-    plans: Mapping[str, StagePlan], states: Sequence[StageState], job: Job, size: int = USUAL
+    plans: Mapping[str, StagePlan],
+    states: Sequence[StageState],
+    job: Job,
+    size: int = USUAL,
+    before: Mapping[str, StagePlan] | None = None,
 ) -> dict[str, StagePlan]:
-    """The plans, with what they are forked from beside those stages that are.
+    """The plans, with what they are forked from beside those stages that are. Of results that are there already the
+    plans of ``before`` say whether their stages were: they are told beside peaks of then.
 
     ``auto`` forks all that run or none: where there are several, every peak is known and leaves ``size`` bytes and
     ``ROOM`` of the budget, and no other runs wait for memory (``launch.total_budget``). ``on`` forks what fits.
@@ -72,9 +77,13 @@ def planned(
     Raises:
         ConfigError: ``launch.fork=on``, and nothing fits.
     """
-    by_name = {state.name: state for state in states}
-    found = {name: _alone(plan, by_name[name]) if name in by_name else plan for name, plan in plans.items()}
-    running = _running(states)
+    running, found = _running(states), dict(plans)
+    for state in states:
+        plan, was = found.get(state.name), (before or {}).get(state.name, StagePlan()).zygote_bytes
+        if plan is not None and state in running:
+            found[state.name] = _alone(plan, state)
+        elif plan is not None and was and not plan.zygote_bytes:
+            found[state.name] = _beside(plan, state, was)
     way, limit = str(job.config.launch.fork), int(job.budget * (1 - ROOM))
     if way == "off" or not running or unable(job.config):
         return found

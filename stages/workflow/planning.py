@@ -14,13 +14,13 @@ from stages import PROFILE, REHEARSAL, Stage
 from stages.config import on_gpu
 from stages.families.facts import facts_of, running_steps
 from stages.families.grammar import has_signs
-from stages.files import read_json, write_json
+from stages.files import read_json, read_object, write_json
 from stages.hashes import fingerprint
 from stages.job import Job
 from stages.memory.disk import refusal, room
 from stages.memory.monitor import usage
 from stages.memory.planner import Chosen, ModelProfile, OverBudget, StageProfile, plan_run
-from stages.plans import StagePlan, is_copied
+from stages.plans import StagePlan, is_copied, stage_plans
 from stages.techniques import techniques_of
 from stages.techniques.dtype import dtype_names
 from stages.workflow import device, forking, launch
@@ -109,7 +109,11 @@ def plan(
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
     plans |= {state.name: _stitch(config) for state in running if state.stage.module == "stitch"}
     _without_room(plans, profiles, note)
-    plans = forking.planned(plans, states, job, forking.size([one.base for one in profiles.values()]))
+    before, size = (
+        stage_plans(read_object(run_dir / "plan.json")),
+        forking.size([one.base for one in profiles.values()]),
+    )
+    plans = forking.planned(plans, states, job, size, before)
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
 

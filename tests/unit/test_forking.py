@@ -332,6 +332,14 @@ def test_auto_spends_what_the_budget_has_over(make_config):
         assert forked(make_config, **values) == values.get("of", plans()), values
 
 
+def test_results_that_are_there_keep_the_plan_that_they_were_made_by(make_config):
+    with_it = forked(make_config)
+    later = forked(make_config, running=("decode",), of=with_it)
+    assert later == {**with_it, "decode": plans()["decode"]}
+    anew = forking.planned(plans(), states("decode"), Job.of(make_config()), 200 * MB, before=with_it)
+    assert anew == later
+
+
 def test_on_takes_what_fits_and_is_refused_where_nothing_does(make_config):
     found = forked(make_config, launch__fork="on", memory__budget="650MB")
     assert {name for name, plan in found.items() if plan.zygote_bytes} == {"text_encode", "denoise", "stitch"}
