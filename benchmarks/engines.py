@@ -1,6 +1,6 @@
 """A whole run by each engine of a CPU: seconds and peak of every stage beside each other.
 
-    python -m benchmarks engines --checkpoint DIR                       # SD 1.5, 2048x2048, 8 + 8 steps: half an hour
+    python -m benchmarks engines --checkpoint DIR                       # SD 1.5, 2048x2048, 8 + 8 steps: over an hour
     python -m benchmarks engines --ways torch int8 --steps 2 --budget 700MB
 
 ``torch`` is torch alone, in the dtype that ``auto`` takes; ``openvino`` has OpenVINO's attention, ``int8`` that and

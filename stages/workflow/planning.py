@@ -109,11 +109,8 @@ def plan(
     plans = {name: _plan(one, profiles[name], by_name[name], job, store, runner) for name, one in chosen.items()}
     plans |= {state.name: _stitch(config) for state in running if state.stage.module == "stitch"}
     _without_room(plans, profiles, note)
-    before, size = (
-        stage_plans(read_object(run_dir / "plan.json")),
-        forking.size([one.base for one in profiles.values()]),
-    )
-    plans = forking.planned(plans, states, job, size, before)
+    before = stage_plans(read_object(run_dir / "plan.json"))
+    plans = forking.planned(plans, states, job, forking.size([one.base for one in profiles.values()]), before)
     write_json(run_dir / "plan.json", {name: one.as_json() for name, one in plans.items()})
     return plans
 

@@ -19,12 +19,8 @@ def plan(states: Sequence[StageState], predictions: Mapping[str, StagePlan], sho
         seconds, peak = guess.predicted_seconds, megabytes(guess.predicted_peak)
         rows.append((state.name, state.status, peak, duration(seconds) if seconds else "-", state.reason))
     shown.table(("stage", "action", "predicted peak", "predicted time", "reason"), rows)
-    forked = [
-        predictions[state.name].zygote_bytes
-        for state in states
-        if state.name in predictions and state.status != "reuse"
-    ]
-    if size := max(forked, default=0):
+    due = [predictions.get(state.name, StagePlan()) for state in states if state.status != "reuse"]
+    if size := max((one.zygote_bytes for one in due), default=0):
         shown.line(f"stages are forked from a process of {size / 1e6:.0f} MB, which is in their peaks (launch.fork)")
     for state in states:
         if (needed := predictions.get(state.name, StagePlan()).disk_bytes) and state.status != "reuse":
