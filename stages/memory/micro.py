@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from stages.memory.lanes import ALONE, Lanes
 
@@ -112,6 +113,21 @@ def _alone(part: torch.Tensor) -> torch.Tensor:
         return part
     strides = part.stride()
     return part.as_strided(part.shape, (part.shape[1] * strides[1], *strides[1:]))
+
+
+def read_in_one_layout(network: nn.Module) -> None:
+    """Have layers read maps of one pixel, which have two equal layouts, as ``laid_out`` would give them: inside a unit
+    they lie as what came before left them, at its edge as gathered, and kernels round by the one that they say."""
+
+    def entered(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tensor = inputs[0] if inputs else None
+        if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2] == 1:
+            return laid_out(tensor), *inputs[1:]
+        return None
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.GroupNorm):
+            module.register_forward_pre_hook(entered)
 
 
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:

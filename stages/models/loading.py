@@ -18,6 +18,7 @@ from stages.files import atomic_path, free
 from stages.memory.imports import light_imports
 from stages.memory.lanes import Lanes, lanes_for, part_of
 from stages.memory.layout import Layout, owner
+from stages.memory.micro import read_in_one_layout
 from stages.memory.prepared import PreparedSource, prepared_bytes, write_prepared
 from stages.memory.source import CheckpointSource, WeightSource, keep_cached
 from stages.memory.stock import StockModel, device_of, dispatched
@@ -121,6 +122,7 @@ def open_model(
     Yields the streamer; its ``.model`` is the stock model.
     """
     built = build(component, dtype=dtype, blocks=blocks, techniques=techniques, drop=drop)
+    read_in_one_layout(built.network)
     if device != "cpu":
         limit_device(device, plan.device_budget)
     return_freed()

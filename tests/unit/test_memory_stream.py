@@ -101,15 +101,19 @@ def test_samples_one_by_one_at_every_cut(small: Callable[[str], Path], dtype: to
                 assert torch.equal(predict(streamer.model, samples, embeds, group), expected), (cut, group)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", [8, 12])
-def test_groups_down_to_feature_maps_of_one_pixel(folder: Path, side: int) -> None:
+def test_cuts_and_groups_down_to_feature_maps_of_one_pixel(folder: Path, side: int, dtype: torch.dtype) -> None:
     """There a tensor has two equal layouts, and kernels round by the one that it says it has."""
     component = Checkpoint.open(str(folder)).component("unet")
     samples, embeds = seeded(6, 4, side, side), seeded(6, 77, 32, seed=1)
-    with opened(component, torch.float32, {}) as streamer:
+    with opened(component, dtype, {}) as streamer:
         expected = predict(streamer.model, samples, embeds, 6)
-        for group in (2, 4):
-            assert torch.equal(predict(streamer.model, samples, embeds, group), expected)
+    for cut in ("block", "leaf"):
+        limit, nbytes = sizes(component, dtype, cut, "pair")
+        with opened(component, dtype, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}) as streamer:
+            for group in (2, 4, 6):
+                assert torch.equal(predict(streamer.model, samples, embeds, group), expected), (cut, group)
 
 
 def test_some_units_resident_others_streamed(folder: Path) -> None:
