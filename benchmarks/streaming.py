@@ -174,7 +174,7 @@ def run(given: Namespace, folder: Path) -> int:
             how = {"plan": {**plan, "prepared": copy}, "group": group}
         worker = Worker({**spec, "way": way, **how}, control)
         print(f"{way}: life {worker.life:.1f} s, first step {worker.steps[0]['seconds']:.1f} s", flush=True)
-        if way in ("streamed", "streamed in a cgroup", "resident", "resident in lanes") or switch in SWITCHES:
+        if way not in ("accelerate disk", "group offload"):  # these take minutes a step
             turns.append(worker)
         else:
             found.append(worker.close())

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,37 +23,48 @@ from stages.memory.trim import drop_clean_pages
 # Float32 tensors of one sample's keys that a kernel keeps, measured (``python -m benchmarks attention``): scaled
 # queries, transposed and packed keys, packed values.
 POOL = {torch.float32: 5, torch.bfloat16: 1}
+# scores of a head between tokens and a text, at least: with fewer, what a kernel keeps is worth more than its time
+CROSS = 1 << 18
 # Converts models and reports over the network that it was imported, from a copy of the process: RES twice for a moment.
 _LEFT_OUT = "openvino.tools.ovc"
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+class Shape(NamedTuple):
+    """Of queries ``[1, tokens, heads, width]`` and of keys and values ``[1, keys, heads, width]``."""
+
+    tokens: int
+    keys: int
+    heads: int
+    width: int
+
+
 class Kernels:
-    """Made at the first use, for (heads, numbers of a head, dtype) each and any number of samples and tokens."""
+    """Made at the first use, each for one shape: of tokens that are not known before they take a tenth longer."""
 
     def __init__(self) -> None:
         self._core: Any = None
-        self._known: dict[tuple[int, int, torch.dtype, int, int], Any] = {}  # by who asks, and with how many threads
+        self._known: dict[tuple[Shape, torch.dtype, int, int], Any] = {}  # by who asks, and with how many threads
         self._lock = threading.Lock()
 
-    def request(self, heads: int, width: int, dtype: torch.dtype) -> Any:
-        """An ``openvino.InferRequest`` for queries, keys and values ``[1, N, heads, width]``.
+    def request(self, shape: Shape, dtype: torch.dtype) -> Any:
+        """An ``openvino.InferRequest``.
 
         Raises:
             ConfigError: there is no such kernel.
         """
-        kind = (heads, width, dtype, threading.get_ident(), torch.get_num_threads())
+        kind = (shape, dtype, threading.get_ident(), torch.get_num_threads())
         if kind not in self._known:
             with self._lock:
-                self._known[kind] = self._made(heads, width, dtype)
+                self._known[kind] = self._made(shape, dtype)
         return self._known[kind]
 
-    def _made(self, heads: int, width: int, dtype: torch.dtype) -> Any:
+    def _made(self, shape: Shape, dtype: torch.dtype) -> Any:
         self._core = self._core or _openvino().Core()
         precision = _TYPES[dtype]  # what the plugin takes by itself is bf16 for float32 too, where there is bf16
         options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = self._core.compile_model(
-            _model(heads, width, precision), "CPU", {**options, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
+            _model(shape, precision), "CPU", {**options, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
         )
         layers = {node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()}
         if "Softmax" in layers:
@@ -66,8 +77,8 @@ class Kernels:
         """Attention of ``[B, heads, N, width]`` each, as views of ``[B, N, heads, width]`` (others are copied); so is
         the result. A sample at a time: it takes no more memory for several."""
         query, key, value = (one.transpose(1, 2).contiguous() for one in (query, key, value))
-        _, _, heads, width = query.shape
-        result, request = torch.empty_like(query), self.request(heads, width, query.dtype)
+        shape = Shape(query.shape[1], *key.shape[1:])
+        result, request = torch.empty_like(query), self.request(shape, query.dtype)
         for sample in range(len(query)):
             for index, one in enumerate((query, key, value)):
                 request.set_input_tensor(index, _shared(one[sample : sample + 1]))
@@ -77,7 +88,7 @@ class Kernels:
 
 
 class Attending(TorchFunctionMode):
-    """While it is on, self-attention is by ``kernels``; with masks, and between tokens and a text, it stays torch's."""
+    """While it is on, self-attention is by ``kernels``, and large ones to a text; with masks they stay torch's."""
 
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()
@@ -90,7 +101,8 @@ class Attending(TorchFunctionMode):
         query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
         if not query.is_meta:
             return self._kernels(query, key, value)
-        self._kernels.request(query.shape[1], query.shape[-1], query.dtype)  # what cannot be is refused by a look
+        heads, tokens, width = query.shape[1:]
+        self._kernels.request(Shape(tokens, key.shape[2], heads, width), query.dtype)  # what cannot be is refused here
         pool = key.new_empty((POOL[key.dtype], *key.shape[1:]), dtype=torch.float32)
         result = func(*args, **kwargs)
         del pool
@@ -98,7 +110,7 @@ class Attending(TorchFunctionMode):
 
 
 def attend_by(kernels: Kernels, modules: Sequence[nn.Module]) -> None:
-    """Have the self-attention inside ``modules`` computed by ``kernels``."""
+    """Have the attention inside ``modules`` computed by ``kernels``."""
     for module in modules:
         module.forward = _attending(module.forward, kernels)  # type: ignore[method-assign]
 
@@ -121,16 +133,20 @@ def _plain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Whether a call is self-attention without anything else."""
+    """Whether a call is attention without anything else."""
     bare = attn_mask is None and not dropout_p and not is_causal and scale is None
-    return bare and query.shape == key.shape == value.shape and query.dim() == 4 and query.dtype in _TYPES
+    alike = query.dim() == 4 and query.dtype in _TYPES and key.shape == value.shape
+    if not bare or not alike or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+        return False
+    return query.shape[2] == key.shape[2] or query.shape[2] * key.shape[2] >= CROSS
 
 
-def _model(heads: int, width: int, precision: str) -> Any:
-    """Of ``[B, N, heads, width]``: the transposes are the kernel's strides, but for one of the keys."""
+def _model(shape: Shape, precision: str) -> Any:
+    """The transposes are the kernel's strides, but for one of the keys."""
     library = _openvino()
-    ops, shape, kind = library.opset13, library.PartialShape([-1, -1, heads, width]), getattr(library.Type, precision)
-    given, order = [ops.parameter(shape, kind) for _ in range(3)], ops.constant([0, 2, 1, 3])
+    ops, kind, inner = library.opset13, getattr(library.Type, precision), [shape.heads, shape.width]
+    given = [ops.parameter([1, count, *inner], kind) for count in (shape.tokens, shape.keys, shape.keys)]
+    order = ops.constant([0, 2, 1, 3])
     found = ops.scaled_dot_product_attention(*(ops.transpose(one, order) for one in given))
     return library.Model([ops.transpose(found, order)], given, "attention")
 

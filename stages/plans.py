@@ -29,9 +29,10 @@ class ModelPlan:
 
     ``resident``: ``"all"`` or names of units. ``unit_limit`` and ``stage_limit`` cut the model into units
     (:mod:`stages.memory.units`; None: blocks whole), ``order`` names them as one pass calls them. ``parked`` units of a
-    GPU leave their skip connections in host memory. ``prepared``: path of the packed copy. ``host`` and
-    ``device_budget`` (bytes that may be reserved, None: no limit) are for GPUs. ``placement`` (module -> GPU) spreads
-    the weights over several, whose ``limits`` are bytes by GPU.
+    GPU leave their skip connections in host memory. ``prepared``: path of the packed copy. ``trim_above``: RES of the
+    process over which memory that is free goes back at the end of a unit, so that the next has room; 0: always.
+    ``host`` and ``device_budget`` (bytes that may be reserved, None: no limit) are for GPUs. ``placement`` (module ->
+    GPU) spreads the weights over several, whose ``limits`` are bytes by GPU.
     """
 
     resident: str | tuple[str, ...] = "all"
@@ -41,6 +42,7 @@ class ModelPlan:
     ring_bytes: int = 0
     order: tuple[str, ...] = ()
     prepared: str | None = None
+    trim_above: int = 0
     host: str = "pinned"
     device_budget: int | None = None
     placement: Mapping[str, int] = field(default_factory=dict)

@@ -108,6 +108,11 @@ class ModelProfile:
     def single_pass(self) -> bool:
         return self.steps * self.micro_batches == 1
 
+    @property
+    def largest(self) -> int:
+        """Bytes that one micro-batch takes where it takes most, in whatever cut."""
+        return max((line.slope + line.workspace for cut in self.cuts for line in cut.lines), default=0)
+
     def holding(self, nbytes: int) -> ModelProfile:
         """With so many bytes more, whichever unit runs."""
 

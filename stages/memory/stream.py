@@ -25,7 +25,7 @@ from stages.memory.lanes import ALONE, Lanes
 from stages.memory.layout import Layout, owner
 from stages.memory.micro import micro_batched
 from stages.memory.source import WeightSource
-from stages.memory.trim import pieces_kept
+from stages.memory.trim import Pieces
 from stages.memory.units import Unit, within
 
 
@@ -67,6 +67,7 @@ class WeightStreamer:
         ring_bytes: size of the ring for all others; at least the largest of them.
         micro_batch: samples that go through a unit at a time; 0 runs the whole batch.
         lanes: that take micro-batches in turns.
+        trim_above: RES over which memory that is free goes back at the end of a unit; 0: always.
         mark: told the name of the unit that runs.
     """
 
@@ -81,10 +82,12 @@ class WeightStreamer:
         ring_bytes: int = 0,
         micro_batch: int = 0,
         lanes: Lanes = ALONE,
+        trim_above: int = 0,
         mark: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.layout, self.source = model, layout, source
         self.micro_batch, self._lanes, self._mark = micro_batch, lanes, mark
+        self._pieces = Pieces(trim_above)
         resident |= {unit.name for unit in units if unit.nested}
         self._streamed = [unit for unit in units if unit.name not in resident]
         largest = max((unit.nbytes for unit in self._streamed), default=0)
@@ -242,7 +245,7 @@ class WeightStreamer:
                     return forward(*args, **kwargs)
                 self._inside = True
                 try:
-                    with pieces_kept():
+                    with self._pieces.kept():
                         return micro_batched(forward, args, kwargs, self.micro_batch, lanes=self._lanes)
                 finally:
                     self._inside = False
@@ -258,6 +261,7 @@ class WeightStreamer:
             self._thread.join()
         self._lanes.close()
         self._arena = torch.empty(0, dtype=torch.uint8)
+        self._pieces.give_back()
         self.source.close()
 
     def __enter__(self) -> WeightStreamer:

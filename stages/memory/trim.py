@@ -11,10 +11,12 @@ import ctypes
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from stages.memory.monitor import usage
 
 PIECE = 1 << 22  # bytes
 _THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}  # options of ``mallopt``: <malloc.h>
@@ -51,27 +53,40 @@ def return_freed() -> None:
         library.malloc_trim(0)
 
 
-@contextmanager
-def pieces_kept() -> Iterator[None]:
-    """A unit's work: what is freed in pieces of less than ``PIECE`` bytes is there for the next ones until its end.
+class Pieces:
+    """What is freed in pieces of less than ``PIECE`` bytes while a unit computes: it is there for the next ones.
 
     Where the thresholds of a stage's environment are set, each such piece would come from the system, page by page,
     and go back. Larger ones still do: in huge pages that costs little, and kept they would leave holes that nothing
-    fits in. With them MKL's buffers go back (``free_products``).
+    fits in. At the end of a unit all that is free goes back if the process' RES is over ``above`` bytes, and with it
+    MKL's buffers (``free_products``): below that, units that follow need not ask for the same pages again.
     """
-    library, before = _libc(), [os.environ.get(name, "") for name in _THRESHOLDS]
-    acts = library is not None and all(value.isdigit() for value in before)
-    if library is not None and acts:
-        for option, value in zip(_THRESHOLDS.values(), before, strict=True):
-            library.mallopt(option, max(PIECE, int(value)))
-    try:
-        yield
-    finally:
-        free_products()
-        if library is not None and acts:
-            for option, value in zip(_THRESHOLDS.values(), before, strict=True):
-                library.mallopt(option, int(value))
-            library.malloc_trim(0)
+
+    def __init__(self, above: int = 0) -> None:
+        self._above, self._library = above, _libc()
+        self._before = [os.environ.get(name, "") for name in _THRESHOLDS]
+        self._acts = self._library is not None and all(value.isdigit() for value in self._before)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A unit's work."""
+        self._set([max(PIECE, int(value)) for value in self._before] if self._acts else ())
+        try:
+            yield
+        finally:
+            free_products()
+            if not self._above or usage(os.getpid()).rss > self._above:
+                self.give_back()
+
+    def give_back(self) -> None:
+        """All that is free, and what will be."""
+        self._set(list(map(int, self._before)) if self._acts else ())
+        if self._acts:
+            return_freed()
+
+    def _set(self, thresholds: Sequence[int]) -> None:
+        for option, value in zip(_THRESHOLDS.values(), thresholds, strict=False):
+            self._library.mallopt(option, value)  # type: ignore[union-attr]
 
 
 @cache

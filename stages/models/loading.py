@@ -181,7 +181,7 @@ def _streaming(built: Built, plan: ModelPlan, read: WeightSource, device: str, *
     options |= {"layout": layout, "units": units, "source": read, "resident": resident, "ring_bytes": plan.ring_bytes}
     lanes = options.pop("lanes")
     if device == "cpu":
-        return WeightStreamer(built.network, lanes=lanes, **options)
+        return WeightStreamer(built.network, lanes=lanes, trim_above=plan.trim_above, **options)
     return CudaStreamer(built.network, device=device, host=plan.host, parked=frozenset(plan.parked), **options)
 
 

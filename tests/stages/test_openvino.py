@@ -17,7 +17,7 @@ from test_techniques import LEAVES, MODEL, ONE, TILES, denoised, made, peak, ref
 from stages.config import ROOT, ConfigError
 from stages.memory.lanes import Lanes
 from stages.memory.planner import Line
-from stages.openvino_attention import POOL, Attending, Kernels, attend_by
+from stages.openvino_attention import POOL, Attending, Kernels, Shape, attend_by
 from stages.techniques import attention
 from stages.techniques.attention import OPENVINO, Attention, chosen
 from stages.workflow.complete import complete
@@ -45,14 +45,18 @@ def test_it_is_torchs_attention_and_the_same_bytes_in_any_group(work: Work, take
 
 
 @there
-def test_only_self_attention_without_masks_is_taken(taken: list[torch.Size]) -> None:
+def test_attention_without_masks_is_taken(taken: list[torch.Size]) -> None:
     query, text = torch.randn(2, 48, 4, 8).transpose(1, 2), torch.randn(2, 7, 4, 8).transpose(1, 2)
     lying = torch.randn(2, 4, 48, 8)  # as no processor gives it: copied
+    many, words = torch.randn(1, 4096, 2, 8).transpose(1, 2), torch.randn(1, 64, 2, 8).transpose(1, 2)
     masked = {"attn_mask": torch.ones(2, 1, 1, 48, dtype=torch.bool)}
     for given, more, own in (
         ((query, query, query), {}, True),
         ((lying, query, lying), {}, True),
+        ((many, words, words), {}, True),
         ((query, text, text), {}, False),
+        ((many, words, words[..., :4]), {}, False),  # no width of the keys
+        ((many, words[:, :1], words[:, :1]), {"enable_gqa": True}, False),  # heads that share keys
         ((query, query, query), masked, False),
     ):
         taken.clear()
@@ -71,7 +75,7 @@ def test_each_lane_has_kernels_of_its_own() -> None:
     def attend(sample: int) -> None:
         if sample < 2:
             together.wait()  # both are at it
-        asked.add(id(kernels.request(4, 8, torch.float32)))
+        asked.add(id(kernels.request(Shape(48, 48, 4, 8), torch.float32)))
         found[sample] = kernels(*[query[sample : sample + 1]] * 3)
 
     lanes.each(range(6), attend)

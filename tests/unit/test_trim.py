@@ -61,11 +61,12 @@ def test_twice_is_as_good_as_once() -> None:
 
 @pytest.mark.torch
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
-def test_pieces_are_kept_while_a_unit_computes_and_given_back_after_it() -> None:
+@pytest.mark.parametrize("above", [0, 1, 1 << 40])
+def test_pieces_are_kept_while_a_unit_computes_and_longer_while_there_is_room(above: int) -> None:
     program = (
-        "import os, resource, torch\n"
+        "import os, resource, sys, torch\n"
         "from stages.memory.monitor import usage\n"
-        "from stages.memory.trim import pieces_kept\n"
+        "from stages.memory.trim import Pieces\n"
         "def faults(many):\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(many):\n"
@@ -74,19 +75,26 @@ def test_pieces_are_kept_while_a_unit_computes_and_given_back_after_it() -> None
         "faults(5)\n"
         "without = faults(100)\n"
         "before = usage(os.getpid()).rss\n"
-        "with pieces_kept():\n"
+        "pieces = Pieces(int(sys.argv[1]))\n"
+        "with pieces.kept():\n"
         "    faults(5)\n"
         "    within = faults(100)\n"
         "    held = [torch.ones(1 << 18) for _ in range(40)]\n"
         "    last = torch.ones(1 << 18)\n"
         "    del held\n"
         "    kept = usage(os.getpid()).rss - before\n"
-        "print(without, within, kept, usage(os.getpid()).rss - before)\n"
+        "after = usage(os.getpid()).rss - before\n"
+        "with pieces.kept():\n"
+        "    held = [torch.ones(1 << 18) for _ in range(40)]\n"
+        "    del held\n"
+        "pieces.give_back()\n"
+        "print(without, within, kept, after, usage(os.getpid()).rss - before)\n"
     )
     thresholds = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
     environment = {**os.environ, **thresholds, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", program, str(above)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    without, within, kept, after = map(int, done.stdout.split())
+    without, within, kept, after, end = map(int, done.stdout.split())
     assert without > 10_000 and within < 5_000
-    assert kept > 35_000_000 and after < 5_000_000
+    assert kept > 35_000_000 and end < 5_000_000
+    assert after > 35_000_000 if above > 1 else after < 5_000_000

@@ -40,7 +40,7 @@ def environment(config: DictConfig, stage: str = "") -> dict[str, str]:
     primitive for every shape it has seen. Handing every activation back costs page faults: huge pages, where the
     system gives them on demand (glibc 2.35 or later), make them a tenth. With text encoders MKL would keep the
     buffers of its largest product, of every thread (20 to 40 MB with T5-XXL on two); elsewhere they are freed between
-    units (``trim.pieces_kept``): attention would ask for them again with each of its small products.
+    units (``trim.Pieces``): attention would ask for them again with each of its small products.
     """
     wanted = {
         "MALLOC_MMAP_THRESHOLD_": "131072",
