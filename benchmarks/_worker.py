@@ -114,6 +114,17 @@ def diffusers_fp32(spec: dict[str, Any]) -> Iterator[Step]:
 
 
 @contextmanager
+def openvino_resident(spec: dict[str, Any]) -> Iterator[Step]:
+    """All of it in OpenVINO, in bf16 or, by NNCF, in integers."""
+    from benchmarks._openvino_resident import resident
+
+    forward = resident(spec["checkpoint"], spec["scratch"], spec["way"].rpartition(" ")[2])
+    network = stock(spec, torch_dtype=work_of(spec).dtype).to("meta")
+    network.forward = forward
+    yield plainly(spec, network)
+
+
+@contextmanager
 def accelerate_disk(spec: dict[str, Any]) -> Iterator[Step]:
     """accelerate's disk dispatch: the weights lie in its folder, a module's are read when it is called."""
     work = work_of(spec)
@@ -155,6 +166,8 @@ WAYS = {
     "streamed openvino": ours,
     "streamed int8 openvino": ours,
     "diffusers fp32": diffusers_fp32,
+    "openvino bf16": openvino_resident,
+    "openvino int8": openvino_resident,
     "accelerate disk": accelerate_disk,
     "group offload": group_offload,
 }
