@@ -58,8 +58,8 @@ class Pieces:
 
     Where the thresholds of a stage's environment are set, each such piece would come from the system, page by page,
     and go back. Larger ones still do: in huge pages that costs little, and kept they would leave holes that nothing
-    fits in. At the end of a unit all that is free goes back if the process' RES is over ``above`` bytes, and with it
-    MKL's buffers (``free_products``): below that, units that follow need not ask for the same pages again.
+    fits in. At the end of a unit MKL's buffers are freed (``free_products``), and all that is free goes back if the
+    process' RES is over ``above`` bytes: below that, units that follow need not ask for the same pages again.
     """
 
     def __init__(self, above: int = 0) -> None:
