@@ -180,10 +180,10 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         copied = config.memory.prepared and not model.quantised  # a copy would be several times the bytes to read
         if plan.resident != "all" and not model.single_pass and copied:
             plan = replace(plan, prepared=str(_prepared(stage, model.component, job, store)))
-        if not on_gpu(config):
-            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.largest))
-        else:
+        if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
+        else:
+            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.largest))
         if model.placement:
             plan = replace(plan, placement=model.placement, limits=model.limits)
         models[model.component] = plan

@@ -109,6 +109,8 @@ def test_cuts_and_groups_down_to_feature_maps_of_one_pixel(folder: Path, side: i
     samples, embeds = seeded(6, 4, side, side), seeded(6, 77, 32, seed=1)
     with opened(component, dtype, {}) as streamer:
         expected = predict(streamer.model, samples, embeds, 6)
+        for group in (2, 4):
+            assert torch.equal(predict(streamer.model, samples, embeds, group), expected), group
     for cut in ("block", "leaf"):
         limit, nbytes = sizes(component, dtype, cut, "pair")
         with opened(component, dtype, {"resident": [], "unit_limit": limit, "ring_bytes": nbytes}) as streamer:
