@@ -145,4 +145,31 @@ WORKS = {
         micros=(1,),
         offloaded=1,
     ),
+    "sd3": Work(
+        family="sd3",
+        tile=Size(128, 128),
+        tiles=9,
+        dtype=torch.bfloat16,
+        micros=(1, 3),
+        offloaded=1,
+    ),
+    "flux2_klein": Work(
+        family="flux2_klein",
+        tile=Size(64, 64),  # of 16 pixels
+        tiles=9,
+        dtype=torch.bfloat16,
+        micros=(1, 3),
+        offloaded=1,
+        guided=False,
+    ),
+    "z_image": Work(
+        family="z_image",
+        tile=Size(128, 128),
+        tiles=9,
+        dtype=torch.bfloat16,
+        micros=(1, 3),
+        offloaded=1,
+        guided=False,
+    ),
 }
+KINDS = {"flux_768": "flux", "flux_tile": "flux"}  # of checkpoints, where a work is not called as its kind

@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import _measure
 from benchmarks._gpu_ways import MB
+from benchmarks._gpu_work import KINDS as CHECKPOINTS
 from benchmarks._gpu_work import WORKS, Work
 from stages.memory.planner import Cut, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.models.checkpoint import Checkpoint
@@ -45,6 +46,9 @@ MOST = {
     "flux": {"pinned": 1.15, "offload": 1.0},
     "flux_768": {"pinned": 1.15, "offload": 1.0},
     "flux_tile": {"offload": 1.0},
+    "sd3": {"offload": 1.0},
+    "flux2_klein": {"offload": 1.0},
+    "z_image": {"offload": 1.0},
 }
 
 
@@ -68,13 +72,13 @@ def looked_at(checkpoint: str, name: str, micro: int) -> tuple[int, tuple[Cut, .
     return cuts(built, call, size=work.passes * micro, whole_stages=True)[:2]
 
 
-def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
-    """``plan``, ``group``, ``predicted_mb`` as the planner chooses, with what the job itself wants in its place."""
-    micro, work = job["micro"], WORKS[job["work"]]
-    weights, found = looked_at(checkpoint, job["work"], micro)
-    if "cut" in job:
-        found = (found[job["cut"]],)
-    if not job.get("parked", True):
+def profile(checkpoint: str, name: str, micro: int, cut: int | None = None, *, parked: bool = True) -> StageProfile:
+    """``denoise`` as the planner sees it before it knows of a device; ``cut``: that one alone."""
+    work = WORKS[name]
+    weights, found = looked_at(checkpoint, name, micro)
+    if cut is not None:
+        found = (found[cut],)
+    if not parked:
         found = tuple(cut for cut in found if not cut.parked)
     model = ModelProfile(
         component=work.component,
@@ -84,7 +88,13 @@ def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any
         steps=20,
         cuts=found,
     )
-    stage = StageProfile(name="denoise", base=0, imports=0, extra=0, models=(model,), rate=1.0, seconds=0.0)
+    return StageProfile(name="denoise", base=0, imports=0, extra=0, models=(model,), rate=1.0, seconds=0.0)
+
+
+def planned(job: dict[str, Any], checkpoint: str, folder: Path) -> dict[str, Any]:
+    """``plan``, ``group``, ``predicted_mb`` as the planner chooses, with what the job itself wants in its place."""
+    micro, work = job["micro"], WORKS[job["work"]]
+    stage = profile(checkpoint, job["work"], micro, job.get("cut"), parked=job.get("parked", True))
     try:
         chosen = plan_stage(for_device(stage, job["host"]), job["budget"] * MB, 0)
     except OverBudget as error:
@@ -123,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these kinds of ways")
     options = parser.parse_args(arguments)
     work = WORKS[options.work]
-    checkpoint = str(_measure.checkpoint(options.checkpoint, options.work.partition("_")[0]))
+    checkpoint = str(_measure.checkpoint(options.checkpoint, CHECKPOINTS.get(options.work, options.work)))
     micro = work.micro(component_of(checkpoint, work).config)
     results: list[dict[str, Any]] = []
 

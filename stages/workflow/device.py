@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stages.memory.planner import PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
+from stages.memory.planner import GATHERED, PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
 
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 4.2e14  # a second, of an H200 with a transformer in bf16; only ranks plans, as the rates do
@@ -43,5 +43,5 @@ def _model(model: ModelProfile) -> ModelProfile:
 
 
 def _line(line: Line) -> Line:
-    fixed, slope = (int(size * SLACK) for size in (line.fixed, line.slope))
-    return replace(line, fixed=fixed, slope=slope, workspace=0, gathered=0)  # the slack was measured with results in it
+    fixed, slope, gathered = int(line.fixed * SLACK), int(line.slope * GATHERED), int(line.gathered * GATHERED)
+    return replace(line, fixed=fixed, slope=slope, gathered=gathered, workspace=0)
