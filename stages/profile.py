@@ -41,8 +41,10 @@ from stages.workflow.graph import active
 # RES that a stage's process grows by besides what is counted, measured: kernels' code (of a UNet more: attention beside
 # convolutions); oneDNN's primitives and buffers for every shape, and pieces of memory that are kept while a
 # unit computes (``memory/trim.py``; a VAE's rolling passes keep none). The latter two grow with the model up to about
-# that of Stable Diffusion's VAE.
-CODE, UNET_CODE, PRIMITIVES, PIECES, FULL_SIZE = 30_000_000, 40_000_000, 10_000_000, 8_000_000, 80_000_000
+# that of Stable Diffusion's VAE. Pieces of a UNet's many sizes come to lie ever farther apart: in one step they take as
+# much as any model's, in sixteen passes what is said here (``python -m benchmarks engines``).
+CODE, UNET_CODE, PRIMITIVES, FULL_SIZE = 30_000_000, 40_000_000, 10_000_000, 80_000_000
+PIECES, UNET_PIECES = 8_000_000, 24_000_000
 BF16_CODE = 6_000_000  # a UNet's more in bf16, which asks oneDNN for kernels of its own (``stages/blocked.py``)
 # What a model leaves in the process to one that opens after it, measured: RES before the weights of SDXL's second text
 # encoder less that before the first one's (``python -m stages text_encode``: 8.6 MB in bf16, 10.9 in float32).
@@ -153,8 +155,8 @@ def touched(model: ModelProfile, facts: Facts, dtype: torch.dtype, code: int = 0
     """Bytes that a process grows by when a model has run once in all its shapes in ``dtype``; ``code``: of its kernels
     and their primitives, where a stage knows better."""
     size = min(1.0, model.weights / FULL_SIZE)
-    pieces = 0 if model.component == "vae" else int(PIECES * size)
     unet = facts.unet and model.component == facts.denoiser
+    pieces = 0 if model.component == "vae" else int((UNET_PIECES if unet else PIECES) * size)
     own = (UNET_CODE + BF16_CODE * (dtype == torch.bfloat16)) if unet else CODE
     return (code or own + int(PRIMITIVES * size)) + pieces
 

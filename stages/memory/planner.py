@@ -55,6 +55,13 @@ class Cut:
     def largest(self) -> int:
         return max(self.nbytes.values())
 
+    @property
+    def working(self) -> int:
+        """Bytes that a unit takes for one micro-batch besides what is there all along or waits for its turn."""
+        units = [line for line in self.lines if line.unit]  # without one: between units
+        least = min((line.fixed for line in units), default=0)
+        return max((line.fixed - least + line.workspace + line.gathered for line in units), default=0)
+
     def peak(self, micro_batches: int) -> int:
         return max(line.peak(micro_batches) for line in self.lines)
 
@@ -111,8 +118,8 @@ class ModelProfile:
 
     @property
     def largest(self) -> int:
-        """Bytes that one micro-batch takes where it takes most, in whatever cut."""
-        return max((line.slope + line.workspace for cut in self.cuts for line in cut.lines), default=0)
+        """Bytes that come and go with a unit's micro-batch, where these are most, in whatever cut."""
+        return max((cut.working for cut in self.cuts), default=0)
 
     def holding(self, nbytes: int) -> ModelProfile:
         """With so many bytes more, whichever unit runs."""

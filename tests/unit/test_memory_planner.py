@@ -186,3 +186,17 @@ def test_the_last_round_takes_as_long_as_what_is_left() -> None:
     one = dataclasses.replace(profile([8 * MB] * 4, micro_batches=7), read_rate=1e18, copy_rate=1e18)
     times = {round(found.seconds, 6) for found in choices(one.models[0], one, 0) if found.model.resident != "all"}
     assert len(times) == 1
+
+
+def test_what_comes_and_goes_with_a_unit_leaves_out_what_is_always_there_or_waits() -> None:
+    """Memory that is free may stay below the plan's peak less this: a unit that begins there still fits."""
+
+    def line(unit: str, fixed: int, slope: int, workspace: int = 0, gathered: int = 0) -> Line:
+        return Line(unit=unit, fixed=fixed * MB, slope=slope * MB, workspace=workspace * MB, gathered=gathered * MB)
+
+    lines = (line("small", 110, 40), line("large", 180, 35, workspace=5, gathered=3), line("", 300, 90))
+    one = dataclasses.replace(cut([MB], [1], MB, 0), lines=lines)
+    assert one.working == 78 * MB
+    (model,) = profile([8 * MB]).models
+    assert dataclasses.replace(model, cuts=(one,)).largest == 78 * MB
+    assert dataclasses.replace(model, cuts=(one,)).holding(50 * MB).largest == 78 * MB
