@@ -67,3 +67,22 @@ def test_full_size_sd15_in_800_mb(full_size: Path, tmp_path: Path) -> None:
         )
     with Image.open(tmp_path / "x" / "image.png") as image:
         assert image.size == (512, 512) and len(set(image.resize((16, 16)).tobytes())) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "openvino"])
+def test_many_steps_take_what_was_planned(full_size: Path, tmp_path: Path, attention: str) -> None:
+    """896x896, six steps of all four tiles at once: what units free comes to lie ever farther apart."""
+    if attention == "openvino":
+        pytest.importorskip("openvino")
+    command = Command(ROOT / "runner.py", tmp_path, full_size)
+    size = ("run=x", "prompt=a lighthouse", "model=sd15", "width=896", "height=896", "memory.budget=800MB")
+    steps = ("guide.mode=none", "denoise.num_inference_steps=6", "denoise.strength=1.0")
+    how = (f"technique.attention={attention}", "stage=[text_encode,denoise]", "memory.enforce=off")
+    process = command.start(*size, *steps, *how, OMP_NUM_THREADS="2")
+    _, err = process.communicate(timeout=1800)
+    assert process.returncode == 0, err
+    summary = json.loads((tmp_path / "x" / "run.json").read_text())
+    stage = next(stage for stage in summary["stages"] if stage["name"] == "denoise")
+    predicted, measured = stage["predicted_peak_rss_bytes"], stage["peak_rss_bytes"]
+    assert 0.97 * measured <= predicted <= 1.10 * measured, (predicted, measured)
