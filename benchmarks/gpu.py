@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these kinds of ways")
     options = parser.parse_args(arguments)
     work = WORKS[options.work]
-    checkpoint = str(_measure.checkpoint(options.checkpoint, CHECKPOINTS.get(options.work, options.work)))
+    checkpoint = str(_measure.checkpoint(options.checkpoint, CHECKPOINTS.get(name := str(options.work), name)))
     micro = work.micro(component_of(checkpoint, work).config)
     results: list[dict[str, Any]] = []
 

@@ -40,7 +40,7 @@ def main() -> int:
     options.add_argument("--cuts", nargs="+", type=int, default=[0], help="of the planner's ladder, the first is 0")
     given = options.parse_args()
     rows, found, checks = [], [], {}
-    for name in given.works:
+    for name in map(str, given.works):
         kind = KINDS.get(name, name)
         made = given.checkpoint is None
         layers = LAYERS.get(kind, "")
