@@ -63,11 +63,16 @@ def main() -> int:
             print("\nstopped before the work began", file=sys.stderr, flush=True)
         return stop.code
     except Exception as error:
+        if stop := signals.asked():
+            return stop.code
         if traceback_wanted or not isinstance(error, EXPECTED):
             raise
         print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
         return 1
-    return 1 if sweep.failed or (jobs and not jobs.all_well) else 0
+    missing = sweep.failed or (jobs and not jobs.all_well)
+    if missing and (stop := signals.asked()):
+        return stop.code
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # a person, a batch system, a terminal
+_SOON = 0.05  # seconds until a stop that was lost is raised again
+_asked: int | None = None  # the signal that asked for it
 
 
 class Stopped(KeyboardInterrupt):
@@ -23,11 +25,32 @@ class Stopped(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """From now on the first of these signals raises :class:`Stopped`. One that is ignored (``nohup``) stays ignored."""
+    """From now on the first of these signals raises :class:`Stopped`. One that is ignored (``nohup``) stays ignored.
+
+    Python drops what is raised while it cleans up (a weak reference's callback, as when a thread ends): a stop that
+    was lost so is raised again a moment later.
+    """
     for name in _NAMES:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
+    if not hasattr(signal, "setitimer"):
+        return
+    signal.signal(signal.SIGALRM, _raise)
+    otherwise = sys.unraisablehook
+
+    def lost(what: Any) -> None:
+        if issubclass(what.exc_type, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, _SOON)  # no thread: whoever was interrupted may hold its locks
+        else:
+            otherwise(what)
+
+    sys.unraisablehook = lost
+
+
+def asked() -> Stopped | None:
+    """The stop that was asked for, if one was: what was raised may have become another error on its way."""
+    return None if _asked is None else Stopped(_asked)
 
 
 def ignore() -> None:
@@ -55,7 +78,14 @@ def tie_to_parent(parent: int) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
+    global _asked
     for name in _NAMES:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    _asked = number
     raise Stopped(number)
+
+
+def _raise(number: int, frame: Any) -> None:
+    if (stop := asked()) is not None:
+        raise stop

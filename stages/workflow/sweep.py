@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from stages.config import ConfigError
 from stages.files import read_object, write_json
 from stages.paths import anchored
-from stages.workflow import report, run, shares
+from stages.workflow import report, run, shares, signals
 from stages.workflow.grammar import parse, value_of
 from stages.workflow.overrides import SWEEPS
 from stages.workflow.progress import Silent, duration, reporter
@@ -151,6 +151,9 @@ def job(config: DictConfig, pipeline: str, *, sweeps: bool) -> float | None:
         if worth is not None:
             what["score"] = worth(anchored(config.output_dir) / str(made.get("run")))
     except Exception as error:
+        if stop := signals.asked():
+            what |= {"status": "interrupted"}
+            raise stop from error
         what |= {"status": "failed", "run": getattr(error, "run", None), "error": str(error) or type(error).__name__}
         if isinstance(error, ConfigError):
             print(f"{speaker}{error}", file=sys.stderr, flush=True)
