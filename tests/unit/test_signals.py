@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of Unix
 BEGIN = """
 import signal, sys, time, weakref
 from stages.workflow import signals
+for number in (signal.SIGINT, signal.SIGTERM):  # whoever runs the tests may ignore them: nohup, a shell's background
+    signal.signal(number, signal.SIG_DFL)
 signals.listen()
 
 class Thing: pass
