@@ -54,25 +54,27 @@ def main() -> int:
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(search)  # for stage processes and sweep jobs
     os.environ[sweep.RUNNER] = str(os.getpid())
+    jobs = None
     try:
         sys.argv[1:] = overrides.prepare(sys.argv[1:])
         with sweep.of(sys.argv[1:]) as jobs:
             job()
     except signals.Stopped as stop:
         if not stop.said:
-            print("\nstopped before the work began", file=sys.stderr, flush=True)
+            print("\nstopped" if jobs else "\nstopped before the work began", file=sys.stderr, flush=True)
         return stop.code
     except Exception as error:
-        if stop := signals.asked():
-            return stop.code
         if traceback_wanted or not isinstance(error, EXPECTED):
             raise
         print(error if isinstance(error, ConfigError) else explain(error), file=sys.stderr)
-        return 1
-    missing = sweep.failed or (jobs and not jobs.all_well)
-    if missing and (stop := signals.asked()):
-        return stop.code
-    return 1 if missing else 0
+        return _failed()
+    return _failed() if sweep.failed or (jobs and not jobs.all_well) else 0
+
+
+def _failed() -> int:
+    """1, but for what failed as it was told to stop."""
+    stop = signals.asked()
+    return stop.code if stop else 1
 
 
 if __name__ == "__main__":

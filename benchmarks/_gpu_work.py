@@ -101,6 +101,11 @@ class Work:
         return self.door.denoiser(network, embeds, self.config, device=device, **{**options, **more})
 
 
+def _nine(family: str, tile: Size, *, guided: bool = True) -> Work:
+    """A transformer in bf16, nine tiles of 1024x1024 pixels."""
+    return Work(family=family, tile=tile, tiles=9, dtype=torch.bfloat16, micros=(1, 3), guided=guided)
+
+
 WORKS = {
     # 2048x2048 pixels each, but for flux_tile, 1360x768
     "sd15": Work(
@@ -121,14 +126,7 @@ WORKS = {
         offloaded=3,
         whole=Size(256, 256),
     ),
-    "flux": Work(
-        family="flux",
-        tile=Size(128, 128),
-        tiles=9,
-        dtype=torch.bfloat16,
-        micros=(1, 3),
-        offloaded=1,
-    ),
+    "flux": _nine("flux", Size(128, 128)),
     "flux_768": Work(
         family="flux",
         tile=Size(96, 96),
@@ -145,31 +143,12 @@ WORKS = {
         micros=(1,),
         offloaded=1,
     ),
-    "sd3": Work(
-        family="sd3",
-        tile=Size(128, 128),
-        tiles=9,
-        dtype=torch.bfloat16,
-        micros=(1, 3),
-        offloaded=1,
-    ),
-    "flux2_klein": Work(
-        family="flux2_klein",
-        tile=Size(64, 64),  # of 16 pixels
-        tiles=9,
-        dtype=torch.bfloat16,
-        micros=(1, 3),
-        offloaded=1,
-        guided=False,
-    ),
-    "z_image": Work(
-        family="z_image",
-        tile=Size(128, 128),
-        tiles=9,
-        dtype=torch.bfloat16,
-        micros=(1, 3),
-        offloaded=1,
-        guided=False,
-    ),
+    "sd3": _nine("sd3", Size(128, 128)),
+    "flux2_klein": _nine("flux2_klein", Size(64, 64), guided=False),  # latents of 16 pixels
+    "z_image": _nine("z_image", Size(128, 128), guided=False),
 }
-KINDS = {"flux_768": "flux", "flux_tile": "flux"}  # of checkpoints, where a work is not called as its kind
+
+
+def kind_of(name: str) -> str:
+    """The kind of checkpoint that a work is done with."""
+    return {"flux_768": "flux", "flux_tile": "flux"}.get(name, name)

@@ -27,8 +27,7 @@ import torch
 
 from benchmarks import _measure
 from benchmarks._gpu_ways import MB
-from benchmarks._gpu_work import KINDS as CHECKPOINTS
-from benchmarks._gpu_work import WORKS, Work
+from benchmarks._gpu_work import WORKS, Work, kind_of
 from stages.memory.planner import Cut, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.models.checkpoint import Checkpoint
 from stages.models.component import Component
@@ -45,10 +44,6 @@ MOST = {
     "sdxl": {"pinned": 1.3, "offload": 1.0},
     "flux": {"pinned": 1.15, "offload": 1.0},
     "flux_768": {"pinned": 1.15, "offload": 1.0},
-    "flux_tile": {"offload": 1.0},
-    "sd3": {"offload": 1.0},
-    "flux2_klein": {"offload": 1.0},
-    "z_image": {"offload": 1.0},
 }
 
 
@@ -133,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="these kinds of ways")
     options = parser.parse_args(arguments)
     work = WORKS[options.work]
-    checkpoint = str(_measure.checkpoint(options.checkpoint, CHECKPOINTS.get(name := str(options.work), name)))
+    checkpoint = str(_measure.checkpoint(options.checkpoint, kind_of(options.work)))
     micro = work.micro(component_of(checkpoint, work).config)
     results: list[dict[str, Any]] = []
 
@@ -166,7 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
                 environment = ENVIRONMENT | job.get("environment", {})
                 shown["parks"] = bool(way["plan"]["parked"])
                 go({"kind": "ours", **job, **way}, environment, {**job, **shown})
-    return _measure.finish(f"gpu_{options.work}", results, checks(results, options.budget, MOST[options.work]))
+    return _measure.finish(
+        f"gpu_{options.work}", results, checks(results, options.budget, MOST.get(options.work, {"offload": 1.0}))
+    )
 
 
 def checks(results: list[dict[str, Any]], budget: int, most: dict[str, float]) -> dict[str, bool]:

@@ -4,8 +4,8 @@
     python -m benchmarks gpu_memory --works flux_768 sdxl --most 4
 
 The peak does not grow with the number of equal blocks, so few are written. ``over`` is what was reserved besides the
-weights and the libraries over the activations that the look at the model counts: ``planner.SLACK`` and ``GATHERED``
-stand for it.
+weights and the libraries over the activations that the look at the model counts: ``SLACK`` and ``GATHERED`` of
+``stages.workflow.device`` stand for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import _measure
 from benchmarks._gpu_ways import MB
-from benchmarks._gpu_work import KINDS, WORKS
+from benchmarks._gpu_work import WORKS, kind_of
 from benchmarks.gpu import component_of, profile, run
 from stages.memory.planner import Choice, choices
 from stages.workflow.device import ENVIRONMENT, LIBRARIES, for_device
@@ -40,8 +40,8 @@ def main() -> int:
     options.add_argument("--cuts", nargs="+", type=int, default=[0], help="of the planner's ladder, the first is 0")
     given = options.parse_args()
     rows, found, checks = [], [], {}
-    for name in map(str, given.works):
-        kind = KINDS.get(name, name)
+    for name in given.works:
+        kind = kind_of(name)
         made = given.checkpoint is None
         layers = LAYERS.get(kind, "")
         checkpoint = _measure.written(kind, layers) if made else given.checkpoint.resolve()

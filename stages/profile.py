@@ -26,7 +26,7 @@ from stages.families.schedules import make_scheduler
 from stages.files import write_json
 from stages.memory.imports import light_imports
 from stages.memory.monitor import own_peak_rss, usage
-from stages.memory.planner import SLACK, ModelProfile, StageProfile
+from stages.memory.planner import ModelProfile, StageProfile
 from stages.memory.source import STAGING_BYTES
 from stages.memory.trim import drop_clean_pages
 from stages.models.placement import bytes_by_gpu, caps, placed
@@ -35,7 +35,7 @@ from stages.models.upscaler import COMPONENT
 from stages.regions.types import Regions
 from stages.rehearsal import rehearse, spell
 from stages.techniques.dtype import dtype_of
-from stages.workflow.device import FLOPS, LIBRARIES
+from stages.workflow.device import FLOPS, LIBRARIES, on_device
 from stages.workflow.graph import active
 
 # RES that a stage's process grows by besides what is counted, measured: kernels' code (of a UNet more: attention beside
@@ -100,7 +100,7 @@ def over_gpus(looking: Looking, stage: str, model: ModelProfile) -> ModelProfile
     if way is None or model.component in (COMPONENT, TINY):  # they are small
         return model
     limits = caps(max_memory(looking.config))
-    room = LIBRARIES + int(model.cuts[0].peak(model.together) * SLACK)  # on each: activations
+    room = LIBRARIES + on_device(model.cuts[0]).peak(model.together)  # on each: activations
     if model.component == "vae":
         roomiest = max(limits, key=lambda index: limits[index])
         limits, way = {roomiest: limits[roomiest]}, "auto"

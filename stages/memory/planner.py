@@ -15,9 +15,6 @@ from stages.plans import ModelPlan
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
 PINNED_RATE = 5.2e10  # bytes a second between a GPU and pinned memory (an H200)
-# Of activations on a GPU: copies that kernels make for themselves, holes that fit nothing (``benchmarks gpu_memory``).
-SLACK = 1.55  # of what one micro-batch takes
-GATHERED = 1.1  # of what every one of a group has besides
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute
 
 
@@ -117,7 +114,7 @@ class ModelProfile:
         return self.steps * self.micro_batches == 1
 
     @property
-    def largest(self) -> int:
+    def working(self) -> int:
         """Bytes that come and go with a unit's micro-batch, where these are most, in whatever cut."""
         return max((cut.working for cut in self.cuts), default=0)
 

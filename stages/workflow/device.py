@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from stages.memory.planner import GATHERED, PINNED_RATE, SLACK, Line, ModelProfile, StageProfile
+from stages.memory.planner import PINNED_RATE, Cut, Line, ModelProfile, StageProfile
 
+# Of activations: copies that kernels make for themselves, holes that fit nothing (``benchmarks gpu_memory``).
+SLACK = 1.55  # of what one micro-batch takes
+GATHERED = 1.1  # of what every one of a group has besides
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 4.2e14  # a second, of an H200 with a transformer in bf16; only ranks plans, as the rates do
 READ_RATES = {"pinned": PINNED_RATE, "disk": 8e9}  # bytes a second to the device
@@ -38,8 +41,12 @@ def for_device(stage: StageProfile, host: str) -> StageProfile:
 
 
 def _model(model: ModelProfile) -> ModelProfile:
-    cuts = tuple(replace(cut, lines=tuple(_line(line) for line in cut.lines)) for cut in model.cuts)
-    return replace(model, cuts=cuts, keep=KEEP, streams=model.ordered)
+    return replace(model, cuts=tuple(map(on_device, model.cuts)), keep=KEEP, streams=model.ordered)
+
+
+def on_device(cut: Cut) -> Cut:
+    """``cut`` with what activations take there."""
+    return replace(cut, lines=tuple(map(_line, cut.lines)))
 
 
 def _line(line: Line) -> Line:

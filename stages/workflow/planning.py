@@ -183,7 +183,7 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
         else:
-            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.largest))
+            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.working))
         if model.placement:
             plan = replace(plan, placement=model.placement, limits=model.limits)
         models[model.component] = plan

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stages.memory.planner import GATHERED, SLACK, Choice, Cut, Line, ModelProfile, OverBudget, StageProfile, plan_stage
+from stages.memory.planner import Choice, Cut, Line, ModelProfile, OverBudget, StageProfile, plan_stage
 from stages.workflow import device
 from stages.workflow.launch.local import environment
 
@@ -53,7 +53,7 @@ def chosen(stage: StageProfile, host: str, budget: int) -> Choice:
 def test_nothing_of_the_process_counts_and_small_units_stay() -> None:
     plan = chosen(PROFILE, "disk", 500 * MB)
     assert plan.model.resident == ("norm",)
-    activations = (20 * SLACK + 10 * plan.group * GATHERED) * MB
+    activations = (20 * device.SLACK + 10 * plan.group * device.GATHERED) * MB
     assert plan.peak == pytest.approx(device.LIBRARIES + plan.model.ring_bytes + 1000 + activations)
 
 

@@ -198,5 +198,5 @@ def test_what_comes_and_goes_with_a_unit_leaves_out_what_is_always_there_or_wait
     one = dataclasses.replace(cut([MB], [1], MB, 0), lines=lines)
     assert one.working == 78 * MB
     (model,) = profile([8 * MB]).models
-    assert dataclasses.replace(model, cuts=(one,)).largest == 78 * MB
-    assert dataclasses.replace(model, cuts=(one,)).holding(50 * MB).largest == 78 * MB
+    assert dataclasses.replace(model, cuts=(one,)).working == 78 * MB
+    assert dataclasses.replace(model, cuts=(one,)).holding(50 * MB).working == 78 * MB
