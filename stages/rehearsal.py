@@ -100,7 +100,9 @@ def _step_through(schedule: Schedule, timesteps: torch.Tensor, from_noise: bool,
                 schedule.scaled(latents, timestep)
                 latents = schedule.step(noise, timestep, latents, generator)
         kept = BandState(1, latents, generator.get_state(), attributes(schedule.scheduler))
-        BandStates(Path(folder), [(1, *shape)]).write(0, kept)
+        states = BandStates(Path(folder), [(1, *shape)])
+        states.write(0, kept)
+        states.settle()
     if latents.shape != noise.shape:
         raise ValueError(f"it makes latents of shape {tuple(latents.shape)}, expected {tuple(noise.shape)}")
     refuse_absurd(latents, "latents after the last step")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stages.canvas.dilated import Dilated
-from stages.canvas.mixture import Mixture, View
+from stages.canvas.mixture import Grouping, Mixture, View
 from stages.canvas.noise import Reroll, canvas_noise
 from stages.canvas.sampler import Sampler
 from stages.config import ConfigError
@@ -107,13 +107,13 @@ def sample(
             techniques=techniques,
             run=streamer.graphed,
         )
-        group_size = context.plan.group_size or batch
+        grouping = Grouping(context.plan.group_size or batch, batch)
         while not sampler.finished:
             for technique in techniques:
                 technique.begin(sampler.step, len(sampler.timesteps), folder)
             step = sampler.step + 1
             shown = preview if every and (step % every == 0 or step == len(sampler.timesteps)) else None
-            sampler.advance(denoiser, group_size, shown and shown.add)
+            sampler.advance(denoiser, grouping, shown and shown.add)
             if ranks.first:
                 progress.advance()
             if shown is not None:
@@ -171,10 +171,10 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
     band = channels * bands(*size, channels=channels)[0][1] * size.width * 4
     rows = channels * tile.height * size.width * 4
     blurred = 4 * band if more else 0  # twice, with padding
-    # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries; and the rows of
-    # latents and predictions that the tiles of the moment lie in
+    # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries, of the band before it
+    # what is still being written; and the rows of latents and predictions that the tiles of the moment lie in
     kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
-    extra = blurred + 12 * band + 2 * rows
+    extra = blurred + (12 if band == 4 * channels * size.height * size.width else 16) * band + 2 * rows
     if any(technique.through for technique in techniques):  # groups that stand still
         kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
         extra += profile.micro_batches * STANDING

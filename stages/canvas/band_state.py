@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,8 @@ class BandStates:
         self.folder, self._shapes, self._period = folder, shapes, period
         self.damaged = ""  # why the newer of two sets cannot be used, where ``last_step`` found the older one
         self._syncs, self._synced = Syncs(), 0  # step that is on the disk, or on its way
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="state")
+        self._writing: Future[None] | None = None
 
     def _file(self, step: int, band: int) -> Path:
         whole, rest = divmod(step, self._period)
@@ -70,24 +73,35 @@ class BandStates:
         return self.folder / f"{'between_' if rest else ''}{turn}_{band:03d}.safetensors"
 
     def write(self, band: int, state: BandState) -> None:
-        """Keep a band's state after a step; it is brought to the disk while the next step runs.
+        """Keep a band's state after a step: written while the next band is stepped (``settle`` waits for the last one),
+        and brought to the disk while the next step runs.
 
         Until a step is there, the files of the one before it stay: of two sets a power cut leaves one whole.
 
         Raises:
             TypeError: a scheduler that keeps what is no tensor, list or plain value: nothing is left out.
-            OSError: the disk is full.
+            OSError: the disk is full; the band before this one may be the one that did not fit.
         """
         tensors = {"latents": state.latents, "generator": state.generator}
         plain: dict[str, Any] = {"step": state.step, "scheduler": {}}
         for name, value in state.scheduler.items():
             plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
         tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
+        self.settle()
         if state.step != self._synced:
             self._syncs.wait()
             self._synced = state.step
-        with atomic_path(self._file(state.step, band), self._syncs) as temporary:
+        self._writing = self._thread.submit(self._write, self._file(state.step, band), tensors)
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        with atomic_path(file, self._syncs) as temporary:
             write_tensors(temporary, tensors, checked=True)
+
+    def settle(self) -> None:
+        """Until what was given to ``write`` can be read. OSError: the disk is full."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def read(self, step: int, band: int) -> BandState:
         """The state after ``step`` steps. ValueError if the file is no such state, OSError if there is none."""

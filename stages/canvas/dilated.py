@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from stages.canvas.guides import skip_residual_weight
-from stages.canvas.mixture import Mixture, TileBatch, View
+from stages.canvas.mixture import Grouping, Mixture, TileBatch, View
 from stages.canvas.views import region_views
 from stages.distributed import ALONE, Ranks
 from stages.memory.rows import Moments, Rows, bands
@@ -152,7 +152,7 @@ class Dilated:
         denoise: Callable[[TileBatch], Tensor],
         timestep: float,
         num_train_timesteps: int,
-        group_size: int,
+        grouping: Grouping,
         ranks: Ranks = ALONE,
     ) -> None:
         """``(1 - c^a) prediction + c^a dilated``, in place; scratch files come to lie beside ``prediction``.
@@ -164,7 +164,7 @@ class Dilated:
         Args:
             prediction: of the tiles, ``[1, C, H, W]`` float32; overwritten.
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
-            denoise, group_size, ranks: see ``Mixture.predict``.
+            denoise, grouping, ranks: see ``Mixture.predict``.
             timestep: of this step, of ``num_train_timesteps``.
         """
         weight, narrow = (skip_residual_weight(timestep, num_train_timesteps, power) for power in self._powers)
@@ -175,7 +175,7 @@ class Dilated:
         mosaic = Rows.create(folder / "dilated_latents.safetensors", shape)
         found = Rows.create(folder / "dilated_prediction.safetensors", shape)
         self._spread_out(latents, mosaic, gaussian(scale, self._sigma * (0.99 * narrow + 0.01)))
-        self._mixture.predict(mosaic, found, denoise, group_size, ranks)
+        self._mixture.predict(mosaic, found, denoise, grouping, ranks)
         if not ranks.first:
             return
         for top, rows in prediction.bands():

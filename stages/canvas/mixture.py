@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,21 +68,47 @@ def grid_views(tiles: Sequence[Tile], size: Size, *, blend: str, guidance_scale:
     return [View(tile, weight, row, guidance_scale) for tile, weight in zip(tiles, weights, strict=True)]
 
 
-def groups(views: Sequence[View], count: int) -> Iterator[list[View]]:
-    """The views in lists of one tile size and one number of passes each: at most ``count`` samples, but one view.
+class Grouping(NamedTuple):
+    """How many samples the denoiser is handed at once: at most ``most``, in whole micro-batches of ``micro``: which of
+    them meet in one, and with that the rounding, must not depend on the group's size."""
 
-    A count of whole micro-batches gives groups of them: which samples meet in one, and with them the rounding, must not
-    depend on the group's size.
+    most: int
+    micro: int = 1
+
+
+def groups(views: Sequence[View], how: Grouping, ranks: int = 1) -> Iterator[list[View]]:
+    """The views in lists of one tile size and one number of passes each: at most ``how.most`` samples, but one view.
+
+    Several ranks get as many each, but for a micro-batch.
     """
-    if count < 1:
-        raise ValueError(f"a group holds at least one sample, got {count}.")
+    if how.most < 1:
+        raise ValueError(f"a group holds at least one sample, got {how.most}.")
     kinds: dict[tuple[Size, int], list[View]] = {}
     for view in views:
         kinds.setdefault((view.tile.size, view.passes), []).append(view)
     for kind in kinds.values():
-        most = max(1, count // kind[0].passes)
-        for start in range(0, len(kind), most):
-            yield kind[start : start + most]
+        most = max(1, how.most // kind[0].passes)
+        if ranks == 1:
+            yield from (kind[start : start + most] for start in range(0, len(kind), most))
+            continue
+        micro = min(most, max(1, how.micro // kind[0].passes))
+        ends = accumulate(_dealt(len(kind) / micro, most // micro, ranks), initial=0)
+        yield from (kind[start * micro : end * micro] for start, end in pairwise(ends))
+
+
+def _dealt(count: float, most: int, ranks: int) -> Iterator[int]:
+    """How many micro-batches each group has, of ``count`` (the last one may be a part of one): ``Ranks.ordered`` deals
+    them out in turns, the last group to the first rank. In as few turns as can be, for every rank as many in all."""
+    total, held = math.ceil(count), [0] * ranks
+    turns = -(-total // (most * ranks))
+    for turn in range(turns):
+        begin, end = (-(-total * one // turns) for one in (turn, turn + 1))
+        least, more = divmod(end - begin, ranks)
+        places = range(ranks) if count == total else reversed(range(ranks))
+        longer = sorted(places, key=held.__getitem__)[:more]
+        sizes = [least + (place in longer) for place in range(ranks)]
+        held = [before + size for before, size in zip(held, sizes, strict=True)]
+        yield from (size for size in sizes if size)
 
 
 def batch(latents: Window, group: Sequence[View]) -> TileBatch:
@@ -128,7 +156,7 @@ class Mixture:
         latents: Rows,
         total: Rows,
         denoise: Denoise,
-        group_size: int,
+        grouping: Grouping,
         ranks: Ranks = ALONE,
     ) -> None:
         """The canvas' noise prediction ``sum_r w_r eps_r``, on the first of several ranks.
@@ -137,7 +165,7 @@ class Mixture:
             latents: ``[1, C, H, W]`` float32, scaled by ``scheduler.scale_model_input``.
             total: where the prediction goes, of the same shape; what it holds is overwritten.
             denoise: gives a prediction for each sample of a ``TileBatch``.
-            group_size: samples handed to ``denoise`` at once; a guided view is two, and one view at least.
+            grouping: of the samples handed to ``denoise``; a guided view is two, and one view at least.
             ranks: that share the groups; all have the same latents.
         """
         if latents.shape != total.shape:
@@ -151,7 +179,7 @@ class Mixture:
         def shape(group: list[View]) -> tuple[int, ...]:
             return (len(group), latents.channels, *group[0].tile.size)
 
-        each = list(groups(self.views, group_size))
+        each = list(groups(self.views, grouping, ranks.size))
         if self.turns is None:
             found = ranks.ordered(each, predicted, shape)
         else:

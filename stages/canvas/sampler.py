@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.canvas import guides
 from stages.canvas.band_state import BandState, BandStates, adopt, attributes, copied
 from stages.canvas.dilated import Dilated
-from stages.canvas.mixture import Mixture, TileBatch
+from stages.canvas.mixture import Grouping, Mixture, TileBatch
 from stages.canvas.space import Space
 from stages.canvas.step_noise import StepNoise
 from stages.distributed import ALONE, Ranks
@@ -151,7 +151,7 @@ class Sampler:
     def advance(
         self,
         denoise: Callable[[TileBatch, Tensor], Tensor],
-        group_size: int,
+        grouping: Grouping,
         expects: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         """One step of the whole canvas; ``denoise(batch, timestep)`` predicts for each sample of the batch.
@@ -170,26 +170,27 @@ class Sampler:
             refuse_not_finite(found, f"{now}, tile {', '.join(dict.fromkeys(t.name for t in batch.tiles))}: prediction")
             return found
 
-        self.mixture.predict(self._scaled, self._prediction, predict, group_size, self.ranks)
+        self.mixture.predict(self._scaled, self._prediction, predict, grouping, self.ranks)
         if self.dilated is not None:
             total = self.schedule.num_train_timesteps
-            self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, group_size, self.ranks)
+            self.dilated.mix(self._prediction, self._scaled, predict, float(timestep), total, grouping, self.ranks)
         if self.ranks.first:
             self._step_bands(timestep, now, expects)
         self.step += 1
 
     def _share_inputs(self, timestep: Tensor) -> None:
-        """All ranks get what the denoiser is asked; the first one has it of the step before, unless it begins here."""
+        """All ranks get what the denoiser is asked: of the step before, unless they begin here."""
         for band, (top, bottom) in enumerate(self.bands):
-            if self.ranks.first and self._scaled_step != self.step:
-                latents = self._guided(band, self._load(band), timestep, self.step)
-                self._scaled.write(top, self.schedule.scaled(latents, timestep))
-            if self.ranks.size > 1:
+            if not self.ranks.first:
                 shape = (1, self._shape[0], bottom - top, self._shape[2])
-                own = self._scaled.read(top, bottom) if self.ranks.first else torch.empty(shape)
-                shared = self.ranks.broadcast(own)
-                if not self.ranks.first:
-                    self._scaled.write(top, shared)
+                self._scaled.write(top, self.ranks.broadcast(torch.empty(shape)))
+            elif self._scaled_step != self.step:
+                self._share(top, self._guided(band, self._load(band), timestep, self.step), timestep)
+
+    def _share(self, top: int, latents: Tensor, timestep: Tensor) -> None:
+        scaled = self.schedule.scaled(latents, timestep)
+        self._scaled.write(top, scaled)
+        self.ranks.broadcast(scaled)
 
     def _step_bands(self, timestep: Tensor, now: str, expects: Callable[[int, Tensor], None] | None) -> None:
         """The scheduler's step of every band, from the canvas' prediction; what comes of it is kept on disk."""
@@ -206,11 +207,13 @@ class Sampler:
                 stepped = self.schedule.step(prediction, timestep, latents, self.generator)
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
-                self._states.write(band, BandState(step, stepped, drawn, attributes(self.scheduler)))
-                if step < len(self.timesteps):  # while its history is at hand
-                    latents = self._guided(band, stepped, self.timesteps[step], step)
-                    self._scaled.write(top, self.schedule.scaled(latents, self.timesteps[step]))
+                kept = {name: copied(value) for name, value in attributes(self.scheduler).items()}
+                if step < len(self.timesteps):  # while its history is at hand; other ranks go on with it at once
+                    later = self.timesteps[step]
+                    self._share(top, self._guided(band, stepped, later, step), later)
+                self._states.write(band, BandState(step, stepped, drawn, kept))
                 return_freed()  # a pass leaves a heap full of holes, and each band would fill others of them
+        self._states.settle()
         self._scaled_step = step
 
     def _load(self, band: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 1024  # of a gated layer that go through it at a time, at least: MKL's products are the same from there on
+BF16_ROWS = 384  # the same of a transformer's feed-forward, of oneDNN's products
+_ASKED = 128  # outputs of a product that oneDNN is asked about
+_FEED_FORWARDS = ("FeedForward", "Flux2FeedForward")
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")
 
 
@@ -107,3 +110,36 @@ def _in_rows(block: Any, forward: Callable[..., Tensor], inputs: Tensor, *args: 
         found = torch.ops.aten.gelu.out(gate, out=gates[: len(some)]).mul_(values)
         torch.addmm(last.bias, found, last.weight.t(), out=target)
     return result
+
+
+def feed_forwards_in_rows(model: nn.Module) -> None:
+    """Let ``model``'s feed-forwards in bf16 take some rows at a time where there are many: what lies between their
+    products is several times as wide as a sample. Those of UNets, which are gated, are left as they are.
+    """
+    for module in model.modules():
+        block: Any = module
+        gated = type(getattr(block, "net", (None,))[0]).__name__ == "GEGLU"
+        if type(block).__name__ in _FEED_FORWARDS and not gated:
+            layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
+            if all(_rows_alone(layer.in_features, min(layer.out_features, _ASKED)) for layer in layers):
+                block.forward = partial(_some_rows, layers, block.forward)
+
+
+def _some_rows(layers: Sequence[Any], forward: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    parts = len(rows) // BF16_ROWS
+    own = all(isinstance(layer.forward, MethodType) for layer in layers)  # as above
+    if parts < 2 or not own or inputs.dtype != torch.bfloat16:
+        return forward(inputs)
+    found = torch.cat([forward(some[None])[0] for some in rows.tensor_split(parts)])
+    return found.view(*inputs.shape[:-1], -1)
+
+
+@cache
+def _rows_alone(inputs: int, outputs: int) -> bool:
+    """Whether this machine's products in bf16 give a row the same bits among few others as among many."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 2 * BF16_ROWS, inputs, dtype=torch.bfloat16, generator=random)
+    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16, generator=random)
+    whole = F.linear(rows, weight)
+    return torch.equal(torch.cat([F.linear(some, weight) for some in rows.split(BF16_ROWS, dim=1)], dim=1), whole)

@@ -60,6 +60,7 @@ class Captures:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._known: dict[tuple[Any, ...], Captured] = {}
+        self._room = True
         self.recording: Recording | None = None
 
     @contextmanager
@@ -71,14 +72,27 @@ class Captures:
             yield
         outer.wait_stream(self._stream)
 
-    def of(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prepare: Callable[[], None]) -> Captured:
-        """The pass ``call(*inputs)``, recorded at the first use of these shapes, after ``prepare()``."""
-        key = tuple((tuple(value.shape), value.dtype, value.stride()) for value in inputs)
-        if key not in self._known:
-            self._known[key] = self._record(call, [value.clone() for value in inputs], prepare)
-        return self._known[key]
+    def of(
+        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prepare: Callable[[], None]
+    ) -> Captured | None:
+        """The pass ``call(*inputs)``, recorded at the first use of these shapes, after ``prepare()``.
 
-    def _record(self, call: Callable[..., Tensor], inputs: list[Tensor], prepare: Callable[[], None]) -> Captured:
+        None where the memory that is allowed cannot hold a recorded pass, whose pool has holes that nothing may move:
+        from then on no pass is recorded.
+        """
+        key = tuple((tuple(value.shape), value.dtype, value.stride()) for value in inputs)
+        if self._room and key not in self._known:
+            made = self._record(call, [value.clone() for value in inputs], prepare)
+            if made is None:
+                self._room = False
+                self.clear()
+                return None
+            self._known[key] = made
+        return self._known[key] if self._room else None
+
+    def _record(
+        self, call: Callable[..., Tensor], inputs: list[Tensor], prepare: Callable[[], None]
+    ) -> Captured | None:
         prepare()
         torch.cuda.synchronize(self.device)
         gc.collect()
@@ -87,16 +101,19 @@ class Captures:
             self._pool = torch.cuda.graph_pool_handle()
         self.recording = recording = Recording(self._pool)
         recording.begin(None)
+        output: Tensor | None = None
         try:
             output = call(*inputs)
+        except torch.OutOfMemoryError:
+            pass  # said by what is returned; the pass runs without a record, where all that is free can be used
         finally:
             recording.end()
             self.recording = None
-        return Captured(recording.graphs, inputs, output)
+        return None if output is None else Captured(recording.graphs, inputs, output)
 
     def clear(self) -> None:
         """Forget all recorded passes and give their memory back."""
-        if self._known:
+        if self._pool is not None:
             torch.cuda.synchronize(self.device)
             self._known.clear()
             self._pool = None

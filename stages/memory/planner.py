@@ -16,6 +16,9 @@ MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
 PINNED_RATE = 5.2e10  # bytes a second between a GPU and pinned memory (an H200)
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute
+# Bytes a second of what units give and of what is made between them, of the whole group: it lies in new pages, and no
+# lanes share its operations. Of Z-Image's feed-forwards, cut into leaves and whole (``benchmarks streaming z_image``).
+GIVEN_RATE = 7.5e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Cut:
     stage_limit: int = 0
     parked: tuple[str, ...] = ()  # units whose skip connections wait in host memory, of a GPU
     parked_bytes: int = 0  # of one micro-batch
+    given: int = 0  # bytes of what its units give and of what is made between them, of one micro-batch
     order: tuple[str, ...]
     nbytes: Mapping[str, int]
     flops: Mapping[str, int]  # of one micro-batch
@@ -73,6 +77,7 @@ def joined(cuts: Sequence[Cut]) -> Cut:
     """Cuts of parts of one model that run one after the other."""
     return Cut(
         limit=max(cut.limit for cut in cuts),
+        given=sum(cut.given for cut in cuts),
         order=tuple(name for cut in cuts for name in cut.order),
         nbytes={name: size for cut in cuts for name, size in cut.nbytes.items()},
         flops={name: count for cut in cuts for name, count in cut.flops.items()},
@@ -149,6 +154,7 @@ class StageProfile:
     seconds: float  # besides the models: imports, files
     read_rate: float = READ_RATE
     copy_rate: float = COPY_RATE
+    given_rate: float = GIVEN_RATE
     start_seconds: float = 0.0
     disk: int = 0  # bytes of scratch files while it runs
 
@@ -235,7 +241,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
             model=ModelPlan(unit_limit=whole.limit, stage_limit=whole.stage_limit, order=whole.order),
             group=group,
             peak=peak(model.weights + whole.peak(group)),
-            seconds=compute + model.weights / READ_RATE + starts,
+            seconds=compute + model.weights / READ_RATE + starts + total * full * whole.given / stage.given_rate,
         )
     for cut in model.cuts if model.streams else ():
         kept = tuple(name for name in cut.order if cut.nbytes[name] <= model.keep or name in cut.kept)
@@ -251,6 +257,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
                 seconds += pass_seconds(cut, rest, ring, *rates) if rest else 0.0
                 starts = (rounds + bool(rest)) * stage.start_seconds
                 cached = starts + total * again(cut)
+                moved = total * (2 * cut.parked_bytes / PINNED_RATE + cut.given / stage.given_rate)
                 yield Choice(
                     model=ModelPlan(
                         resident=kept,
@@ -262,8 +269,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
                     ),
                     group=group,
                     peak=peak(ring + sum(cut.nbytes[name] for name in kept) + cut.peak(group)),
-                    seconds=full * (seconds + starts + total * 2 * cut.parked_bytes / PINNED_RATE)
-                    + model.cached * cached,
+                    seconds=full * (seconds + starts + moved) + model.cached * cached,
                 )
 
 

@@ -2,7 +2,7 @@
 
 Every unit has a fixed place in a ring of device bytes, so its parameters are views made once, and what a copy has to
 wait for (the unit whose bytes it overwrites) is known before anything runs: it waits on the device, never on the host.
-A pass is replayed as CUDA graphs (:mod:`stages.memory.graphs`).
+A pass is replayed as CUDA graphs (:mod:`stages.memory.graphs`), unless the budget has no room for their memory.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class CudaStreamer:
         unit.module.forward = streamed  # type: ignore[method-assign]
 
     def graphed(self, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``call(*inputs)``, a whole pass, replayed as CUDA graphs.
+        """``call(*inputs)``, a whole pass, replayed as CUDA graphs, where there is memory for these.
 
         Tensors with dimensions hold a sample a row. The result is valid until the next call.
         """
@@ -192,7 +192,8 @@ class CudaStreamer:
                     self._park((name, index), like, count)
 
         with self._captures.stream():
-            return self._captures.of(call, inputs, prepare).replay(inputs, self._around)
+            captured = self._captures.of(call, inputs, prepare)
+            return call(*inputs) if captured is None else captured.replay(inputs, self._around)
 
     def _whole(self, name: str, count: int) -> Any:
         """Tensors for what unit ``name`` gives for ``count`` samples; None while its shapes are not known."""

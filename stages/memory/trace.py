@@ -55,13 +55,15 @@ class Trace:
     """A pass: its operations in order, the units in order of use, and floating-point operations.
 
     ``flops`` are of one micro-batch in a unit; ``outside``, by the unit that ran before, are those between units
-    (attention itself, where its projections are units), of the whole group. ``parked``: bytes that wait elsewhere.
+    (attention itself, where its projections are units), of the whole group. ``given``: bytes of what all units give
+    and of what is made between them; ``parked``: those that wait elsewhere.
     """
 
     events: list[Event] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
+    given: int = 0
     parked: int = 0
 
     def flops_of(self, unit: str, micro_batches: int) -> int:
@@ -141,6 +143,7 @@ class _Follower(TorchDispatchMode):
             if key not in self._known and key not in self._weights:
                 self._known[key] = storage
                 self.live += storage.nbytes()
+                self.trace.given += 0 if self.unit else storage.nbytes()
                 self._followed[key] = weakref.finalize(storage, self._gone, storage.nbytes())
         elif isinstance(value, list | tuple):
             for item in value:
@@ -215,6 +218,7 @@ def trace(
                     lanes,
                     part < micro_batch,
                 )
+                follower.trace.given += nbytes(result)
                 if unit.name in parked:
                     for tensor in skips(result):
                         follower.forget(tensor)

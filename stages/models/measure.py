@@ -89,6 +89,7 @@ def cuts(
                 stage_limit=stage_limit,
                 parked=parked,
                 parked_bytes=(traces[-1].parked - traces[0].parked) if parked else 0,
+                given=traces[-1].given - traces[0].given,
                 order=tuple(order),
                 nbytes=nbytes,
                 flops={name: traces[0].flops_of(name, counts[0]) for name in nbytes},

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 class Processor(Technique):
     """A denoiser in float32 or bf16: convolutions that lie channels-last take weights as they compute with them
-    (:mod:`stages.blocked`); in float32 gated layers take some rows at a time. No graph of torch's compilers holds
-    either."""
+    (:mod:`stages.blocked`); in float32 gated layers take some rows at a time, in bf16 the feed-forwards of
+    transformers. No graph of torch's compilers holds any of it."""
 
     name = "processor"
     decides = False
@@ -41,12 +41,14 @@ class Processor(Technique):
         from torch import nn
 
         from stages.blocked import lay_out
-        from stages.memory.copies import gated_in_rows
+        from stages.memory.copies import feed_forwards_in_rows, gated_in_rows
 
         if not denoises(component):
             return
         if self.dtype == "fp32":
             gated_in_rows(network)
+        else:
+            feed_forwards_in_rows(network)
         dtype = getattr(torch, TORCH[self.dtype])
         for module in network.modules() if self.convolutions else ():
             if type(module) is nn.Conv2d:

@@ -8,7 +8,8 @@ from stages.memory.planner import PINNED_RATE, Cut, Line, ModelProfile, StagePro
 
 # Of activations: copies that kernels make for themselves, holes that fit nothing (``benchmarks gpu_memory``).
 SLACK = 1.55  # of what one micro-batch takes
-GATHERED = 1.1  # of what every one of a group has besides
+GATHERED = 1.1  # of what every one of a group has besides, while a unit runs
+BETWEEN = 1.4  # the same between units, where operations of the whole group make and free all of it
 LIBRARIES = 30_000_000  # bytes that the allocator gives to the libraries
 FLOPS = 4.2e14  # a second, of an H200 with a transformer in bf16; only ranks plans, as the rates do
 READ_RATES = {"pinned": PINNED_RATE, "disk": 8e9}  # bytes a second to the device
@@ -36,6 +37,7 @@ def for_device(stage: StageProfile, host: str) -> StageProfile:
         rate=FLOPS,
         read_rate=READ_RATES[host],
         copy_rate=float("inf"),
+        given_rate=float("inf"),
         start_seconds=START_SECONDS,
     )
 
@@ -50,5 +52,7 @@ def on_device(cut: Cut) -> Cut:
 
 
 def _line(line: Line) -> Line:
-    fixed, slope, gathered = int(line.fixed * SLACK), int(line.slope * GATHERED), int(line.gathered * GATHERED)
-    return replace(line, fixed=fixed, slope=slope, gathered=gathered, workspace=0)
+    slope = int(line.slope * (GATHERED if line.unit else BETWEEN))
+    return replace(
+        line, fixed=int(line.fixed * SLACK), slope=slope, gathered=int(line.gathered * GATHERED), workspace=0
+    )

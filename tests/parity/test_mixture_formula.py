@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from files import all_of, rows_of
 
-from stages.canvas.mixture import Mixture, grid_views
+from stages.canvas.mixture import Grouping, Mixture, grid_views
 from stages.tiles import Size, grid
 
 SIZE, SIDE, GUIDANCE = Size(24, 32), Size(16, 16), 6.5
@@ -70,5 +70,5 @@ def test_a_step_equals_the_formula_in_any_order(unet, kind):
     for order in range(3):
         random.Random(order).shuffle(views)
         got = rows_of(latents)
-        Mixture(views).predict(rows_of(latents), got, denoise, group_size=4 - order)
+        Mixture(views).predict(rows_of(latents), got, denoise, Grouping(4 - order))
         assert np.abs(all_of(got)[0].numpy() - expected).max() <= 1e-5

@@ -9,10 +9,13 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
+from diffusers.models.transformers.transformer_z_image import FeedForward as ZImageFeedForward
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stages.memory.copies import ROWS, gated_in_rows, skip_copies
+from stages.memory import copies
+from stages.memory.copies import BF16_ROWS, ROWS, feed_forwards_in_rows, gated_in_rows, skip_copies
 
 pytestmark = pytest.mark.torch
 
@@ -82,3 +85,42 @@ def test_gated_layers_whose_products_are_units_are_left_alone() -> None:
     block.net[2].forward = lambda inputs: calls.append(inputs.shape) or product(inputs)
     block(torch.randn(2, 2 * ROWS, 64))
     assert calls == [(2, 2 * ROWS, 256)]
+
+
+FEED_FORWARDS = [
+    pytest.param(lambda: FeedForward(64, activation_fn="gelu-approximate"), id="flux, sd3"),
+    pytest.param(lambda: Flux2FeedForward(64), id="flux2"),
+    pytest.param(lambda: ZImageFeedForward(64, 256), id="z_image"),
+]
+
+
+@pytest.mark.parametrize("tokens", [BF16_ROWS - 1, BF16_ROWS, 3 * BF16_ROWS // 2 + 7])
+@pytest.mark.parametrize("make", FEED_FORWARDS)
+def test_feed_forwards_take_rows_at_a_time_in_bf16(make: Any, tokens: int) -> None:
+    torch.manual_seed(0)
+    block = make().bfloat16().eval().requires_grad_(False)
+    if not all(copies._rows_alone(inputs, copies._ASKED) for inputs in (64, 192, 256)):
+        pytest.skip("this machine's products in bf16 hang on the number of rows: all are taken at once")
+    given = torch.randn(2, tokens, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, rows = block(given), []
+        feed_forwards_in_rows(block)
+        wide = next(layer for layer in block.modules() if isinstance(layer, nn.Linear))
+        wide.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[-2]))
+        assert torch.equal(block(given), expected)
+        halves = 2 * tokens // BF16_ROWS
+        assert len(rows) == max(1, halves) if halves > 1 else rows == [tokens]
+        with pytest.MonkeyPatch.context() as patch:  # a product that is a unit of its own is called once
+            patch.setattr(wide, "forward", lambda inputs, stock=wide.forward: stock(inputs))
+            rows.clear()
+            assert torch.equal(block(given), expected) and rows == [tokens]
+
+
+def test_rows_are_taken_only_where_they_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    block: Any = ZImageFeedForward(64, 256)
+    monkeypatch.setattr(copies, "_rows_alone", lambda inputs, outputs: inputs != 256)
+    feed_forwards_in_rows(block)
+    assert "forward" not in vars(block)
+    unet: Any = FeedForward(64, activation_fn="geglu")
+    feed_forwards_in_rows(unet)
+    assert "forward" not in vars(unet), "gated layers of a UNet have rows of their own"

@@ -24,7 +24,7 @@ from stages.canvas.dilated import (
     laid_out,
     spread_row,
 )
-from stages.canvas.mixture import TileBatch, grid_views
+from stages.canvas.mixture import Grouping, TileBatch, grid_views
 from stages.config import ROOT, ConfigError
 from stages.job import Job
 from stages.tiles import Size, grid
@@ -78,7 +78,7 @@ def term(size: Size, **options: Any) -> Dilated:
 
 def mixed(one: Dilated, prediction: Tensor, latents: Tensor, timestep: float, group: int) -> Tensor:
     rows = rows_of(prediction)
-    one.mix(rows, rows_of(latents), predict, timestep, 1000, group)
+    one.mix(rows, rows_of(latents), predict, timestep, 1000, Grouping(group))
     return all_of(rows)
 
 
@@ -105,7 +105,7 @@ def test_every_latent_is_in_one_sub_canvas(size: Size) -> None:
     own = row[..., 1::scale]  # number 1
     assert torch.equal(side_by_side[..., width : width + own.shape[-1]], own)
     one, rows = term(size, sigma=1e-6, sigma_scale=1e-9), rows_of(torch.zeros((1, 4, *size)))
-    one.mix(rows, rows_of(canvas(size)), lambda batch: batch.samples, 1000.0, 1000, 3)
+    one.mix(rows, rows_of(canvas(size)), lambda batch: batch.samples, 1000.0, 1000, Grouping(3))
     assert torch.allclose(all_of(rows), canvas(size), atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from files import all_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.canvas.mixture import Mixture
+from stages.canvas.mixture import Grouping, Mixture
 from stages.canvas.views import region_mask, region_views
 from stages.regions.config import Region, Regions, parse
 from stages.tiles import Size, Tile
@@ -129,7 +129,7 @@ def test_a_step_with_regions_equals_the_formula_in_any_order():
         plan = Regions(size=Size(384, 448), factor=8, main=("", ""), regions=tuple(r for _, r in order))
         views = region_views(plan, size, **OPTIONS)
         got = rows_of(latents)
-        Mixture(views).predict(rows_of(latents), got, denoise, 3)
+        Mixture(views).predict(rows_of(latents), got, denoise, Grouping(3))
         assert float((all_of(got)[0] - expected).abs().max()) <= 1e-5
 
 

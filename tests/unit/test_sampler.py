@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stages.canvas.band_state import BandStates
 from stages.canvas.dilated import Dilated, laid_out
-from stages.canvas.mixture import Mixture, TileBatch, grid_views
+from stages.canvas.mixture import Grouping, Mixture, TileBatch, grid_views
 from stages.canvas.noise import canvas_noise, draw
 from stages.canvas.sampler import Sampler
 from stages.config import ROOT, ConfigError
@@ -78,7 +78,7 @@ def predict(batch: TileBatch, timestep: Tensor) -> Tensor:
 
 def finish(one: Sampler, until: int | None = None) -> Tensor:
     while not one.finished and one.step != until:
-        one.advance(predict, 3)
+        one.advance(predict, Grouping(3))
     return torch.cat([rows for _, rows in one.latents()], dim=2)
 
 
@@ -97,7 +97,7 @@ def by_hand(name: str, steps: int = 6, strength: float | None = None) -> Tensor:
     more = {"generator": generator} if "generator" in inspect.signature(one.step).parameters else {}
     for timestep in timesteps:
         scaled, prediction = one.scale_model_input(latents, timestep), rows_of(latents)
-        Mixture(views).predict(rows_of(scaled), prediction, lambda batch, t=timestep: predict(batch, t), 3)
+        Mixture(views).predict(rows_of(scaled), prediction, lambda batch, t=timestep: predict(batch, t), Grouping(3))
         latents = one.step(all_of(prediction), timestep, latents, **more, return_dict=False)[0]
     return latents
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
     one = sampler("ddim")
     one.scheduler.history = object()
     with pytest.raises(TypeError, match=r"scheduler\.history: cannot keep a object"):
-        one.advance(predict, 3)
+        one.advance(predict, Grouping(3))
 
 
 @pytest.mark.parametrize("broken", ["empty", "foreign", "another canvas", "torn"])
@@ -251,7 +251,7 @@ def test_strength_is_the_last_share_of_the_schedule(name: str) -> None:
 def test_groups_do_not_change_the_canvas(group_size: int) -> None:
     one = sampler("dpmpp_2m")
     while not one.finished:
-        one.advance(predict, group_size)
+        one.advance(predict, Grouping(group_size))
     assert torch.equal(finish(one), finish(sampler("dpmpp_2m")))
 
 

@@ -324,6 +324,28 @@ def test_a_pass_is_cut_where_weights_are_waited_for(
     assert Graph.log.count("replay") == 2 * (count + 1) and len(Graph.log) == 3 * (count + 1)
 
 
+def test_a_pass_runs_as_it_is_where_its_graphs_do_not_fit(
+    no_gpu: None, unet: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Graph.log = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    tried = []
+    with torch.inference_mode(), opened(unet, plan(unet, 40_000, 60_000, 2.0), tmp_path, micro_batch=2) as streamer:
+        expected = predict(streamer, *inputs())
+
+        def passed(*values: Tensor) -> Tensor:
+            result = predict(streamer, *values)
+            if streamer._captures.recording is not None:
+                tried.append(len(values[0]))
+                raise torch.OutOfMemoryError("of what is allowed")
+            return result
+
+        for samples in (6, 6, 4):
+            found = streamer.graphed(passed, *inputs(samples))
+            assert torch.equal(found, expected[:samples] if samples == 6 else predict(streamer, *inputs(4)))
+    assert tried == [6] and "replay" not in Graph.log, "it is tried once"
+
+
 def test_an_unreadable_copy_is_told(no_gpu: None, unet: Component, tmp_path: Path) -> None:
     chosen = plan(unet, 0, 0, 1.0, prepared=True)
     with opened(unet, chosen, tmp_path, micro_batch=2):
