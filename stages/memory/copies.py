@@ -114,23 +114,28 @@ def _in_rows(block: Any, forward: Callable[..., Tensor], inputs: Tensor, *args: 
 
 def feed_forwards_in_rows(model: nn.Module) -> None:
     """Let ``model``'s feed-forwards in bf16 take some rows at a time where there are many: what lies between their
-    products is several times as wide as a sample. Those of UNets, which are gated, are left as they are.
+    products is several times as wide as a sample. For processors.
     """
     for module in model.modules():
         block: Any = module
-        gated = type(getattr(block, "net", (None,))[0]).__name__ == "GEGLU"
-        if type(block).__name__ in _FEED_FORWARDS and not gated:
-            layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-            if all(_rows_alone(layer.in_features, min(layer.out_features, _ASKED)) for layer in layers):
-                block.forward = partial(_some_rows, layers, block.forward)
+        if type(block).__name__ in _FEED_FORWARDS:
+            layers = {
+                name: one for name, one in block.named_modules() if any(True for _ in one.parameters(recurse=False))
+            }
+            plain = all(type(layer) is nn.Linear for layer in layers.values())
+            if plain and all(_rows_alone(one.in_features, min(one.out_features, _ASKED)) for one in layers.values()):
+                block.forward = partial(_some_rows, block, tuple(layers), block.forward)
 
 
-def _some_rows(layers: Sequence[Any], forward: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+def _some_rows(
+    block: nn.Module, names: Sequence[str], forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1])
     parts = len(rows) // BF16_ROWS
-    own = all(isinstance(layer.forward, MethodType) for layer in layers)  # as above
-    if parts < 2 or not own or inputs.dtype != torch.bfloat16:
-        return forward(inputs)
+    layers = [block.get_submodule(name) for name in names]  # others may have come in their place
+    own = all(type(layer) is nn.Linear and isinstance(layer.forward, MethodType) for layer in layers)  # as above
+    if parts < 2 or not own or args or kwargs or inputs.dtype != torch.bfloat16:
+        return forward(inputs, *args, **kwargs)
     found = torch.cat([forward(some[None])[0] for some in rows.tensor_split(parts)])
     return found.view(*inputs.shape[:-1], -1)
 

@@ -72,9 +72,7 @@ class Captures:
             yield
         outer.wait_stream(self._stream)
 
-    def of(
-        self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prepare: Callable[[], None]
-    ) -> Captured | None:
+    def of(self, call: Callable[..., Tensor], inputs: Sequence[Tensor], prepare: Callable[[], None]) -> Captured | None:
         """The pass ``call(*inputs)``, recorded at the first use of these shapes, after ``prepare()``.
 
         None where the memory that is allowed cannot hold a recorded pass, whose pool has holes that nothing may move:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 class Processor(Technique):
     """A denoiser in float32 or bf16: convolutions that lie channels-last take weights as they compute with them
-    (:mod:`stages.blocked`); in float32 gated layers take some rows at a time, in bf16 the feed-forwards of
-    transformers. No graph of torch's compilers holds any of it."""
+    (:mod:`stages.blocked`); feed-forwards take some rows at a time, in float32 those that are gated. No
+    graph of torch's compilers holds any of it."""
 
     name = "processor"
     decides = False

@@ -242,6 +242,7 @@ def _refusal(error: OverBudget, config: DictConfig) -> str:
     cost = f"{error.stage} then takes about {slower:.1f} times as long as with memory to spare" if slower > 1.02 else ""
     key = "device_budget" if on_gpu(config) else "budget"
     other = "memory.weights=auto, " if config.memory.weights == "resident" else ""
+    other += "technique.attention=sdpa, " if config.technique.attention == "openvino" else ""
     return (
         f"memory.{key}: got {config.memory[key]}, but {error.stage} needs at least {least} MB "
         f"for {config.width}x{config.height} with model={config.model.name}.\n"

@@ -90,6 +90,7 @@ def test_gated_layers_whose_products_are_units_are_left_alone() -> None:
 FEED_FORWARDS = [
     pytest.param(lambda: FeedForward(64, activation_fn="gelu-approximate"), id="flux, sd3"),
     pytest.param(lambda: Flux2FeedForward(64), id="flux2"),
+    pytest.param(lambda: skip_copies(FeedForward(64, activation_fn="geglu")), id="unets"),
     pytest.param(lambda: ZImageFeedForward(64, 256), id="z_image"),
 ]
 
@@ -114,6 +115,20 @@ def test_feed_forwards_take_rows_at_a_time_in_bf16(make: Any, tokens: int) -> No
             patch.setattr(wide, "forward", lambda inputs, stock=wide.forward: stock(inputs))
             rows.clear()
             assert torch.equal(block(given), expected) and rows == [tokens]
+        name = next(name for name, layer in block.named_modules() if layer is wide)
+
+        class Integers(nn.Linear):
+            """What finds a scale of its own for all that it is given."""
+
+            def forward(self, input: Tensor) -> Tensor:
+                rows.append(input.shape[-2])
+                return super().forward(input)
+
+        other = Integers(wide.in_features, wide.out_features, bias=wide.bias is not None).bfloat16()
+        block.set_submodule(name, other)
+        rows.clear()
+        block(given)
+        assert rows == [tokens], "it may not be handed a part"
 
 
 def test_rows_are_taken_only_where_they_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +136,7 @@ def test_rows_are_taken_only_where_they_are_the_same_bits(monkeypatch: pytest.Mo
     monkeypatch.setattr(copies, "_rows_alone", lambda inputs, outputs: inputs != 256)
     feed_forwards_in_rows(block)
     assert "forward" not in vars(block)
-    unet: Any = FeedForward(64, activation_fn="geglu")
-    feed_forwards_in_rows(unet)
-    assert "forward" not in vars(unet), "gated layers of a UNet have rows of their own"
+    monkeypatch.undo()
+    block.w1 = nn.Bilinear(64, 1, 256)  # no product that is known
+    feed_forwards_in_rows(block)
+    assert "forward" not in vars(block)

@@ -75,6 +75,8 @@ def test_a_network_that_loops_over_samples_is_called_with_the_whole_group() -> N
         return traced(model, call, 2)[0]
 
     lines = segments(follow(2), follow(3))
+    # what the layer gives; between units the samples, these shifted and stacked, rows cut off below zero and stacked
+    assert follow(3).given - follow(2).given == 2 * 4 * (1000 + 3 * 10 + 2 * 1000)
     for count in (2, 5, 9):
         found = follow(count)
         assert found.order == ["up"] and found.flops == {"up": 2 * 2 * 10 * 1000}

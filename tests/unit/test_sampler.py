@@ -159,6 +159,30 @@ def test_killed_between_two_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(finish(second), expected), f"killed after {limit} bands"
 
 
+@pytest.mark.parametrize("full", [0, 1, 11])
+def test_a_full_disk_is_told_in_the_step_that_met_it(
+    tmp_path: Path, places: int, monkeypatch: pytest.MonkeyPatch, full: int
+) -> None:
+    """Bands are written while others are stepped: the step has not ended before all are there."""
+    monkeypatch.setattr("stages.memory.rows.BAND", places)
+    one = sampler("dpmpp_2m", folder=tmp_path)
+    band = full % len(one.bands)
+
+    def fails(path: Path, *args: Any, **kwargs: Any) -> None:
+        if f"_{band:03d}." in path.name:
+            raise OSError(28, "No space left on device")
+        write_tensors(path, *args, **kwargs)
+
+    one.advance(predict, Grouping(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.canvas.band_state.write_tensors", fails)
+        with pytest.raises(OSError, match="No space left"):
+            one.advance(predict, Grouping(3))
+    second = sampler("dpmpp_2m", folder=tmp_path)
+    assert second.resume() and second.step == 1, "what was there stays"
+    assert torch.equal(finish(second), finish(sampler("dpmpp_2m")))
+
+
 def test_state_is_the_same_bytes_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
         finish(sampler("euler_ancestral", folder=tmp_path / name), 3)
