@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from stages.config import ConfigError, close_match, on_gpu
+from stages.config import ConfigError, close_match, dtype_of_component, on_gpu
+from stages.families.facts import facts_of
 from stages.memory.planner import Line
 from stages.techniques.base import SAMPLING, Technique, denoises
 
@@ -27,7 +28,6 @@ LEAST = 32  # numbers that a row of weights has: fewer (latents) are not worth i
 MAKING = 48 << 20  # bytes: of a part of the copy, of what is read at a time
 ROOMS = 24_000_000  # bytes that are kept between products, while a unit computes (``python -m benchmarks streaming``)
 PRODUCTS = 3  # raised where whole numbers are multiplied or rounded otherwise, so that stored results are not mixed
-FLOATS = 5  # bytes of a number while it becomes an integer
 _OUTSIDE = (
     "emb",
     "norm",
@@ -48,10 +48,13 @@ class Quantize(Technique):
 
     @classmethod
     def of(cls, config: DictConfig) -> Quantize | None:
-        return None if config.technique.quantize == "none" else cls(config.technique.quantize)
+        if config.technique.quantize == "none":
+            return None
+        kind = dtype_of_component(config, facts_of(config).denoiser)
+        return cls(config.technique.quantize, floats=4 if kind == "fp32" else 2)
 
-    def __init__(self, way: str) -> None:
-        self.way = way
+    def __init__(self, way: str, *, floats: int = 4) -> None:
+        self.way, self.floats = way, floats  # bytes of a number that becomes an integer
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
@@ -74,12 +77,13 @@ class Quantize(Technique):
         return stage in SAMPLING
 
     def planned(self, model: ModelProfile) -> ModelProfile:
-        """With what it takes to make integers of the largest layer, and of samples."""
+        """With what it takes to make integers of samples, and of the largest layer: its floats beside them, when there
+        is no ring yet."""
         if not model.cuts:
             return model
         model = model.holding(ROOMS) if self.way == "int8" else model
         largest = max(model.cuts[-1].nbytes.values())
-        making = Line(unit="", fixed=MAKING + largest * FLOATS, slope=0, workspace=0)
+        making = Line(unit="", fixed=MAKING + largest * self.floats, slope=0, workspace=0)
         return replace(model, cuts=tuple(replace(cut, lines=(*cut.lines, making)) for cut in model.cuts))
 
     def on_model(self, network: nn.Module, component: str) -> None:

@@ -115,12 +115,17 @@ def test_a_transformer(tmp_path: Path, small: Any) -> None:
     assert torch.equal(denoised(work, {**values, KEY: "int8"}, models={"transformer": STREAMED}), found)
 
 
-def test_making_integers_is_in_the_plan() -> None:
+def test_making_integers_is_in_the_plan(make_config: Any) -> None:
     line = Line(unit="", fixed=1000, slope=10, workspace=0)
     cut = Cut(limit=0, order=("a", "b"), nbytes={"a": 10**7, "b": 10**6}, flops={}, lines=(line,))
     model = ModelProfile(component="unet", weights=11 * 10**6, micro_batch=2, micro_batches=9, steps=3, cuts=(cut,))
-    (found,) = quantize.Quantize("int8").planned(model).cuts
-    assert found.peak(1) == quantize.MAKING + 5 * 10**7 and found.peak(10**9) == cut.peak(10**9) + quantize.ROOMS
+    for floats in (2, 4):  # beside them the integers, in the place of the ring
+        (found,) = quantize.Quantize("int8", floats=floats).planned(model).cuts
+        assert found.peak(1) == quantize.MAKING + floats * 10**7
+        assert found.peak(10**9) == cut.peak(10**9) + quantize.ROOMS
+    assert [
+        quantize.Quantize.of(make_config({KEY: "int8", "technique.dtype": name})).floats for name in ("bf16", "fp32")
+    ] == [2, 4]
 
 
 def test_what_cannot_be_is_refused(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

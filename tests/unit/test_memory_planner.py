@@ -104,14 +104,15 @@ def test_weights_are_read_once_for_all_tiles_where_memory_allows() -> None:
 
 
 def test_what_units_give_costs_time() -> None:
-    """Of two cuts that read and compute alike, the one whose units hand less on; not on a GPU, whose memory is there."""
+    """Of two cuts that read and compute alike the one whose units hand less on; on a GPU either."""
     one = profile([80 * MB] * 10, flops=10**10, rate=1e9)
     (model,), leaves = one.models, one.models[0].cuts[1]
     smaller = dataclasses.replace(leaves, lines=tuple(dataclasses.replace(line, fixed=0) for line in leaves.lines))
 
     def limit(given: int, **more: float) -> int | None:
         both = (dataclasses.replace(leaves, limit=1), dataclasses.replace(smaller, limit=2, given=given))
-        stage = dataclasses.replace(one, models=(dataclasses.replace(model, cuts=both),), **more)  # type: ignore[arg-type]
+        stage = dataclasses.replace(one, models=(dataclasses.replace(model, cuts=both),))
+        stage = dataclasses.replace(stage, **more)  # type: ignore[arg-type]
         return chosen(stage, 600 * MB, 40 * MB).model.unit_limit
 
     assert limit(0) == 2
