@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from files import rows_of
 from torch import Tensor
 
-from stages.canvas.mixture import Mixture, TileBatch, grid_views
+from stages.canvas.mixture import Grouping, Mixture, TileBatch, grid_views
 from stages.canvas.sampler import Sampler
 from stages.config import ROOT
 from stages.families.schedules import Schedule, make_scheduler
@@ -71,9 +71,9 @@ def test_a_prediction_names_its_step_and_tile(tmp_path: Path) -> None:
             found[1, 2, 3, 4] = float("nan")
         return found
 
-    work.advance(denoise, 1)
+    work.advance(denoise, Grouping(1))
     with pytest.raises(ValueError, match="step 2 of 3, tile r01_c02: prediction: 1 of 512 numbers"):
-        work.advance(denoise, 1)
+        work.advance(denoise, Grouping(1))
     again = sampler(tmp_path)
     assert again.resume() and again.step == 1  # what was finished before is kept
 
@@ -82,7 +82,7 @@ def test_latents_that_the_scheduler_spoils_are_named(tmp_path: Path, monkeypatch
     work = sampler(tmp_path)
     monkeypatch.setattr(work.schedule.scheduler, "step", lambda prediction, *_, **__: (prediction / 0,))
     with pytest.raises(ValueError, match="step 1 of 3, rows 0 to 12: latents after the scheduler's step"):
-        work.advance(lambda batch, timestep: torch.ones_like(batch.samples), 2)
+        work.advance(lambda batch, timestep: torch.ones_like(batch.samples), Grouping(2))
     assert not list(tmp_path.glob("odd_*"))
 
 
