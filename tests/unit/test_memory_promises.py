@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stages.config import ROOT
 from stages.families import family_of
+from stages.memory import copies
 from stages.memory.source import CheckpointSource
 from stages.memory.tensors import TensorRef
 from stages.memory.trace import trace
@@ -72,7 +73,12 @@ def peak(built: Built, call: Callable[[nn.Module], Any], micro_batch: int = 0) -
 def test_activations_of_one_pass_of_the_unet(config: Any) -> None:
     """One pair of 64x64 latents: on the way up a residual block takes 960 channels. A gated layer, 8 x 320 wide for
     2 x 64 x 64 tokens, would hold 115.9 MB, did it take all of its rows at once."""
-    assert denoiser_peak(opened("unet", config), config) == pytest.approx(73.95, rel=0.005)
+    assert denoiser_peak(opened("unet", config), config) == pytest.approx(in_rows(73.95), rel=0.005)
+
+
+def in_rows(found: float) -> float:
+    """MB, where this machine's products in bf16 let feed-forwards take some rows at a time."""
+    return found if copies._rows_alone(320, copies._ASKED) else 115.89
 
 
 def denoiser_peak(built: Built, config: Any) -> float:
@@ -103,7 +109,7 @@ def test_linear_attention_of_the_unet(config: Any, tmp_path: Path) -> None:
     whole, finest = cut(built, built.layout.nbytes), kinds(cut(built, 1))
     assert not [unit.name for unit in whole if "keys" in unit.name] and finest["LinearKeys"] == 16
     assert finest["LinearQueries"] == 16 and "LayerNorm" in finest
-    assert denoiser_peak(built, config) == pytest.approx(74.0, rel=0.005)
+    assert denoiser_peak(built, config) == pytest.approx(in_rows(74.0), rel=0.005)
 
 
 def test_activations_of_one_decode_and_one_encode(config: Any) -> None:
