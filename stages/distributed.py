@@ -147,8 +147,8 @@ class Ranks:
         """(item, ``make(item)``) of all items in their order on the first rank; nothing on the others.
 
         Items are dealt out in turns, so that what waits to be added is one item a rank. Of each turn the first rank,
-        which has more to do than predict, makes the last item: it may be the smallest. ``make`` gives float32 tensors
-        of ``shape(item)`` on the CPU.
+        which has more to do than predict, makes the last item. ``make`` gives float32 tensors of ``shape(item)`` on
+        the CPU.
         """
         sent: tuple[Any, Tensor] | None = None
         for start in range(0, len(items), self.size):

@@ -126,8 +126,11 @@ class Int8Conv2d(Int8):
         return result.permute(0, 3, 1, 2)
 
 
-def one_by_one(forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``forward`` of a sample at a time: the same numbers, of activations of one sample only."""
+def one_by_one(module: nn.Module, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``forward`` of a sample at a time: the same numbers, of activations of one sample only. Where products of
+    ``module`` are units of their own, each is called once."""
+    if any(isinstance(layer, Int8) and not isinstance(layer.forward, MethodType) for layer in module.modules()):
+        return forward(inputs, *args, **kwargs)
     return micro_batched(lambda sample: forward(sample, *args, **kwargs), (inputs,), {}, 1)
 
 

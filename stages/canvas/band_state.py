@@ -7,7 +7,7 @@ whole set.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,9 +72,10 @@ class BandStates:
         turn = "odd" if (rest or whole) % 2 else "even"
         return self.folder / f"{'between_' if rest else ''}{turn}_{band:03d}.safetensors"
 
-    def write(self, band: int, state: BandState) -> None:
+    def write(self, band: int, state: BandState, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Keep a band's state after a step: written while the next band is stepped (``settle`` waits for the last one),
-        and brought to the disk while the next step runs.
+        and brought to the disk while the next step runs. ``meanwhile`` is called once the state is copied:
+        the scheduler may change.
 
         Until a step is there, the files of the one before it stay: of two sets a power cut leaves one whole.
 
@@ -87,6 +88,7 @@ class BandStates:
         for name, value in state.scheduler.items():
             plain["scheduler"][name] = _flatten(value, f"scheduler.{name}", tensors)
         tensors[_STATE] = torch.frombuffer(bytearray(json.dumps(plain, sort_keys=True).encode()), dtype=torch.uint8)
+        meanwhile()
         self.settle()
         if state.step != self._synced:
             self._syncs.wait()

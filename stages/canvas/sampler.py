@@ -7,6 +7,7 @@ it, and is never in memory as a whole. A small canvas is one band.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -187,6 +188,13 @@ class Sampler:
             elif self._scaled_step != self.step:
                 self._share(top, self._guided(band, self._load(band), timestep, self.step), timestep)
 
+    def _share_next(self, band: int, top: int, latents: Tensor) -> None:
+        """What the next step asks, while the scheduler's history of the band is at hand; other ranks go on with it."""
+        step = self.step + 1
+        if step < len(self.timesteps):
+            timestep = self.timesteps[step]
+            self._share(top, self._guided(band, latents, timestep, step), timestep)
+
     def _share(self, top: int, latents: Tensor, timestep: Tensor) -> None:
         scaled = self.schedule.scaled(latents, timestep)
         self._scaled.write(top, scaled)
@@ -207,11 +215,9 @@ class Sampler:
                 stepped = self.schedule.step(prediction, timestep, latents, self.generator)
                 refuse_not_finite(stepped, f"{now}, rows {top} to {bottom}: latents after the scheduler's step")
                 drawn = self.generator.get_state()  # the first band draws for all of them
-                kept = {name: copied(value) for name, value in attributes(self.scheduler).items()}
-                if step < len(self.timesteps):  # while its history is at hand; other ranks go on with it at once
-                    later = self.timesteps[step]
-                    self._share(top, self._guided(band, stepped, later, step), later)
-                self._states.write(band, BandState(step, stepped, drawn, kept))
+                state = BandState(step, stepped, drawn, attributes(self.scheduler))
+                self._states.write(band, state, partial(self._share_next, band, top, stepped))
+                del latents, prediction, stepped, state
                 return_freed()  # a pass leaves a heap full of holes, and each band would fill others of them
         self._states.settle()
         self._scaled_step = step

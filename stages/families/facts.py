@@ -21,8 +21,7 @@ class Facts:
     row a prompt. ``overflows``: components that do in fp16, and compute in bf16 instead. ``flow``: it matches flows
     (:mod:`stages.families.flow`). ``models``: options of ``conf/model``, the one whose defaults a checkpoint of this
     family gets first. ``module``: its file in ``stages/families``. ``own_length``: its texts are not padded.
-    ``attends``: a side of latents over one of its denoiser's largest self-attention; 0 where 800 MB do not hold
-    OpenVINO's kernels of attention beside the tiles that come with the model.
+    ``attends``: a side of latents over one of its UNet's largest self-attention; 0 where that is no UNet.
     """
 
     module: str
@@ -120,7 +119,6 @@ FACTS: Mapping[str, Facts] = {
         flow=True,
         embeds=POOLED,
         overflows=("text_encoder_3",),
-        attends=2,
     ),
     "flux": Facts(
         module="flux",

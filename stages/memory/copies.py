@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 1024  # of a gated layer that go through it at a time, at least: MKL's products are the same from there on
-BF16_ROWS = 384  # the same of a transformer's feed-forward, of oneDNN's products
+BF16_ROWS = 384  # the same of a feed-forward in bf16, of oneDNN's products
 _ASKED = 128  # outputs of a product that oneDNN is asked about
 _FEED_FORWARDS = ("FeedForward", "Flux2FeedForward")
 _DIVISORS = ("output_scale_factor", "rescale_output_factor")

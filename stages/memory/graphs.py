@@ -19,7 +19,7 @@ class Recording:
     """Captures what runs on the current stream; ``cut`` ends one graph and begins the next."""
 
     def __init__(self, pool: Any) -> None:
-        self._pool = pool
+        self._pool, self._open = pool, False
         self.graphs: list[tuple[int | None, torch.cuda.CUDAGraph]] = []  # the unit each begins with
 
     def begin(self, unit: int | None) -> None:
@@ -27,9 +27,13 @@ class Recording:
         # the threads that read weights go on meanwhile, so only this one's calls are watched
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         self.graphs.append((unit, graph))
+        self._open = True
 
     def end(self) -> None:
-        self.graphs[-1][1].capture_end()
+        """Of the graph that has begun, if it could."""
+        if self._open:
+            self._open = False
+            self.graphs[-1][1].capture_end()
 
     def cut(self, unit: int) -> None:
         self.end()
@@ -98,15 +102,15 @@ class Captures:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         self.recording = recording = Recording(self._pool)
-        recording.begin(None)
         output: Tensor | None = None
         try:
+            recording.begin(None)
             output = call(*inputs)
         except torch.OutOfMemoryError:
             pass  # said by what is returned; the pass runs without a record, where all that is free can be used
         finally:
-            recording.end()
             self.recording = None
+            recording.end()
         return None if output is None else Captured(recording.graphs, inputs, output)
 
     def clear(self) -> None:

@@ -15,6 +15,7 @@ from stages.plans import ModelPlan
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
 PINNED_RATE = 5.2e10  # bytes a second between a GPU and pinned memory (an H200)
+CHUNK = 32 << 20  # bytes of a prepared copy that are made at a time, but for a larger tensor
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute
 # Bytes a second of what units give and of what is made between them, of the whole group: it lies in new pages, and no
 # lanes share its operations. Of Z-Image's feed-forwards, cut into leaves and whole (``benchmarks streaming z_image``).

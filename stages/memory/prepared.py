@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from stages.memory.layout import Layout, Slot
+from stages.memory.planner import CHUNK
 from stages.memory.source import WeightSource, advise
 from stages.memory.tensors import pread_into
 
@@ -133,7 +134,7 @@ class PreparedSource:
             self._whole.close()
 
 
-def write_prepared(file: Path, source: WeightSource, layout: Layout, *, chunk: int = 32 << 20) -> None:
+def write_prepared(file: Path, source: WeightSource, layout: Layout, *, chunk: int = CHUNK) -> None:
     """Write the prepared copy of ``source`` to ``file``, holding about ``chunk`` bytes at a time."""
     slots = list(layout.slots.values())
     ends = [slot.offset for slot in slots[1:]] + [layout.nbytes]

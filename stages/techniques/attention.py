@@ -33,8 +33,9 @@ def chosen(config: DictConfig) -> str:
     """What ``technique.attention`` is, ``auto`` resolved where OpenVINO's kernels pay: by machine and model, never by
     the budget, as they round otherwise.
 
-    They do for UNets and Stable Diffusion 3 in bf16, on processors with products of bf16 vectors and not of matrices
-    (AMX): torch's attention makes no use of the former (0.5x of its time; ``python -m benchmarks attention``).
+    They do for UNets in bf16, on processors with products of bf16 vectors and not of matrices (AMX): torch's attention
+    makes no use of the former (0.5x of its time; ``python -m benchmarks attention``). Of transformers not all that
+    800 MB hold have room for them.
     """
     kind, facts, flags = config.technique.attention, facts_of(config), cpu_field("flags").split()
     if kind != "auto" or on_gpu(config) or not facts.attends or config.technique.compile != "none":

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError, close_match, dtype_of_component, on_gpu
 from stages.families.facts import facts_of
-from stages.memory.planner import Line
+from stages.memory.planner import CHUNK, Line
 from stages.techniques.base import SAMPLING, Technique, denoises
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEY = "technique.quantize"
 WAYS = ("none", "int8", "int8_weights")
 LEAST = 32  # numbers that a row of weights has: fewer (latents) are not worth it
-MAKING = 48 << 20  # bytes: of a part of the copy, of what is read at a time
+MAKING = 16 << 20  # bytes: of what is read at a time
 ROOMS = 24_000_000  # bytes that are kept between products, while a unit computes (``python -m benchmarks streaming``)
 PRODUCTS = 3  # raised where whole numbers are multiplied or rounded otherwise, so that stored results are not mixed
 _OUTSIDE = (
@@ -77,13 +77,13 @@ class Quantize(Technique):
         return stage in SAMPLING
 
     def planned(self, model: ModelProfile) -> ModelProfile:
-        """With what it takes to make integers of samples, and of the largest layer: its floats beside them, when there
-        is no ring yet."""
+        """With what it takes to make integers of samples, and of the largest layer for the copy, when there is no ring
+        yet: they lie in its place, beside the part of the copy that they go to and the floats."""
         if not model.cuts:
             return model
         model = model.holding(ROOMS) if self.way == "int8" else model
         largest = max(model.cuts[-1].nbytes.values())
-        making = Line(unit="", fixed=MAKING + largest * self.floats, slope=0, workspace=0)
+        making = Line(unit="", fixed=MAKING + max(CHUNK, largest) + largest * self.floats, slope=0, workspace=0)
         return replace(model, cuts=tuple(replace(cut, lines=(*cut.lines, making)) for cut in model.cuts))
 
     def on_model(self, network: nn.Module, component: str) -> None:
@@ -107,7 +107,7 @@ class Quantize(Technique):
                 setattr(network.get_submodule(parent), own, Int8Conv2d(module, samples=samples))
         for name, module in network.named_modules():
             if samples and name.endswith(".ff"):  # of UNets, with the widest activations: no larger than a leaf
-                module.forward = partial(one_by_one, module.forward)
+                module.forward = partial(one_by_one, module, module.forward)
             if samples and type(module).__name__ == "GEGLU" and isinstance(module.proj, Int8Linear):
                 module.forward = partial(gated, module.proj, module.forward)
             if samples:
@@ -148,7 +148,8 @@ class QuantizingSource:
 
         made, found = self._made
         if made != module:
-            self._made = "", {}
+            found = {}  # the last layer's go first
+            self._made = "", found
             slot = self._weights[module]
             weight = torch.empty(slot.nbytes, dtype=torch.uint8)
             self._source.read([slot], 0, weight)

@@ -165,8 +165,6 @@ def test_auto_takes_it_where_it_pays(case: str, make_config: Any, monkeypatch: p
     monkeypatch.setattr(attention, "cpu_field", lambda *_: VECTORS)
     monkeypatch.setattr(attention, "find_spec", lambda _: True)
     assert chosen(sdxl) == "openvino"
-    sd3 = {**PAYS, "model.family": "sd3", "model.patch": 2}
-    assert [chosen(make_config({**sd3, "denoise.tile_size": side})) for side in (512, 1024)] == ["auto", "openvino"]
 
 
 def test_a_run_says_which_it_takes(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from stages.config import ConfigError
 from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
 from stages.int8 import Int8, Int8Conv2d, Int8Linear, exact
-from stages.memory.planner import Cut, Line, ModelProfile
+from stages.memory.planner import CHUNK, Cut, Line, ModelProfile
 from stages.memory.tensors import read_tensors
 from stages.models.loading import Built, source
 from stages.plans import ModelPlan, StagePlan
@@ -121,7 +121,7 @@ def test_making_integers_is_in_the_plan(make_config: Any) -> None:
     model = ModelProfile(component="unet", weights=11 * 10**6, micro_batch=2, micro_batches=9, steps=3, cuts=(cut,))
     for floats in (2, 4):  # beside them the integers, in the place of the ring
         (found,) = quantize.Quantize("int8", floats=floats).planned(model).cuts
-        assert found.peak(1) == quantize.MAKING + floats * 10**7
+        assert found.peak(1) == quantize.MAKING + CHUNK + floats * 10**7
         assert found.peak(10**9) == cut.peak(10**9) + quantize.ROOMS
     assert [
         quantize.Quantize.of(make_config({KEY: "int8", "technique.dtype": name})).floats for name in ("bf16", "fp32")

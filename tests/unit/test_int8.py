@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.models.attention import FeedForward
@@ -251,3 +253,7 @@ def test_a_gated_layer_of_samples_one_by_one_gives_the_same_numbers() -> None:
     inputs = torch.randn(3, 16, 64)
     assert gated.forward is not whole
     assert torch.equal(gated(inputs), whole(inputs))
+    last: Any = network.get_submodule("block.ff.net.2")
+    calls, product = [], last.forward
+    last.forward = lambda given: calls.append(len(given)) or product(given)  # as if it were a unit of its own
+    assert torch.equal(gated(inputs), whole(inputs)) and calls[0] == 3, "it is called once"

@@ -346,6 +346,25 @@ def test_a_pass_runs_as_it_is_where_its_graphs_do_not_fit(
     assert tried == [6] and "replay" not in Graph.log, "it is tried once"
 
 
+def test_a_record_that_cannot_begin_leaves_nothing_open(
+    no_gpu: None, unet: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    class Full(Graph):
+        def capture_begin(self, **_: Any) -> None:
+            raise torch.OutOfMemoryError("of what is allowed")
+
+        def capture_end(self) -> None:
+            ended.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Full)
+    with torch.inference_mode(), opened(unet, plan(unet, 40_000, 60_000, 2.0), tmp_path, micro_batch=2) as streamer:
+        found = streamer.graphed(lambda *values: predict(streamer, *values), *inputs())
+        assert torch.equal(found, predict(streamer, *inputs()))
+        assert streamer._captures.recording is None and not ended
+
+
 def test_an_unreadable_copy_is_told(no_gpu: None, unet: Component, tmp_path: Path) -> None:
     chosen = plan(unet, 0, 0, 1.0, prepared=True)
     with opened(unet, chosen, tmp_path, micro_batch=2):
