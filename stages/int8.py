@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from stages import int8_blocks
 from stages.int8_blocks import FASTER
 from stages.memory.lanes import Lanes
 from stages.memory.micro import micro_batched
+from stages.memory.units import called_inside
 
 LEVELS = 253  # steps between the least and the greatest number of a sample: rounding leaves none beyond 127
 NUMBERS = 1 << 18  # that a core makes at a time: what its cache holds
@@ -129,7 +129,7 @@ class Int8Conv2d(Int8):
 def one_by_one(module: nn.Module, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``forward`` of a sample at a time: the same numbers, of activations of one sample only. Where products of
     ``module`` are units of their own, each is called once."""
-    if any(isinstance(layer, Int8) and not isinstance(layer.forward, MethodType) for layer in module.modules()):
+    if not called_inside(*(layer for layer in module.modules() if isinstance(layer, Int8))):
         return forward(inputs, *args, **kwargs)
     return micro_batched(lambda sample: forward(sample, *args, **kwargs), (inputs,), {}, 1)
 
@@ -139,7 +139,7 @@ def gated(layer: Int8Linear, forward: Callable[..., Tensor], inputs: Tensor, *ar
     while a core has both at hand. Where the product is a unit of its own, or in another dtype, as it is."""
     halves = layer.blocks is None or layer.out_features // 2 % layer.blocks.outputs == 0
     whole = halves and (layer.blocks is not None or inputs.dtype == torch.float32)
-    if not whole or not isinstance(layer.forward, MethodType):
+    if not whole or not called_inside(layer):
         return forward(inputs, *args, **kwargs)
     return layer.products(inputs, inputs.new_empty((*inputs.shape[:-1], layer.out_features // 2)), gates=True)
 

@@ -12,6 +12,9 @@ from stages.hashes import fingerprint
 Made = TypeVar("Made")
 
 
+CHUNK = 32 << 20  # bytes of a packed copy that are made at a time, but for a larger tensor
+
+
 def copy_in(file: Path, blocks: Mapping[str, tuple[int, int]]) -> Path:
     """Where a packed copy lies that ``ModelPlan.prepared`` calls ``file``: its name says in which blocks weights lie,
     for machines want others."""

@@ -168,13 +168,14 @@ def look(looking: Looking, stage: str, canvas: Canvas, more: Sequence[View] = ()
         state=state,
         **measured._asdict(),
     )
-    band = channels * bands(*size, channels=channels)[0][1] * size.width * 4
+    parts = bands(*size, channels=channels)
+    band = channels * parts[0][1] * size.width * 4
     rows = channels * tile.height * size.width * 4
     blurred = 4 * band if more else 0  # twice, with padding
     # a band of the canvas, its noise, guide, prediction, the scheduler's history and temporaries, of the band before it
     # what is still being written; and the rows of latents and predictions that the tiles of the moment lie in
     kept = state * sum(samples) if profile.micro_batches > profile.together else 0  # else it stays in memory
-    extra = blurred + (12 if band == 4 * channels * size.height * size.width else 16) * band + 2 * rows
+    extra = blurred + (12 if len(parts) == 1 else 16) * band + 2 * rows
     if any(technique.through for technique in techniques):  # groups that stand still
         kept += profile.micro_batches * max(line.slope for cut in profile.cuts for line in cut.lines)
         extra += profile.micro_batches * STANDING

@@ -79,7 +79,7 @@ class Grouping(NamedTuple):
 def groups(views: Sequence[View], how: Grouping, ranks: int = 1) -> Iterator[list[View]]:
     """The views in lists of one tile size and one number of passes each: at most ``how.most`` samples, but one view.
 
-    Several ranks get as many of each kind, but for a micro-batch, where there is one kind.
+    Of one kind several ranks get as many, but for a micro-batch; kinds are dealt out one after the other.
     """
     if how.most < 1:
         raise ValueError(f"a group holds at least one sample, got {how.most}.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stages.memory.units import called_inside
 
 ROWS = 1024  # of a gated layer that go through it at a time, at least: MKL's products are the same from there on
 BF16_ROWS = 384  # the same of a feed-forward in bf16, of oneDNN's products
@@ -98,9 +99,7 @@ def gated_in_rows(model: nn.Module) -> None:
 def _in_rows(block: Any, forward: Callable[..., Tensor], inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     gated, last = block.net[0].proj, block.net[2]
     parts = inputs.numel() // inputs.shape[-1] // ROWS
-    # where they are units of their own, each is called once
-    own = all(type(layer) is nn.Linear and isinstance(layer.forward, MethodType) for layer in (gated, last))
-    if parts < 2 or not own or gated.bias is None or last.bias is None:
+    if parts < 2 or not _plain(gated, last) or gated.bias is None or last.bias is None:
         return forward(inputs, *args, **kwargs)
     rows = inputs.reshape(-1, inputs.shape[-1]).tensor_split(parts)
     wide = inputs.new_empty(len(rows[0]), gated.out_features)
@@ -110,6 +109,11 @@ def _in_rows(block: Any, forward: Callable[..., Tensor], inputs: Tensor, *args: 
         found = torch.ops.aten.gelu.out(gate, out=gates[: len(some)]).mul_(values)
         torch.addmm(last.bias, found, last.weight.t(), out=target)
     return result
+
+
+def _plain(*layers: nn.Module) -> bool:
+    """Whether they are products of floats, and may be called with a part of the rows."""
+    return all(type(layer) is nn.Linear for layer in layers) and called_inside(*layers)
 
 
 def feed_forwards_in_rows(model: nn.Module) -> None:
@@ -122,8 +126,9 @@ def feed_forwards_in_rows(model: nn.Module) -> None:
             layers = {
                 name: one for name, one in block.named_modules() if any(True for _ in one.parameters(recurse=False))
             }
-            plain = all(type(layer) is nn.Linear for layer in layers.values())
-            if plain and all(_rows_alone(one.in_features, min(one.out_features, _ASKED)) for one in layers.values()):
+            if _plain(*layers.values()) and all(
+                _rows_alone(one.in_features, min(one.out_features, _ASKED)) for one in layers.values()
+            ):
                 block.forward = partial(_some_rows, block, tuple(layers), block.forward)
 
 
@@ -132,9 +137,8 @@ def _some_rows(
 ) -> Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1])
     parts = len(rows) // BF16_ROWS
-    layers = [block.get_submodule(name) for name in names]  # others may have come in their place
-    own = all(type(layer) is nn.Linear and isinstance(layer.forward, MethodType) for layer in layers)  # as above
-    if parts < 2 or not own or args or kwargs or inputs.dtype != torch.bfloat16:
+    layers = (block.get_submodule(name) for name in names)  # others may have come in their place
+    if parts < 2 or not _plain(*layers) or args or kwargs or inputs.dtype != torch.bfloat16:
         return forward(inputs, *args, **kwargs)
     found = torch.cat([forward(some[None])[0] for some in rows.tensor_split(parts)])
     return found.view(*inputs.shape[:-1], -1)

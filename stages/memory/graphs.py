@@ -88,9 +88,9 @@ class Captures:
             if made is None:
                 self._room = False
                 self.clear()
-                return None
-            self._known[key] = made
-        return self._known[key] if self._room else None
+            else:
+                self._known[key] = made
+        return self._known.get(key)
 
     def _record(
         self, call: Callable[..., Tensor], inputs: list[Tensor], prepare: Callable[[], None]

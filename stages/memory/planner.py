@@ -15,7 +15,6 @@ from stages.plans import ModelPlan
 MARGIN = 0.015  # of the budget, left free: what the profile cannot see
 READ_RATE = 1.0e9  # bytes a second from a common SSD; only ranks plans
 PINNED_RATE = 5.2e10  # bytes a second between a GPU and pinned memory (an H200)
-CHUNK = 32 << 20  # bytes of a prepared copy that are made at a time, but for a larger tensor
 COPY_RATE = 6.0e9  # bytes a second out of the page cache, on a core that could compute
 # Bytes a second of what units give and of what is made between them, of the whole group: it lies in new pages, and no
 # lanes share its operations. Of Z-Image's feed-forwards, cut into leaves and whole (``benchmarks streaming z_image``).
@@ -250,6 +249,7 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
             cut.nbytes[a] + cut.nbytes[b] for a, b in zip(cut.order, (*cut.order[1:], cut.order[0]), strict=True)
         )
         more = (3 * cut.largest, 4 * cut.largest) if stage.start_seconds else ()
+        moved = total * (2 * cut.parked_bytes / PINNED_RATE + cut.given / stage.given_rate)
         for ring in dict.fromkeys((cut.largest, pair, 2 * cut.largest, *more)):
             for group in _groups(model):
                 rounds, rest = divmod(total, group)  # the last round has what is left
@@ -258,7 +258,6 @@ def choices(model: ModelProfile, stage: StageProfile, runner: int) -> Iterator[C
                 seconds += pass_seconds(cut, rest, ring, *rates) if rest else 0.0
                 starts = (rounds + bool(rest)) * stage.start_seconds
                 cached = starts + total * again(cut)
-                moved = total * (2 * cut.parked_bytes / PINNED_RATE + cut.given / stage.given_rate)
                 yield Choice(
                     model=ModelPlan(
                         resident=kept,

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from stages.memory.layout import Layout, Slot
-from stages.memory.planner import CHUNK
 from stages.memory.source import WeightSource, advise
 from stages.memory.tensors import pread_into
+from stages.plans import CHUNK
 
 PIECE = 1 << 20  # bytes that have a digest of their own
 DIGEST = 16  # bytes of one

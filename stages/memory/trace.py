@@ -143,7 +143,8 @@ class _Follower(TorchDispatchMode):
             if key not in self._known and key not in self._weights:
                 self._known[key] = storage
                 self.live += storage.nbytes()
-                self.trace.given += 0 if self.unit else storage.nbytes()
+                if not self.unit:
+                    self.trace.given += storage.nbytes()
                 self._followed[key] = weakref.finalize(storage, self._gone, storage.nbytes())
         elif isinstance(value, list | tuple):
             for item in value:

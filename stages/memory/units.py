@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import MethodType
 
 from torch import nn
 
@@ -56,6 +57,12 @@ class Unit:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+
+def called_inside(*modules: nn.Module) -> bool:
+    """Whether modules run as parts of what calls them, however often. One that is a unit of its own has another
+    ``forward`` in the place of its class's: it is called once a pass, with all samples."""
+    return all(isinstance(module.forward, MethodType) for module in modules)
 
 
 def within(units: Iterable[Unit], network: nn.Module) -> list[Unit]:

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from stages.config import ConfigError, close_match, dtype_of_component, on_gpu
 from stages.families.facts import facts_of
-from stages.memory.planner import CHUNK, Line
+from stages.memory.planner import Line
+from stages.plans import CHUNK
 from stages.techniques.base import SAMPLING, Technique, denoises
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -93,16 +94,21 @@ class StepCache(Technique):
     def on_model(self, network: nn.Module, component: str) -> None:
         part, last = self._cut(network)
         whole: Any = network.forward
-        given: list[Tensor] = []  # by the deep layers
-        last.register_forward_hook(lambda module, inputs, output: given.append(_first(output)))
-        part.mid_block.forward = lambda *_: given.pop()
+        given = threading.local()  # what the deep layers gave: samples may go through the network side by side
+
+        def take() -> Tensor:
+            features, given.features = given.features, None
+            return features
+
+        last.register_forward_hook(lambda module, inputs, output: setattr(given, "features", _first(output)))
+        part.mid_block.forward = lambda *_: take()
 
         def forward(*, deep_features: Tensor | None = None, **inputs: Any) -> Any:
+            given.features = deep_features  # and nothing of a pass that did not come to its end
             if deep_features is not None:
-                given.append(deep_features)
                 return part(**inputs)
             (sample,) = whole(**inputs)
-            return ((sample, given.pop()),)
+            return ((sample, take()),)
 
         network.forward = forward
 

@@ -16,10 +16,10 @@ from stages.config import ConfigError
 from stages.families.opening import built, open_checkpoint
 from stages.families.sd import FAMILY
 from stages.int8 import Int8, Int8Conv2d, Int8Linear, exact
-from stages.memory.planner import CHUNK, Cut, Line, ModelProfile
+from stages.memory.planner import Cut, Line, ModelProfile
 from stages.memory.tensors import read_tensors
 from stages.models.loading import Built, source
-from stages.plans import ModelPlan, StagePlan
+from stages.plans import CHUNK, ModelPlan, StagePlan
 from stages.techniques import quantize, techniques_of
 
 KEY = "technique.quantize"

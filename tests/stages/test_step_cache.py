@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, get_ident
+from time import sleep
 from typing import Any
 from unittest.mock import patch
 
@@ -79,6 +82,29 @@ def test_what_is_deep_is_taken_from_an_earlier_pass(work: Work) -> None:
     assert shares == sorted(set(shares)) and shares[0] < 0.1 * sum(p.numel() for p in stock.parameters())
     with pytest.raises(ConfigError, match=rf"{DEPTH}: got {count}, expected at most {count - 1}"):
         StepCache(work.config({**ON, DEPTH: count})).on_model(unet(work), "unet")
+
+
+def test_samples_that_go_side_by_side_keep_their_own_features(work: Work) -> None:
+    """As in lanes, where all weights stay: both deep layers have given theirs before either pass goes on."""
+    network = unet(work)
+    StepCache(work.config(ON)).on_model(network, "unet")
+    expected = [network(**inputs(seed))[0] for seed in (0, 1)]
+    met, arrived = Barrier(2, timeout=60), []
+
+    def wait(*_: Any) -> None:
+        arrived.append(get_ident())
+        met.wait()
+        if arrived[-1] == get_ident():
+            sleep(0.2)  # the one that gave its features first goes on first
+
+    network.conv_out.register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as lanes:
+        found = list(lanes.map(lambda given: network(**given)[0], [inputs(0), inputs(1)]))
+        again = [{**inputs(1 - number), "deep_features": found[number][1]} for number in (0, 1)]
+        others = list(lanes.map(lambda given: network(**given)[0], again))
+    for (sample, features), (stock, own) in zip(found, expected, strict=True):
+        assert torch.equal(sample, stock) and torch.equal(features, own)
+    assert not torch.equal(*others)
 
 
 LOOKED: dict[Path, StageProfile] = {}
