@@ -115,10 +115,11 @@ def diffusers_fp32(spec: dict[str, Any]) -> Iterator[Step]:
 
 @contextmanager
 def openvino_resident(spec: dict[str, Any]) -> Iterator[Step]:
-    """All of it in OpenVINO, in bf16 or, by NNCF, in integers."""
+    """All of it in OpenVINO, in floats of ``dtype`` or, by NNCF, in integers."""
     from benchmarks._openvino_resident import resident
 
-    forward = resident(spec["checkpoint"], spec["scratch"], spec["way"].rpartition(" ")[2])
+    precision = "f32" if spec["dtype"] == "fp32" else "bf16"
+    forward = resident(spec["checkpoint"], spec["scratch"], spec["way"].rpartition(" ")[2], precision)
     network = stock(spec, torch_dtype=work_of(spec).dtype).to("meta")
     network.forward = forward
     yield plainly(spec, network)
@@ -166,7 +167,7 @@ WAYS = {
     "streamed openvino": ours,
     "streamed int8 openvino": ours,
     "diffusers fp32": diffusers_fp32,
-    "openvino bf16": openvino_resident,
+    "openvino floats": openvino_resident,
     "openvino int8": openvino_resident,
     "accelerate disk": accelerate_disk,
     "group offload": group_offload,

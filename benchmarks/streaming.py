@@ -5,7 +5,7 @@
     python -m benchmarks.streaming flux --layers transformer=4 --ways streamed,resident    # another family, few blocks
 
 ``resident`` is torch by itself, ``resident in lanes`` what it does with samples side by side, as we stream.
-``openvino bf16`` and ``openvino int8`` are OpenVINO itself, resident; converting takes minutes: asked for by name.
+``openvino floats`` and ``openvino int8`` are OpenVINO itself, resident; converting takes minutes: asked for by name.
 Every way has a process of its own with the environment that ``runner.py`` gives its stages. Steps of all take turns but
 for those that offload, so that other load on the machine meets them alike. ``life`` is the process from its start to
 the end of its first step: imports, loading, and (streamed) the packed copy of the weights, made anew.

@@ -116,6 +116,18 @@ def wanted(
         return None
 
 
+@cache
+def taken(blocks: Blocks, shape: tuple[int, ...], image: tuple[int, int], threads: int) -> bool:
+    """Whether oneDNN takes a weight of integers ``shape`` ``[O, I, 1, 1]`` as it lies in ``blocks`` for samples of
+    ``image`` ``[h, w]``, ``threads`` of which compute; else it lays it out anew in every call, in thirty times what the
+    product takes. What it wants depends on the number of rows: where there are few, and for some among the many."""
+    weight = torch.empty(shape, dtype=torch.int8)  # whatever is there: pages that nothing wrote to take no memory
+    sample = [1, shape[1], *image]
+    with torch.no_grad():
+        made = torch.ops.onednn.qconv_prepack(weight, torch.ones(shape[0]), 1.0, 0, (1, 1), (0, 0), [1, 1], 1, sample)
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(made).tolist()) == _described(blocks, shape)
+
+
 def _asked(
     shape: tuple[int, ...], padding: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
 ) -> Blocks | None:

@@ -114,12 +114,16 @@ class Int8Conv2d(Int8):
             )
         ]
         result = inputs.new_empty((len(inputs), *size, self.out_channels))
-        samples = inputs.permute(0, 2, 3, 1)
+        samples, alone = inputs.permute(0, 2, 3, 1), self.kernel_size == self.stride == (1, 1) and not any(self.padding)
+        if self.blocks and alone:
+            rows = (int8_blocks.rows_of(Scaled(one.reshape(-1, self.in_channels))) for one in samples)
+            int8_blocks.multiply(self, rows, result.view(len(inputs), -1, self.out_channels))
+            return result.permute(0, 3, 1, 2)
         if self.blocks:
             int8_blocks.convolve(self, (int8_blocks.image_of(Scaled(one), self.padding) for one in samples), result)
             return result.permute(0, 3, 1, 2)
         for sample, target in zip(samples, result, strict=True):
-            if self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
+            if alone:
                 _product(self, Scaled(sample.reshape(-1, self.in_channels)), target.view(-1, self.out_channels))
             else:
                 _product(self, Windows(sample, self), target.view(-1, self.out_channels), size[1])

@@ -11,23 +11,25 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stages.blocked import Blocks, alias, wanted
+from stages.blocked import Blocks, alias, taken, wanted
 from stages.memory.trace import count
 
 FASTER = 2.0  # than products in float32, measured with what stands around them (``python -m benchmarks integers``)
 LEAST = 320  # numbers of a window or row: with fewer, what stands around a product takes what it gains
-ROWS = 512  # of a linear layer at a time, at least: with more, kernels of wide layers are nine times as slow
+ROWS = 512  # of a linear layer at a time, where they make as many results as ``RESULTS`` or more
 RESULTS = 1 << 19  # numbers of a part's result at a time, where more rows than ``ROWS`` make no more of them
+FEWER = (1024, 512, 384, 256, 128, 64)  # rows at a time, where oneDNN wants the weight otherwise for more
 UNSIGNED = 128  # what is added to an integer of a sample
 _OUTPUTS, _INPUTS = 1280, 640  # of a layer that oneDNN is asked about, at most
 _WIDE = 32  # rows of a linear layer that are one row of the image
+_NUMBERS = 1 << 24  # of a weight that oneDNN is asked about, at most
 
 
 def blocks_of(shape: Sequence[int], stride: Sequence[int]) -> Blocks | None:
@@ -96,19 +98,48 @@ def multiply(layer: Any, samples: Iterable[Integers], results: Tensor, *, gates:
     outputs = len(layer.weight)
     ends = (0, outputs // 2, outputs) if gates else (0, outputs)
     parts = [_Part(layer, first, last) for first, last in pairwise(ends)]
-    step = max(1, RESULTS // ends[1] // ROWS) * ROWS
+    most = max(1, RESULTS // ends[1] // ROWS) * ROWS
+    asked = (ends[1], layer.weight.shape[1])
     for sample, result in zip(samples, results, strict=True):
-        biases = [part.bias(sample) for part in parts]
-        for first in range(0, len(result), step):
-            some, target = sample.numbers[first : first + step], result[first : first + step]
-            wide = _WIDE if len(some) % _WIDE == 0 else 1
-            image = some.view(-1, wide, some.shape[-1])
+        biases, first = [part.bias(sample) for part in parts], 0
+        for own, rows in _turns(layer.blocks, *asked, len(result), most, known=not result.is_meta):
+            some, target = sample.numbers[first : first + own], result[first : first + own]
+            first += own
+            some = some if rows == own else torch.cat([some, some.new_zeros(rows - own, some.shape[1])])
+            image = some.view(*_image(rows), -1)
             how = sample.scale, image.shape[:2], result.dtype
-            made = [part(image, bias, *how).reshape(len(some), -1) for part, bias in zip(parts, biases, strict=True)]
+            made = [part(image, bias, *how).view(rows, -1)[:own] for part, bias in zip(parts, biases, strict=True)]
             if gates:
                 torch.mul(made[0], torch.ops.aten.gelu.out(made[1], out=made[1]), out=target)
             else:
                 target.copy_(made[0])
+
+
+def _turns(
+    blocks: Blocks, outputs: int, inputs: int, rows: int, most: int, *, known: bool = True
+) -> Iterator[tuple[int, int]]:
+    """Of ``rows`` in products of ``most`` at a time: (those of a product, those of its image, which may have more), so
+    that oneDNN takes a weight ``[outputs, inputs]`` as it lies. Not ``known``: as if it always did."""
+    while outputs * inputs > _NUMBERS and outputs % 2 == 0:
+        outputs //= 2
+    threads = torch.get_num_threads()
+
+    def fits(size: int) -> bool:
+        return not known or taken(blocks, (outputs, inputs, 1, 1), _image(size), threads)
+
+    while rows:
+        wished = min(rows, most)
+        fewer = [size for size in (wished, *FEWER) if size <= wished]
+        more = [size for size in reversed(FEWER) if size > wished]
+        size = next(filter(fits, (*fewer, *more)), wished)
+        yield min(size, rows), size
+        rows -= min(size, rows)
+
+
+def _image(rows: int) -> tuple[int, int]:
+    """Height and width of so many rows as an image."""
+    wide = _WIDE if rows % _WIDE == 0 else 1
+    return rows // wide, wide
 
 
 class _Part:

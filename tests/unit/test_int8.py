@@ -9,9 +9,10 @@ import torch
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from stages.blocked import blocked
+from stages import int8_blocks
+from stages.blocked import blocked, taken
 from stages.int8 import LEVELS, Int8Conv2d, Int8Linear, Scaled, exact, gated, quantised, share
-from stages.int8_blocks import UNSIGNED
+from stages.int8_blocks import FEWER, UNSIGNED
 from stages.techniques.quantize import Quantize
 
 pytestmark = pytest.mark.skipif(not exact(), reason="no 8-bit dot products")
@@ -257,3 +258,43 @@ def test_a_gated_layer_of_samples_one_by_one_gives_the_same_numbers() -> None:
     calls, product = [], last.forward
     last.forward = lambda given: calls.append(len(given)) or product(given)  # as if it were a unit of its own
     assert torch.equal(gated(inputs), whole(inputs)) and calls[0] == 3, "it is called once"
+
+
+@pytest.mark.parametrize("rows", [1, 16, 77, 300, 512, 1100])
+@pytest.mark.parametrize("layer", [nn.Linear(2560, 64), nn.Conv2d(2560, 64, 1)], ids=["linear", "1x1"])
+@torch.inference_mode()
+def test_every_number_of_rows(layer: nn.Module, rows: int) -> None:
+    """OneDNN wants weights otherwise for some: rows are split, or filled up, and the numbers are the same."""
+    torch.manual_seed(0)
+    made, plain = filled(layer), filled(layer)
+    if made.blocks is None:
+        pytest.skip("oneDNN wants no blocks here")
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    plain.blocks, plain.weight = None, nn.Parameter(quantised(layer.weight.detach(), torch.float32)["weight"], False)
+    sample = torch.randn(1, rows, 2560) + 0.3 if isinstance(layer, nn.Linear) else torch.randn(1, 2560, 1, rows) + 0.3
+    expected, found = reference(layer, plain, sample), made(sample)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-3
+
+
+def test_products_take_the_weight_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turns that give each row once, of which oneDNN lays no weight out anew where some would do."""
+    made = filled(nn.Linear(2560, 640))
+    if made.blocks is None:
+        pytest.skip("oneDNN wants no blocks here")
+    for rows in (1, 16, 77, 300, 512, 1100, 4096):
+        turns = list(int8_blocks._turns(made.blocks, 640, 2560, rows, 512))
+        assert sum(count for count, _ in turns) == rows and all(count <= size for count, size in turns)
+
+        def lies(size: int) -> bool:
+            return taken(made.blocks, (640, 2560, 1, 1), int8_blocks._image(size), torch.get_num_threads())
+
+        if any(map(lies, FEWER)):
+            assert all(lies(size) for _, size in turns)
+
+    def few(blocks: Any, shape: Any, image: tuple[int, int], threads: int) -> bool:
+        return image[0] * image[1] == 128
+
+    monkeypatch.setattr(int8_blocks, "taken", few)
+    assert list(int8_blocks._turns(made.blocks, 640, 2560, 300, 512)) == [(128, 128), (128, 128), (44, 128)]
+    monkeypatch.setattr(int8_blocks, "taken", lambda *_: False)
+    assert list(int8_blocks._turns(made.blocks, 640, 2560, 300, 256)) == [(256, 256), (44, 44)]

@@ -71,9 +71,12 @@ def peak(built: Built, call: Callable[[nn.Module], Any], micro_batch: int = 0) -
 
 
 def test_activations_of_one_pass_of_the_unet(config: Any) -> None:
-    """One pair of 64x64 latents: on the way up a residual block takes 960 channels. A gated layer, 8 x 320 wide for
-    2 x 64 x 64 tokens, would hold 115.9 MB, did it take all of its rows at once."""
-    assert denoiser_peak(opened("unet", config), config) == pytest.approx(in_rows(73.95), rel=0.005)
+    """One pair of 64x64 latents: on the way up a residual block takes 960 channels, and holds most where convolutions
+    in bf16 take weights in blocks; elsewhere attention does. A gated layer, 8 x 320 wide for 2 x 64 x 64 tokens, would
+    hold 115.9 MB, did it take all of its rows at once."""
+    built = opened("unet", config)
+    most = 73.95 if hasattr(built.network.get_submodule("up_blocks.3.resnets.0.conv1"), "block") else 68.90
+    assert denoiser_peak(built, config) == pytest.approx(in_rows(most), rel=0.005)
 
 
 def in_rows(found: float) -> float:

@@ -120,7 +120,7 @@ def test_commands_of_the_command_line(toy):
 
 def test_what_a_kill_leaves_is_its_run_s(toy):
     killed = toy.start("run=x", "prompt=a", TOY_SLOW="0.5")
-    while not list(toy.output_dir.glob(".store/*/*")):
+    while not survey.results(toy.output_dir):
         time.sleep(0.02)
         assert killed.poll() is None
     time.sleep(0.3)
