@@ -1,5 +1,7 @@
 """Phase 2: text encoder and UNet together, on latents made on the fly; and sampling."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from .source import Ring, Source
 DROP = 0.10  # share of captions replaced by the empty one, for guidance
 WHOLE_ONLY = 600  # from this timestep on every picture is a whole scene: layouts are learned from whole scenes alone
 CROPS = 0.4  # share of groups that are crops
-SNR_HALF = 10.0  # signal-to-noise ratio at which an error in v counts half
-LEAST_WEIGHT = 0.35  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
+SNR_HALF = 40.0  # signal-to-noise ratio at which an error in v counts half
+LEAST_WEIGHT = 0.5  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
 OFFSET_NOISE = 0.04
 
 
@@ -79,10 +81,13 @@ def train_denoiser(
     render_every: int,
     finish: bool,
     compiled: bool,
+    keep: Callable[[], None],
+    keep_every: float,
 ) -> None:
     """Train until the phase's budget is used.
 
-    fill: groups rendered before the first step; then one more group every ``render_every`` steps.
+    fill: groups rendered before the first step; then one more group every ``render_every`` steps. keep: called every
+    ``keep_every`` seconds, so that a machine that is lost does not take all with it.
     """
     unet, text = trainee.modules["unet"].train(), trainee.modules["text_encoder"].train()
     device, generator = trainee.device, latents.source.generator
@@ -109,13 +114,16 @@ def train_denoiser(
     if compiled:  # before the clock of the phase starts
         losses()[0].backward()
         trainee.forget()
-    phase = Phase(clock, "denoiser", finish=finish)
+    phase, due = Phase(clock, "denoiser", finish=finish), time.monotonic() + keep_every
     while phase.go():
         if phase.steps % render_every == 0:
             latents.grow()
         loss, v_mse = losses()
         trainee.step(loss, phase.lr(peak_lr, warmup=300))
         phase.tick(batch, loss=loss.detach(), v_mse=v_mse)
+        if time.monotonic() > due:
+            keep()
+            due = time.monotonic() + keep_every
     unet.eval()
     text.eval()
 

@@ -14,8 +14,9 @@ class Settings:
     """Seconds of each phase in all; stop_after: seconds of this command; reserve: kept of it for figures and files.
 
     phase: the one to train, or ``all``. finish: its budget ends with this command. parts: folder that gets the files
-    of the phases that ran. text: diffusers folder of a text encoder to begin with. anchor: one of an autoencoder of
-    fewer channels or as many, whose latents the first channels keep. Batches, pools and groups: those of one process.
+    of the phases that ran. keep_every: seconds after which the denoiser is written while it learns. text: diffusers
+    folder of a text encoder to begin with. anchor: one of an autoencoder of fewer channels or as many, whose latents
+    the first channels keep. Batches, pools and groups: those of one process.
     """
 
     out: Path
@@ -48,6 +49,7 @@ class Settings:
     pool: int = 262144
     fill: int = 64
     render_every: int = 6
+    keep_every: float = 240.0
     sheet: int = 16
     sheet_columns: int = 2
     sample_steps: int = 25
@@ -103,7 +105,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[Sett
             f"--{name}-minutes", type=float, default=minutes, help="of the phase, all commands together"
         )
     numbers = ("seed", "batch", "vae_batch", "groups", "per_group", "pictures", "pool", "fill", "render_every")
-    for name in (*numbers, "lr", "vae_lr", "texture", "reserve"):
+    for name in (*numbers, "lr", "vae_lr", "texture", "reserve", "keep_every"):
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args(argv))

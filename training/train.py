@@ -79,7 +79,7 @@ class Training:
         self.trainees = {}
         for name, modules in parts.items():
             placed = {k: m.to(self.device, memory_format=torch.channels_last) for k, m in modules.items()}
-            decay = {"vae": 0.998, "denoiser": 0.9995, "classifier": 0.998}[name]
+            decay = {"vae": 0.998, "denoiser": 0.999, "classifier": 0.998}[name]
             self.trainees[name] = Trainee(placed, device=self.device, decay=decay)
         self.figures: dict = {"tiny": o.tiny, "scaling_factor": 1.0}
         elapsed = self._resume() if o.resume else {}
@@ -157,7 +157,8 @@ class Training:
         if self._due("denoiser", "vae"):
             scale = self.figures["scaling_factor"]
             denoiser, latents = self.trainees["denoiser"], LatentSource(source, self.fast_vae(), scale, o.pool)
-            train_denoiser(clock, denoiser, latents, library, batch=o.batch, peak_lr=o.lr, **common)
+            own = {"batch": o.batch, "peak_lr": o.lr, "keep": self.save, "keep_every": o.keep_every}
+            train_denoiser(clock, denoiser, latents, library, **own, **common)
             self.save()
             if not rank():
                 scenes = LatentSource(self._held_out(held), self.fast_vae(), scale, 1)

@@ -1,9 +1,11 @@
-"""More latent channels for a trained model: ``python -m training.widen FOLDER DIR`` writes flat files to go on from.
+"""More latent channels and layers for a trained model: ``python -m training.widen FOLDER DIR`` writes flat files to go
+on from.
 
-FOLDER is a diffusers folder whose autoencoder has fewer channels than ``models.LATENT_CHANNELS``; one of as many is
-written as it is, to go on from. The wider networks begin as the ones that were trained: the first channels mean what
-they meant, the denoiser sees and says nothing of the new ones. ``training.train --anchor FOLDER/vae`` then keeps the
-first channels there while the others learn.
+FOLDER is a diffusers folder whose autoencoder has fewer channels than ``models.LATENT_CHANNELS``, or whose denoiser has
+fewer layers than ``models.LAYERS``; what has as many is written as it is, to go on from. The larger networks begin as
+the ones that were trained: the first channels mean what they meant, the denoiser sees and says nothing of the new ones,
+and its new layers change nothing (``training.deepen``). ``training.train --anchor FOLDER/vae`` then keeps the first
+channels there while the others learn.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .deepen import begin_as_identities, deeper_names
 from .export import write_flat
 from .models import LATENT_CHANNELS, make_unet, make_vae, parameter_count
 from .source import Source
@@ -55,10 +58,13 @@ def widen_vae(wide: Any, trained: Any) -> None:
 
 @torch.no_grad()
 def widen_unet(wide: Any, trained: Any) -> None:
-    """Weights of ``trained``, a UNet2DConditionModel, into ``wide``: new channels are not read, and said to be 0."""
+    """Weights of ``trained``, a UNet2DConditionModel, into ``wide``: new channels are not read, and said to be 0; new
+    layers change nothing."""
+    names = deeper_names(trained, wide)
+    begin_as_identities(wide, set(names.values()))
     few, state = trained.config.in_channels, wide.state_dict()
     for name, value in trained.state_dict().items():
-        into = state[name]
+        into = state[names[name]]
         if into.shape == value.shape:
             into.copy_(value)
             continue

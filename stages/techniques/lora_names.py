@@ -61,8 +61,11 @@ def _ldm(names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
 
     ending, found = ".lora_down.weight", {}
     keys: dict[str, Any] = {f"lora_unet_{flat(name)}{ending}": name for name in names}
+    layers = config.get("layers_per_block", 2)
+    if not isinstance(layers, int):  # a number for each level: no original layout counts so
+        return {}
     try:
-        described = SimpleNamespace(layers_per_block=config.get("layers_per_block", 2))
+        described = SimpleNamespace(layers_per_block=layers)
         keys = lora_conversion_utils._maybe_map_sgm_blocks_to_diffusers(keys, described)
     except (ValueError, IndexError):  # names of another layout
         return {}

@@ -104,6 +104,8 @@ def test_names_of_all_layouts_fall_on_the_same_modules() -> None:
         assert {place(name, facts)[0] for name in names} == {"unet"}
         found = targets(rests, "UNet2DConditionModel", {"layers_per_block": 2}, stock)
         assert [found.get(rest) for rest in rests] == [(name,) for name in stock]
+        found = targets(rests, "UNet2DConditionModel", {"layers_per_block": [2, 3, 1]}, stock)  # no original has such
+        assert all(found.get(rest, (name,)) == (name,) for rest, name in zip(rests, stock, strict=True))
     old = "text_model.encoder.layers.0.self_attn.to_out"  # as diffusers once wrote it
     assert targets([old], "CLIPTextModel", {}, ["encoder.layers.0.self_attn.out_proj"]) == {
         old: ("encoder.layers.0.self_attn.out_proj",)

@@ -26,7 +26,7 @@ def test_what_ships_predicts_what_the_stock_network_does() -> None:
         stock = unet(*inputs).sample
         mounted(MODEL / "linfusion")(unet)
         linear = unet(*inputs).sample
-    assert len(published(MODEL / "linfusion")) == 7
+    assert len(published(MODEL / "linfusion")) == 11
     assert 0 < (linear - stock).square().mean() / stock.square().mean() < 0.01
 
 
@@ -70,4 +70,4 @@ def test_the_whole_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) ->
     small = "--device cpu --minutes 0.05 --batch 2 --groups 2 --per-group 2 --fill 2 --pool 8 --size 64"
     main(["--out", str(tmp_path), *small.split()])
     assert "error of predictions" in capsys.readouterr().out
-    assert len(published(tmp_path)) == 7
+    assert len(published(tmp_path)) == 11

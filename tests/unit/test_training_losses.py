@@ -22,7 +22,7 @@ def test_crops_are_never_noised_beyond_what_layouts_are_learned_from() -> None:
 
 def test_no_noise_level_is_neglected() -> None:
     weights = loss_weight(make_scheduler().alphas_cumprod)
-    assert weights[-1] > 0.99 and weights.min() == torch.tensor(0.35)
+    assert weights[-1] > 0.99 and weights.min() == torch.tensor(0.5)
     assert (weights.diff() >= 0).all()
 
 

@@ -1,4 +1,4 @@
-"""More latent channels: the wider networks begin as those that were trained; captions name a sun that shows."""
+"""More latent channels and layers: larger networks begin as those that were trained; captions name a sun that shows."""
 
 import subprocess
 import sys
@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from training.autoencoder import _loss
+from training.deepen import deeper_names
 from training.export import read_flat
 from training.library import Library, without_body
-from training.models import LATENT_CHANNELS, make_unet, make_vae
+from training.models import LATENT_CHANNELS, make_unet, make_vae, parameter_count
 from training.scenes import MATERIALS
 from training.source import Source
 from training.specs import Spec
@@ -93,15 +94,46 @@ def test_a_wide_denoiser_begins_as_the_narrow_one() -> None:
     assert said[:, FEW:].abs().max() == 0
 
 
+@pytest.mark.parametrize(("few", "many"), [((1, 1, 1), (2, 3, 1)), ((2, 1, 2), (3, 3, 4))])
+def test_a_deeper_denoiser_begins_as_the_one_that_was_trained_and_all_of_it_learns(few: Any, many: Any) -> None:
+    torch.manual_seed(0)
+    trained, deep = make_unet(tiny=True, layers=few).eval(), make_unet(tiny=True, layers=many).eval()
+    for module in (trained, deep):  # biases too, which begin at 0
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(module.parameters()) + 0.02 * torch.randn(parameter_count(module)),
+            module.parameters(),
+        )
+    widen_unet(deep, trained)
+    inputs = torch.randn(2, LATENT_CHANNELS, 8, 8), torch.tensor([500, 30]), torch.randn(2, 77, 160)
+    said = deep(*inputs).sample
+    torch.testing.assert_close(said, trained(*inputs).sample, rtol=1e-5, atol=1e-6)
+    names = deeper_names(trained, deep)
+    assert len(set(names.values())) == len(names)
+    optimizer = torch.optim.SGD(deep.parameters(), lr=0.1)
+    for _ in range(2):  # what lies before a weight of zero learns from the second step on
+        optimizer.zero_grad()
+        deep(*inputs).sample.square().mean().backward()
+        optimizer.step()
+    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in deep.parameters())
+
+
+def test_a_denoiser_with_more_layers_is_refused() -> None:
+    deep, fewer = make_unet(tiny=True, layers=(2, 1, 1)), make_unet(tiny=True, layers=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"layers of the UNet: got \[2, 1, 1\], expected \[1, 1, 1\] or fewer"):
+        widen_unet(fewer, deep)
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_model_of_all_channels_as_it_is_for_training_to_resume(tmp_path: Path) -> None:
     model = ROOT / "models" / "embedded"
     command = [sys.executable, "-m", "training.widen", str(model), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    written, ships = read_flat(tmp_path, "vae"), load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
-    assert written.keys() == ships.keys()
-    assert all(torch.equal(value, ships[name].float()) for name, value in written.items())
+    for part in ("vae", "unet"):
+        written = read_flat(tmp_path, part)
+        ships = {k: v for file in (model / part).glob("*.safetensors") for k, v in load_file(file).items()}
+        assert written.keys() == ships.keys()
+        assert all(torch.equal(value, ships[name].float()) for name, value in written.items())
     assert (tmp_path / "figures.json").is_file()
 
 
