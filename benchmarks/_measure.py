@@ -22,6 +22,7 @@ from stages.memory.monitor import descendants, peak_rss, usage
 
 RESULTS = ROOT / "outputs" / "benchmarks"
 PERIOD = 0.02  # seconds between two samples of the tree
+_INNER = "HIGHRES_BENCHMARK"  # set in the process that measures
 
 
 class Measured(NamedTuple):
@@ -99,6 +100,24 @@ def measure(
     seconds = time.monotonic() - begin
     output = b"".join(lines).decode("utf-8", "replace")
     return Measured(process.returncode, seconds, peak, own + others, output, asked)
+
+
+def stage_environment(device: str = "cpu", threads: int | None = None) -> dict[str, str]:
+    """What ``runner.py`` gives the process of a stage; ``threads``: as ``launch.threads``."""
+    from omegaconf import OmegaConf
+
+    from stages.workflow.launch.local import environment
+
+    return environment(OmegaConf.create({"device": device, "launch": {"threads": threads}}))
+
+
+def in_stage_environment(measured: Callable[[], int], name: str, threads: int | None = None) -> int:
+    """The exit code of ``measured()``, called by the benchmark ``name``'s own command in a process that has it."""
+    if _INNER in os.environ:
+        return measured()
+    command = [sys.executable, "-m", "benchmarks", name, *sys.argv[1:]]
+    own = stage_environment(threads=threads) | {"TQDM_DISABLE": "1", _INNER: name}
+    return subprocess.run(command, cwd=ROOT, env=own).returncode
 
 
 def _highest(pids: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 SHAPES = {"sample": (2, 4, 64, 64), "timestep": (), "encoder_hidden_states": (2, 77, 768)}  # a guided tile
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's words for a dtype
 
 
 class Plain(nn.Module):
@@ -52,14 +53,13 @@ def drawn(timestep: float) -> tuple[Tensor, ...]:
     return torch.randn(first), torch.tensor(timestep), torch.randn(last)
 
 
-def resident(checkpoint: str, scratch: str, way: str, precision: str) -> Callable[..., tuple[Tensor]]:
-    """A pass of the UNet in ``precision`` (``bf16`` or ``f32``), layers in integers where ``way`` is int8, called as
-    diffusers' own."""
+def resident(checkpoint: str, scratch: str, way: str, dtype: str) -> Callable[..., tuple[Tensor]]:
+    """A pass of the UNet in ``dtype``, layers in integers where ``way`` is int8, called as diffusers' own."""
     import openvino
 
     file = Path(scratch) / f"openvino-{way}.xml"
     subprocess.run([sys.executable, "-m", __name__, checkpoint, str(file), way], check=True, stdout=sys.stderr)
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[dtype]}
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = openvino.Core().compile_model(str(file), "CPU", {**options, **threads}).create_infer_request()
 

@@ -118,8 +118,7 @@ def openvino_resident(spec: dict[str, Any]) -> Iterator[Step]:
     """All of it in OpenVINO, in floats of ``dtype`` or, by NNCF, in integers."""
     from benchmarks._openvino_resident import resident
 
-    precision = "f32" if spec["dtype"] == "fp32" else "bf16"
-    forward = resident(spec["checkpoint"], spec["scratch"], spec["way"].rpartition(" ")[2], precision)
+    forward = resident(spec["checkpoint"], spec["scratch"], spec["way"].rpartition(" ")[2], spec["dtype"])
     network = stock(spec, torch_dtype=work_of(spec).dtype).to("meta")
     network.forward = forward
     yield plainly(spec, network)

@@ -9,14 +9,13 @@ Stock diffusers with resident weights in the environment of a stage; ways take t
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks._measure import finish, parser, table
+from benchmarks._measure import finish, in_stage_environment, parser, table
 from stages.config import ROOT
 
 
@@ -27,15 +26,7 @@ def main() -> int:
     options.add_argument("--samples", type=int, default=16, help="that each way takes in a turn")
     options.add_argument("--repeats", type=int, default=3)
     given = options.parse_args()
-    if "HIGHRES_LANES" in os.environ:
-        return measured(given)
-    from omegaconf import OmegaConf
-
-    from stages.workflow.launch.local import environment
-
-    own = environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}}))
-    command = [sys.executable, "-m", "benchmarks", "lanes", *sys.argv[1:]]
-    return subprocess.run(command, cwd=ROOT, env=own | {"HIGHRES_LANES": "1"}).returncode
+    return in_stage_environment(partial(measured, given), "lanes")
 
 
 def measured(given: Any) -> int:

@@ -26,10 +26,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from benchmarks._checkpoint_configs import KINDS
-from benchmarks._measure import RESULTS, checkpoint, finish, mb, parser, runner, table, written
+from benchmarks._measure import RESULTS, checkpoint, finish, mb, parser, runner, stage_environment, table, written
 from benchmarks._worker import WAYS
 from stages.canvas.mixture import View
 from stages.canvas.weights import Weight
@@ -40,7 +39,6 @@ from stages.families.opening import open_checkpoint
 from stages.plans import StagePlan, stage_plans
 from stages.tiles import latent_grid
 from stages.workflow.cgroup import Cgroup, Unavailable
-from stages.workflow.launch.local import environment
 
 # what a way streams with, and how much of the resident step it may take
 SWITCHES = {
@@ -58,8 +56,7 @@ class Worker:
     def __init__(self, spec: dict[str, Any], group: Cgroup | None = None) -> None:
         self.way, self.steps, self.group = spec["way"], [], group
         command = [sys.executable, "-m", "benchmarks._worker", json.dumps(spec)]
-        given = environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}}))
-        given |= {"TQDM_DISABLE": "1"} | (group.environment if group else {})
+        given = stage_environment() | {"TQDM_DISABLE": "1"} | (group.environment if group else {})
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         begin = time.monotonic()
         self.process = subprocess.Popen(group.command(command) if group else command, cwd=ROOT, env=given, **pipes)

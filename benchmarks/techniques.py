@@ -28,14 +28,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr, scratch, slug
+from benchmarks._measure import RESULTS, checkpoint, finish, parser, psnr, scratch, slug, stage_environment
 from benchmarks._techniques_rows import ROWS, WORKS, Row
 from benchmarks._techniques_ways import PROMPT
 from stages.config import ROOT
 from stages.files import atomic_path
-from stages.workflow.launch.local import environment
 
 RUNS = 3  # plans that are made at once
 COLUMNS = ("allocated_mb", "reserved_mb", "smi_mb", "host_mb")
@@ -71,8 +68,7 @@ class Bench:
     def __init__(self, folder: Path, pictures: Path, checkpoint: Path, device: str, steps: int | None) -> None:
         self.folder, self.pictures, self.checkpoint = folder, pictures, checkpoint
         self.device, self._steps = device, steps
-        self._environment = environment(OmegaConf.create({"device": device, "launch": {"threads": None}}))
-        self._environment |= {"TQDM_DISABLE": "1"}
+        self._environment = stage_environment(device) | {"TQDM_DISABLE": "1"}
         self._longest = {"cuda": 120, "cpu": 3600}[device]  # seconds of a row
 
     def steps(self, row: Row) -> int:

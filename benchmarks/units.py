@@ -12,28 +12,24 @@ out again each time.
 from __future__ import annotations
 
 import io
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from benchmarks._measure import checkpoint, finish, mb, parser, table
-from stages.config import ROOT
+from benchmarks._measure import checkpoint, finish, in_stage_environment, mb, parser, table
+from benchmarks._openvino_resident import PRECISIONS
 
 REPEATS = 3
-INNER = "HIGHRES_UNITS"  # set in the process that measures
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
 
 @dataclass(kw_only=True)
@@ -57,13 +53,8 @@ def main() -> int:
     options.add_argument("--dtype", default="fp32", choices=PRECISIONS)
     options.add_argument("--side", type=int, default=64, help="latents of a tile")
     given = options.parse_args()
-    if INNER in os.environ:
-        return measured(checkpoint(given.checkpoint, "sd15"), given.dtype, given.side)
-    from stages.workflow.launch.local import environment
-
-    own = environment(OmegaConf.create({"device": "cpu", "launch": {"threads": 1}}))
-    command = [sys.executable, "-m", "benchmarks", "units", *sys.argv[1:]]
-    return subprocess.run(command, cwd=ROOT, env=own | {INNER: "1", "TQDM_DISABLE": "1"}).returncode
+    folder = checkpoint(given.checkpoint, "sd15")
+    return in_stage_environment(partial(measured, folder, given.dtype, given.side), "units", threads=1)
 
 
 def measured(folder: Path, dtype: str, side: int) -> int:

@@ -21,10 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from benchmarks._measure import RESULTS, checkpoint, finish, mb, measure, parser, psnr, runner, summary, table
-from stages.workflow.launch.local import environment
+from benchmarks._measure import (
+    RESULTS,
+    checkpoint,
+    finish,
+    mb,
+    measure,
+    parser,
+    psnr,
+    runner,
+    stage_environment,
+    summary,
+    table,
+)
 
 WHOLE = """
 import sys, time
@@ -89,11 +98,7 @@ class Disk:
 def whole(folder: Path, canvas: Path, picture: Path, dtype: str) -> dict[str, Any]:
     """The reference: stock diffusers, the whole canvas at once."""
     command = [sys.executable, "-c", WHOLE, str(folder / "vae"), str(canvas), str(picture), dtype]
-    given = {
-        k: v
-        for k, v in environment(OmegaConf.create({"device": "cpu", "launch": {"threads": None}})).items()
-        if k not in os.environ
-    }
+    given = {k: v for k, v in stage_environment().items() if k not in os.environ}
     done = measure(command, environment=given).check()
     seconds, attention = map(float, done.output.split("seconds")[-1].split()[:2])
     return {"mode": "whole", "seconds": seconds, "attention": attention, "peak": done.kernel_peak, "disk": 0}

@@ -41,9 +41,10 @@ COMPEL = 36_000_000  # bytes: the library that weighted prompts and long ones ar
 STITCH, STITCH_THREAD, STITCH_COLUMN = 50_000_000, 1_000_000, 8_000
 TINY = 115_000_000  # bytes: a tiny VAE of previews (TAESD), and what it decodes at a time (measured: 113 MB)
 LAUNCHER = 16_000_000  # bytes: the process that starts ranks
-# bytes: holes of activations in float32 in what is kept between units, twice as far apart as those of bf16; measured
-# where a stage keeps as much as its plan allows (1024x1024 pixels of full-size SD 1.5 took 23 MB more than planned)
-HOLES = 24_000_000
+# bytes: what a stage in float32 takes more than is planned where it keeps free memory between units up to its plan
+# (measured: 23 MB, full-size SD 1.5 at 1024x1024 pixels, 18 rounds). Six are buffers of products, by
+# ``benchmarks products``; the rest, as it seems, lies in holes of the heap that no activation fits in.
+KEPT_FP32 = 24_000_000
 
 
 class DoesNotFit(RuntimeError):
@@ -186,8 +187,8 @@ def _plan(chosen: Chosen, profile: StageProfile, stage: Stage, job: Job, store: 
         if on_gpu(config):
             plan = replace(plan, host=config.memory.host, device_budget=job.device_budget)
         else:
-            holes = HOLES if dtype_of_component(config, model.component) == "fp32" else 0
-            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.working - holes))
+            more = KEPT_FP32 if dtype_of_component(config, model.component) == "fp32" else 0
+            plan = replace(plan, trim_above=max(0, chosen.peak - runner - model.working - more))
         if model.placement:
             plan = replace(plan, placement=model.placement, limits=model.limits)
         models[model.component] = plan
