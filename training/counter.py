@@ -100,7 +100,7 @@ def main() -> None:
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--out", type=Path, default=WEIGHTS)
     given = options.parse_args()
-    from safetensors.torch import save_file
+    from .models import halves, save_halves
 
     if given.device == "cpu":
         torch.set_num_threads(1)  # as in training.finder
@@ -110,7 +110,7 @@ def main() -> None:
         return
     start = None if given.fresh else load_finder(WEIGHTS)
     model = train(given.seconds, start, seed=given.seed, task=task, pool=pool)
-    save_file({name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()}, given.out)
+    save_halves(halves(model), given.out)
 
 
 if __name__ == "__main__":

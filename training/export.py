@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from .models import make_text_encoder, make_unet, make_vae, save_folder
+from .models import halves, make_text_encoder, make_unet, make_vae, save_folder, save_halves
 
 PART_BYTES = 15_000_000  # of a flat file, so that each is small enough to be carried
 
@@ -22,8 +22,7 @@ def write_flat(folder: Path, name: str, module: nn.Module) -> None:
     """``<name>.safetensors`` in fp16, or ``<name>-0.safetensors`` and so on; each under a temporary name first."""
     groups: list[dict[str, torch.Tensor]] = [{}]
     room = PART_BYTES
-    for key, value in module.state_dict().items():
-        half = value.detach().to("cpu", torch.float16).contiguous()
+    for key, half in halves(module).items():
         if half.nbytes > room and groups[-1]:
             groups.append({})
             room = PART_BYTES
@@ -31,8 +30,7 @@ def write_flat(folder: Path, name: str, module: nn.Module) -> None:
         room -= half.nbytes
     for i, group in enumerate(groups):
         file = folder / (f"{name}-{i}.safetensors" if len(groups) > 1 else f"{name}.safetensors")
-        save_file(group, temporary := file.with_name(f".{file.name}"))
-        temporary.replace(file)
+        save_halves(group, file)
 
 
 def read_flat(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -260,10 +260,10 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=WEIGHTS)
     given = options.parse_args()
     torch.set_num_threads(1)  # pictures are small: threads would wait for one another more than they work
-    from safetensors.torch import save_file
+    from .models import halves, save_halves
 
     model = train(given.seconds, None if given.fresh else load_finder(), seed=given.seed)
-    save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, given.out)
+    save_halves(halves(model), given.out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .vocabulary import END, MAX_LENGTH, START, build
@@ -87,6 +88,18 @@ def make_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def halves(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Its weights in fp16, on the CPU."""
+    return {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in module.state_dict().items()}
+
+
+def save_halves(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """One file of weights, as diffusers opens it; under a temporary name first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, temporary := file.with_name(f".{file.name}"), metadata={"format": "pt"})
+    temporary.replace(file)
 
 
 def save_folder(folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from .autoencoder import measure_autoencoder, pack, unpack
 from .clock import Clock, Phase
 from .library import Library
 from .losses import FACTOR, colour_loss, lattice_loss, reconstruction_loss, steepness, texture_loss
-from .models import MODEL
+from .models import MODEL, halves, save_halves
 from .optim import Trainee
 from .perceptual import Balance, Perceptual
 from .source import Ring, Source
@@ -73,13 +72,14 @@ def polish(
     noise: float,
     large: float,
     reach: float = 1.0,
-    perceptual: tuple[Perceptual, float] | None = None,
+    perceptual: Perceptual | None = None,
+    perceptual_share: float = 0.0,
 ) -> Any:
     """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched.
 
     weight, texture: of the term against the lattice, and of the one that asks for texture. noise: what latents get of
     it at most, in their standard deviations. large: share of steps on canvases. reach: how far weights go along what
-    was learned, 1 to its end. perceptual: a distance, and its share of the gradient that pixels have.
+    was learned, 1 to its end. perceptual: a distance that is asked for too; its share: of the gradient of pixels.
     """
     device = source.device
     polished, vae = vae, copy.deepcopy(vae).train()
@@ -103,7 +103,7 @@ def polish(
         top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
         return images[..., top : top + size // 2, left : left + size // 2]
 
-    looks, balance = (perceptual[0], Balance(perceptual[1])) if perceptual else (None, None)
+    balance = Balance(perceptual_share)
     phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
     while phase.go():
         canvas = source.rng.random() < large
@@ -121,8 +121,8 @@ def polish(
         loss = reconstruction_loss(got, images) + 2.0 * colour_loss(got, images)
         loss = loss + texture * texture_loss(got, images)
         said = {"loss": loss.detach(), "lattice": lattice.detach()}
-        if looks is not None and balance is not None:
-            unlike = looks(got, images, source.rng)
+        if perceptual is not None:
+            unlike = perceptual(got, images, source.rng)
             loss, said["unlike"] = loss + balance(unlike, loss, got) * unlike, unlike.detach()
         trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
         phase.tick(len(images), **said)
@@ -216,13 +216,13 @@ def main(argv: list[str] | None = None) -> None:
         noise=given.noise,
         large=given.large,
         reach=given.reach,
-        perceptual=(looks, given.perceptual) if looks else None,
+        perceptual=looks,
+        perceptual_share=given.perceptual,
     )
     result |= {"after": figures(vae), "seconds": time.monotonic() - began}
     print("after", result["after"], flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in vae.state_dict().items()}
-    save_file(weights, given.out / "vae.safetensors", metadata={"format": "pt"})
+    save_halves(halves(vae), given.out / "vae.safetensors")
     (given.out / "polish.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -6,37 +6,43 @@ Without ``start`` there is one process, and everything here does nothing.
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-PORT = "29517"
+MEETING = "TRAINING_MEETING"  # in a process' environment: the file by which all find one another
 
 
 def launch(count: int, argv: Sequence[str]) -> int:
     """Run ``training.train`` in ``count`` processes; returns their worst exit code. One that fails ends all."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "training.train", *argv]
-    running = []
-    for i in range(count):  # each sees its own GPU as the first one, so that they share what torch.compile keeps
-        own = {"RANK": str(i), "CUDA_VISIBLE_DEVICES": str(i)}
-        running.append(subprocess.Popen(command, env=os.environ | shared | own))
-    while any(one.poll() is None for one in running):
-        if any(one.poll() for one in running):
-            for one in running:
-                one.terminate()
-        time.sleep(0.2)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {"WORLD_SIZE": str(count), MEETING: str(Path(folder) / "meeting")}
+        shared |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-m", "training.train", *argv]
+        running = []
+        for i in range(count):  # each sees its own GPU as the first one, so that they share what torch.compile keeps
+            own = {"RANK": str(i), "CUDA_VISIBLE_DEVICES": str(i)}
+            running.append(subprocess.Popen(command, env=os.environ | shared | own))
+        while any(one.poll() is None for one in running):
+            if any(one.poll() for one in running):
+                for one in running:
+                    one.terminate()
+            time.sleep(0.2)
     return max(abs(one.returncode) for one in running)
 
 
 def start(device: str) -> torch.device:
     """Join the processes that ``launch`` started, if it did; returns the device of this one."""
-    if "RANK" in os.environ:  # the CPU's group agrees on times without waiting for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if MEETING in os.environ:  # the CPU's group agrees on times without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        meeting = Path(os.environ[MEETING]).as_uri()
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=size)
     return torch.device(device)
 
 

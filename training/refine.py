@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from .classifier import ATTRIBUTES, INPUT_SIZE, WEIGHTS, Classifier, load_classifier
 from .library import labels
-from .models import MODEL, NATIVE_SIZE
+from .models import MODEL, NATIVE_SIZE, halves, save_halves
 from .scenes import Spec, View, render
 from .specs import COLOURS, SUBJECTS, sample_spec
 from .train import HELD_OUT
@@ -138,7 +137,7 @@ def main() -> None:
     print(f"{len(images)} scenes", flush=True)
     model = refine(model, images, targets, seconds=60 * options.train_minutes, batch=options.batch, peak_lr=options.lr)
     print("after", accuracy(model, held), flush=True)
-    save_file({k: v.to(torch.float16).contiguous() for k, v in model.state_dict().items()}, options.out)
+    save_halves(halves(model), options.out)
 
 
 if __name__ == "__main__":

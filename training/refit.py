@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from .library import Library
-from .models import MODEL
+from .models import MODEL, halves, save_halves
 from .source import Source
 
 CROPS = 4  # one group in as many is of crops
@@ -64,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32).eval()
     source = Source(Library.make(60, 2, 4241, "cpu"), "cpu", 4242, size=given.size)
     refit(vae, source, given.groups, given.share)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.to(torch.float16).contiguous() for k, v in vae.state_dict().items()}, given.out)
+    save_halves(halves(vae), given.out)
 
 
 if __name__ == "__main__":

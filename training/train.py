@@ -29,7 +29,7 @@ from .library import Library, labels
 from .models import make_text_encoder, make_unet, make_vae, parameter_count
 from .optim import Trainee
 from .preview import sheet
-from .ranks import agree, launch, rank, start
+from .ranks import MEETING, agree, launch, rank, start
 from .settings import Settings, parse
 from .source import Source
 from .specs import SETTINGS, SUBJECTS, TIMES, sample_spec
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options, processes = parse(parser, argv)
-    if processes > 1 and "RANK" not in os.environ:
+    if processes > 1 and MEETING not in os.environ:
         sys.exit(launch(processes, sys.argv[1:] if argv is None else argv))
     Training(options).run()
 
