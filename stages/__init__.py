@@ -120,7 +120,7 @@ REHEARSAL = Stage(
 # Not part of the picture: what the planner has to know before anything runs (see stages.workflow.planning).
 PROFILE = Stage(
     name="profile",
-    version=36,
+    version=37,
     parameters=(
         *("width", "height", "lowres.width", "lowres.height", "lowres.guidance_scale", "regions"),
         *("denoise.tile_size", "denoise.overlap", "denoise.guidance_scale"),
