@@ -8,7 +8,8 @@ phase, colours must come back as they were. The encoder stays as it is, so that 
 trained on them, stay valid.
 
 ``--perceptual``: pictures are also asked to look like the scenes to networks that know photographs
-(``pip install -e .[training]``).
+(``pip install -e .[training]``); ``--frechet``: and pictures of what the denoiser makes, which have no scene of their
+own, to be all together as scenes are to them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 
 from .autoencoder import measure_autoencoder, pack, unpack
 from .clock import Clock, Phase
+from .frechet import Frechet, sampled_latents
 from .library import Library
 from .losses import FACTOR, colour_loss, lattice_loss, reconstruction_loss, steepness, texture_loss
 from .models import MODEL, halves, save_halves
@@ -31,6 +33,7 @@ from .source import Ring, Source
 from .train import HELD_OUT
 
 CANVAS_GROUP = 16  # scenes of a group of canvases
+OTHER_SPECS, OTHERS = 4, 8  # specs whose scenes pictures are held against, of all others; scenes of each
 
 
 class Canvases:
@@ -74,12 +77,16 @@ def polish(
     reach: float = 1.0,
     perceptual: Perceptual | None = None,
     perceptual_share: float = 0.0,
+    frechet: Frechet | None = None,
+    frechet_share: float = 0.0,
 ) -> Any:
     """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched.
 
     weight, texture: of the term against the lattice, and of the one that asks for texture. noise: what latents get of
     it at most, in their standard deviations. large: share of steps on canvases. reach: how far weights go along what
     was learned, 1 to its end. perceptual: a distance that is asked for too; its share: of the gradient of pixels.
+    frechet: another, of a third as many pictures as ``batch``; its share: of the gradient of all else in the last
+    convolution.
     """
     device = source.device
     polished, vae = vae, copy.deepcopy(vae).train()
@@ -103,7 +110,12 @@ def polish(
         top, left = (FACTOR * source.rng.randint(0, size // 16) for _ in range(2))
         return images[..., top : top + size // 2, left : left + size // 2]
 
-    balance = Balance(perceptual_share)
+    def decoded(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents.to(trainee.dtype) * std).sample.float().clamp(-1, 1)
+
+    if frechet is not None:
+        frechet.begin(decoded)
+    balance, together = Balance(perceptual_share), Balance(frechet_share)
     phase = Phase(Clock({"decoder": seconds}, {}, seconds), "decoder")
     while phase.go():
         canvas = source.rng.random() < large
@@ -124,7 +136,12 @@ def polish(
         if perceptual is not None:
             unlike = perceptual(got, images, source.rng)
             loss, said["unlike"] = loss + balance(unlike, loss, got) * unlike, unlike.detach()
-        trainee.step(loss + weight * lattice, phase.lr(peak_lr, warmup=100))
+        loss = loss + weight * lattice
+        if frechet is not None:
+            apart = frechet(decoded, max(2, batch // 3))
+            loss = loss + together(apart, loss, vae.decoder.conv_out.weight) * apart
+            said["apart"] = torch.tensor(frechet.value)
+        trainee.step(loss, phase.lr(peak_lr, warmup=100))
         phase.tick(len(images), **said)
     with torch.no_grad():
         for name, module in trainee.ema.items():
@@ -175,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--large", type=float, default=0.5, help="share of steps on canvases of 512 and 1024 pixels")
     parser.add_argument("--reach", type=float, default=1.0, help="how far along what was learned; above 1: beyond it")
     parser.add_argument("--perceptual", type=float, default=0.0, help="its share of the gradient that pixels have")
+    parser.add_argument("--frechet", type=float, default=0.0, help="its share of the gradient that all else has")
+    parser.add_argument("--sampled", type=int, default=4096, help="latents that the denoiser makes for it")
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--per-group", type=int, default=64)
     parser.add_argument("--held-groups", type=int, default=32)
@@ -186,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(given.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    looks = Perceptual(device, dtype) if given.perceptual else None
+    looks = Perceptual(device, dtype) if given.perceptual or given.frechet else None
     vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32)
     vae = vae.to(device, memory_format=torch.channels_last)
     library = Library.make(given.groups, given.per_group, given.seed + 101, device)
@@ -202,6 +221,14 @@ def main(argv: list[str] | None = None) -> None:
         found = {"lattice": lattice(model, scenes[1], rounds), "drift": drift(model, canvases, min(8, rounds))}
         return measured | found
 
+    frechet = None
+    if looks is not None and given.frechet:
+        others = Library.make(OTHER_SPECS * given.groups, OTHERS, given.seed + 105, device)
+        latents = sampled_latents(given.model, others, given.sampled, device, given.seed + 103)
+        drawn = Source(others, device, given.seed + 104, size=given.size)
+        scenes = (drawn.draw(crops=False).images for _ in others.specs)
+        frechet = Frechet(looks.networks, dtype, scenes, latents, drawn.rng)
+        print(f"{given.sampled} samples, {time.monotonic() - began:.0f} s", flush=True)
     result: dict[str, Any] = {"before": figures(vae.eval())}
     print("before", result["before"], flush=True)
     vae = polish(
@@ -216,8 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         noise=given.noise,
         large=given.large,
         reach=given.reach,
-        perceptual=looks,
+        perceptual=looks if given.perceptual else None,
         perceptual_share=given.perceptual,
+        frechet=frechet,
+        frechet_share=given.frechet,
     )
     result |= {"after": figures(vae), "seconds": time.monotonic() - began}
     print("after", result["after"], flush=True)
