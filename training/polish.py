@@ -75,6 +75,7 @@ def polish(
     noise: float,
     large: float,
     reach: float = 1.0,
+    origin: Any = None,
     perceptual: Perceptual | None = None,
     perceptual_share: float = 0.0,
     frechet: Frechet | None = None,
@@ -83,10 +84,10 @@ def polish(
     """Train the decoder for so long; returns ``vae`` with the averaged decoder, its encoder untouched.
 
     weight, texture: of the term against the lattice, and of the one that asks for texture. noise: what latents get of
-    it at most, in their standard deviations. large: share of steps on canvases. reach: how far weights go along what
-    was learned, 1 to its end. perceptual: a distance that is asked for too; its share: of the gradient of pixels.
-    frechet: another, of a third as many pictures as ``batch``; its share: of the gradient of all else in the last
-    convolution.
+    it at most, in their standard deviations. large: share of steps on canvases. reach: how far weights go from those
+    of ``origin`` (another autoencoder; ``vae`` where there is none) to what was learned, 1 to its end. perceptual: a
+    distance that is asked for too; its share: of the gradient of pixels. frechet: another, of a third as many pictures
+    as ``batch``; its share: of the gradient of all else in the last convolution.
     """
     device = source.device
     polished, vae = vae, copy.deepcopy(vae).train()
@@ -145,8 +146,10 @@ def polish(
         phase.tick(len(images), **said)
     with torch.no_grad():
         for name, module in trainee.ema.items():
-            for ours, learned in zip(getattr(polished, name).parameters(), module.parameters(), strict=True):
-                ours.lerp_(learned, reach)
+            mine = getattr(polished, name).parameters()
+            begun = getattr(origin or polished, name).parameters()
+            for ours, first, learned in zip(mine, begun, module.parameters(), strict=True):
+                ours.copy_(first.to(ours.device).lerp(learned, reach))
     return polished
 
 
@@ -191,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, default=0.15, help="of latents, in their standard deviations, at most")
     parser.add_argument("--large", type=float, default=0.5, help="share of steps on canvases of 512 and 1024 pixels")
     parser.add_argument("--reach", type=float, default=1.0, help="how far along what was learned; above 1: beyond it")
+    parser.add_argument("--origin", type=Path, help="diffusers folder that reach counts from, if it is not the model's")
     parser.add_argument("--perceptual", type=float, default=0.0, help="its share of the gradient that pixels have")
     parser.add_argument("--frechet", type=float, default=0.0, help="its share of the gradient that all else has")
     parser.add_argument("--sampled", type=int, default=4096, help="latents that the denoiser makes for it")
@@ -208,6 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     looks = Perceptual(device, dtype) if given.perceptual or given.frechet else None
     vae: Any = AutoencoderKL.from_pretrained(given.model, subfolder="vae", torch_dtype=torch.float32)
     vae = vae.to(device, memory_format=torch.channels_last)
+    origin: Any = given.origin and AutoencoderKL.from_pretrained(
+        given.origin, subfolder="vae", torch_dtype=torch.float32
+    )
     library = Library.make(given.groups, given.per_group, given.seed + 101, device)
     source = Source(library, device, given.seed + 102, size=given.size)
 
@@ -243,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         noise=given.noise,
         large=given.large,
         reach=given.reach,
+        origin=origin,
         perceptual=looks if given.perceptual else None,
         perceptual_share=given.perceptual,
         frechet=frechet,

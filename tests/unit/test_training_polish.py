@@ -57,7 +57,7 @@ def test_canvases_are_two_and_four_times_the_native_side() -> None:
 def test_reach_says_how_far_along_what_was_learned(monkeypatch) -> None:
     monkeypatch.setattr(polish, "CANVAS_GROUP", 1)
 
-    def learned(reach: float) -> torch.Tensor:
+    def learned(reach: float, origin: object = None) -> torch.Tensor:
         torch.manual_seed(0)
         vae = make_vae(tiny=True)
         before = vae.decoder.conv_out.weight.detach().clone()
@@ -65,13 +65,18 @@ def test_reach_says_how_far_along_what_was_learned(monkeypatch) -> None:
         monkeypatch.setattr(polish, "Phase", OneStep)
         asked = {"seconds": 1.0, "batch": 2, "peak_lr": 1e-3, "weight": 0.0, "texture": 0.0, "pool": 2}
         torch.manual_seed(1)
-        after = polish.polish(vae, source, **asked, noise=0.0, large=0.0, reach=reach)
+        after = polish.polish(vae, source, **asked, noise=0.0, large=0.0, reach=reach, origin=origin)
         return after.decoder.conv_out.weight.detach() - before
 
     whole, half, beyond = (learned(reach) for reach in (1.0, 0.5, 1.5))
     assert whole.abs().max() > 0
     assert torch.allclose(half, 0.5 * whole, atol=1e-7)
     assert torch.allclose(beyond, 1.5 * whole, atol=1e-7)
+    torch.manual_seed(0)
+    same, other = make_vae(tiny=True), make_vae(tiny=True)
+    apart = (other.decoder.conv_out.weight - same.decoder.conv_out.weight).detach()
+    assert torch.allclose(learned(0.5, same), 0.5 * whole, atol=1e-7)
+    assert torch.allclose(learned(0.25, other), 0.75 * apart + 0.25 * whole, atol=1e-6)
 
 
 @pytest.mark.slow
