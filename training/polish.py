@@ -33,7 +33,7 @@ from .source import Ring, Source
 from .train import HELD_OUT
 
 CANVAS_GROUP = 16  # scenes of a group of canvases
-OTHER_SPECS, OTHERS = 4, 8  # specs whose scenes pictures are held against, of all others; scenes of each
+OTHER_SPECS, OTHERS = 4, 8  # for `--frechet`: specs for each of `--groups`, and scenes of each spec
 
 
 class Canvases:
