@@ -18,6 +18,7 @@ CROPS = 0.4  # share of groups that are crops
 SNR_HALF = 40.0  # signal-to-noise ratio at which an error in v counts half
 LEAST_WEIGHT = 0.5  # of low noise, where plain min-SNR (Hang et al. 2023) would count nearly nothing
 OFFSET_NOISE = 0.04
+GUIDANCE = 4.0  # of samples, as in the default run
 
 
 def choose_tokens(library: Library, rows: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
@@ -151,6 +152,24 @@ def measure_denoiser(trainee: Trainee, held_out: LatentSource, rounds: int) -> d
 
 
 @torch.no_grad()
+def denoised(
+    unet: Any, text: Any, library: Library, tokens: torch.Tensor, x: torch.Tensor, scheduler: Any, guidance: float
+) -> torch.Tensor:
+    """Scaled latents ``[N,C,h,w]`` of captions ``[N,77]`` from noise ``x``, by classifier-free guidance.
+
+    scheduler: of diffusers, its steps set.
+    """
+    states = text(tokens.long()).last_hidden_state
+    blank = text(library.empty[None].long()).last_hidden_state.expand_as(states)
+    both = torch.cat([blank, states])
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        v0, v1 = unet(torch.cat([x, x]), t.to(x.device), both).sample.chunk(2)
+        x = scheduler.step(v0 + guidance * (v1 - v0), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
 def sample(
     trainee: Trainee,
     vae: Any,
@@ -159,20 +178,14 @@ def sample(
     *,
     scale: float,
     steps: int = 25,
-    guidance: float = 4.0,
+    guidance: float = GUIDANCE,
     seed: int = 0,
     latent_size: int = 32,
 ) -> torch.Tensor:
     """Pictures ``[N,3,H,W]`` in [-1,1] for captions ``[N,77]``: DDIM, classifier-free guidance, EMA weights."""
-    unet, text = trainee.ema["unet"], trainee.ema["text_encoder"]
     scheduler: Any = make_scheduler()
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(tokens), LATENT_CHANNELS, latent_size, latent_size, generator=generator).to(trainee.device)
-    states = text(tokens.long()).last_hidden_state
-    blank = text(library.empty[None].long()).last_hidden_state.expand_as(states)
-    both = torch.cat([blank, states])
-    for t in scheduler.timesteps:
-        v0, v1 = unet(torch.cat([x, x]), t.to(trainee.device), both).sample.chunk(2)
-        x = scheduler.step(v0 + guidance * (v1 - v0), t, x).prev_sample
+    x = denoised(trainee.ema["unet"], trainee.ema["text_encoder"], library, tokens, x, scheduler, guidance)
     return torch.cat([vae.decode(z).sample for z in (x / scale).split(16)]).clamp(-1, 1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .denoiser import GUIDANCE, denoised
 from .efficientnet import EfficientNetLite
 from .library import Library
 from .perceptual import EPSILON
@@ -22,7 +23,7 @@ SIDES = (192, 224)  # pixels that pictures are looked at with, one at a time
 EDGE = 8  # pixels of them that are left out, here or there: no pattern of the latents' grid pays
 MEMORY = 1500  # pictures over which moments of what is made are averaged
 EVERY = 8  # batches after which the way down is computed anew
-GUIDANCE, STEPS = 4.0, 25  # the default run's
+STEPS = 25  # of a sample, as in the default run
 
 
 @torch.no_grad()
@@ -42,13 +43,9 @@ def sampled_latents(model: Path, library: Library, count: int, device: torch.dev
     for some in rows.split(512):
         scheduler: Any = DPMSolverMultistepScheduler.from_pretrained(model, subfolder="scheduler")
         scheduler.set_timesteps(STEPS, device=device)
-        tokens = library.tokens[some].long()
-        states = torch.cat([text(library.empty[None].long().expand_as(tokens))[0], text(tokens)[0]])
         size = (len(some), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        x = torch.randn(size, generator=generator, device=device) * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            blank, told = unet(torch.cat([x, x]), t, states).sample.chunk(2)
-            x = scheduler.step(blank + GUIDANCE * (told - blank), t, x).prev_sample
+        x = torch.randn(size, generator=generator, device=device)
+        x = denoised(unet, text, library, library.tokens[some], x, scheduler, GUIDANCE)
         found.append(x.half())
     return torch.cat(found)
 

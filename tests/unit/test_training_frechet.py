@@ -77,6 +77,7 @@ def small(latents: Tensor, monkeypatch: pytest.MonkeyPatch, scenes: Tensor) -> F
 def test_few_pictures_at_a_time_are_led_to_where_all_scenes_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = torch.randn(128, 3, 40, 40) * torch.tensor([0.2, 0.4, 0.6]).view(3, 1, 1) + 0.3
     latents = torch.randn(128, 3, 40, 40)
+    monkeypatch.setattr(frechet, "MEMORY", 64)
     loss = small(latents, monkeypatch, scenes)
     scale, shift = torch.ones(3, 1, 1, requires_grad=True), torch.zeros(3, 1, 1, requires_grad=True)
 
@@ -85,9 +86,6 @@ def test_few_pictures_at_a_time_are_led_to_where_all_scenes_lie(monkeypatch: pyt
 
     loss.begin(decode)
     optimizer = torch.optim.Adam([scale, shift], lr=0.03)
-    monkeypatch.setattr(frechet, "MEMORY", 64)
-    for distance in loss.distances.values():
-        distance.got.memory = 64
     values = []
     for _ in range(120):
         optimizer.zero_grad()
